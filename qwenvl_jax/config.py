@@ -1,0 +1,284 @@
+"""Every setting of the system, as frozen keyword-only dataclasses.
+
+Sizes have no defaults: a config that forgets one does not build. `configs/*.py` hold plain Python
+functions `get_config()` that return a `TrainConfig`; `qwenvl_jax.cli` turns the fields into
+`--a.b=c` options. Values are checked where they are made (`__post_init__`), so a wrong one fails
+before any array exists.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+AttentionBackend = Literal["xla", "xla_chunked"]
+RematPolicy = Literal["none", "dots", "full"]
+DType = Literal["float32", "bfloat16"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: what is wrong, what was got, what is expected."""
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value <= 0:
+            raise ConfigError(
+                f"{type(config).__name__}.{name} must be positive: got {value}"
+            )
+
+
+def _divides(config: Any, part: str, whole: str) -> None:
+    a, b = getattr(config, part), getattr(config, whole)
+    if b % a:
+        raise ConfigError(
+            f"{type(config).__name__}.{whole} must be a multiple of {part}: "
+            f"got {whole}={b}, {part}={a}"
+        )
+
+
+# --- model --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The tower: OpenCLIP ViT without class token (paper 2.1; released `visual.py`)."""
+
+    width: int  # E
+    num_layers: int
+    num_heads: int
+    mlp_dim: int  # M
+    patch_size: int
+    table_side: int  # the stored position table is table_side x table_side
+    norm_eps: float = 1e-6
+    attention: Literal["global", "window"] = "global"
+    window_side: int = 16  # patches on a side of one window; `window` only (paper E.3)
+    global_every: int = 4  # one block in so many sees everything; `window` only
+
+    def __post_init__(self):
+        _positive(
+            self,
+            "width",
+            "num_layers",
+            "num_heads",
+            "mlp_dim",
+            "patch_size",
+            "table_side",
+        )
+        _positive(self, "window_side", "global_every")
+        _divides(self, "num_heads", "width")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """One cross-attention from learned queries to patches (paper 2.1)."""
+
+    num_queries: int  # Q, a square number: queries sit on a grid
+    num_heads: int
+    norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        _positive(self, "num_queries", "num_heads")
+        side = round(self.num_queries**0.5)
+        if side * side != self.num_queries:
+            raise ConfigError(
+                "AdapterConfig.num_queries must be a square number, because the queries carry "
+                f"positions on a grid: got {self.num_queries}, nearest {side * side}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The language model: Qwen-7B (paper 2.1; released `modeling_qwen.py`)."""
+
+    width: int  # D
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int  # F, one half of the released `intermediate_size`
+    vocab_size: int  # V, rows of the embedding; the tokenizer may use fewer
+    seq_length: (
+        int  # trained length: beyond it NTK and log-n scaling act, in inference only
+    )
+    max_positions: int  # the longest sequence that is accepted
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-6
+    use_dynamic_ntk: bool = True
+    use_logn: bool = True
+
+    def __post_init__(self):
+        _positive(
+            self,
+            "width",
+            "num_layers",
+            "num_heads",
+            "head_dim",
+            "mlp_dim",
+            "vocab_size",
+        )
+        _positive(self, "seq_length", "max_positions")
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"DecoderConfig.head_dim must be even: got {self.head_dim}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The whole model's sizes, and how it computes."""
+
+    vision: VisionConfig
+    adapter: AdapterConfig
+    decoder: DecoderConfig
+    image_size: int  # side in pixels that pictures are resized to unless the caller says otherwise
+    image_start_id: int  # `<img>`; `</img>` and `<imgpad>` are the next two ids
+    dtype: DType = "float32"  # of activations and matrix products
+    param_dtype: DType = "float32"
+    attention_backend: AttentionBackend = "xla"
+    remat: RematPolicy = "none"
+
+    def __post_init__(self):
+        if self.image_size % self.vision.patch_size:
+            raise ConfigError(
+                "ModelConfig.image_size must be a multiple of vision.patch_size: "
+                f"got {self.image_size}, patch_size {self.vision.patch_size}"
+            )
+        if self.decoder.width % self.adapter.num_heads:
+            raise ConfigError(
+                "decoder.width must be a multiple of adapter.num_heads: "
+                f"got {self.decoder.width} and {self.adapter.num_heads}"
+            )
+        if not 0 <= self.image_start_id < self.decoder.vocab_size - 2:
+            raise ConfigError(
+                "ModelConfig.image_start_id must leave room for </img> and <imgpad> in the "
+                f"vocabulary: got {self.image_start_id} of {self.decoder.vocab_size} rows"
+            )
+
+    @property
+    def image_end_id(self) -> int:
+        return self.image_start_id + 1
+
+    @property
+    def image_pad_id(self) -> int:
+        return self.image_start_id + 2
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a training row is made of."""
+
+    source: str  # "scenes"; or "text": the same corpus without its pictures
+    tasks: dict[str, float]  # task name -> sampling weight
+    length: int  # L
+    max_images: int  # picture slots of one row
+    image_size: int  # side in pixels
+    rows: int  # B: global batch, in rows
+    tokenizer: str  # a qwen.tiktoken file or a folder that holds one
+    num_workers: int = 0
+
+    def __post_init__(self):
+        _positive(self, "length", "image_size", "rows")
+        if not self.tasks:
+            raise ConfigError(
+                "DataConfig.tasks is empty: name at least one task and its weight"
+            )
+        if any(weight <= 0 for weight in self.tasks.values()):
+            raise ConfigError(
+                f"DataConfig.tasks must have positive weights: got {self.tasks}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay (paper Table 8)."""
+
+    peak_lr: float
+    end_lr: float
+    warmup_steps: int
+    vit_layer_decay: float = 1.0  # 0.95 in stages 1 and 2
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-6
+    weight_decay: float = 0.05
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        _positive(self, "peak_lr", "vit_layer_decay", "eps", "clip_norm")
+        if self.end_lr < 0 or self.end_lr > self.peak_lr:
+            raise ConfigError(
+                "OptimizerConfig.end_lr must lie between 0 and peak_lr: "
+                f"got {self.end_lr}, peak_lr {self.peak_lr}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each mesh axis spans; `fsdp=-1` takes what is left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often to save, and how many saves to keep."""
+
+    every_steps: int = 1000
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run. The resolved values are printed, and saved beside every checkpoint."""
+
+    run_dir: str
+    steps: int
+    seed: int
+    init: (
+        str | None
+    )  # a checkpoint to start from (ours or released); None: random weights
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    freeze: tuple[Literal["vit", "adapter", "decoder"], ...]  # parts without gradient
+    micro_batches: int = 1  # gradient accumulation, weighted by scored tokens
+    loss_chunk: int = 256  # tokens whose logits exist at once
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: int = 10
+
+    def __post_init__(self):
+        _positive(self, "steps", "micro_batches", "loss_chunk", "log_every")
+        if self.data.rows % self.micro_batches:
+            raise ConfigError(
+                "TrainConfig.micro_batches must divide data.rows: "
+                f"got micro_batches={self.micro_batches}, rows={self.data.rows}"
+            )
+        if self.optimizer.warmup_steps >= self.steps:
+            raise ConfigError(
+                "optimizer.warmup_steps must be smaller than steps: "
+                f"got {self.optimizer.warmup_steps} of {self.steps}"
+            )
+        if set(self.freeze) >= {"vit", "adapter", "decoder"}:
+            raise ConfigError(
+                "TrainConfig.freeze names every part: nothing would be trained"
+            )
+
+
+# --- to and from JSON ---------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns nested plain dicts of a config, ready for `json.dumps`."""
+    return dataclasses.asdict(config)
+
+
+def save_json(config: Any, path: str | Path) -> None:
+    Path(path).write_text(
+        json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8"
+    )
