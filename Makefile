@@ -1,0 +1,44 @@
+# demo, test, check, bench: each sets up what it needs in .venv, and needs python3 (3.11 or newer).
+# A stamp in .venv remembers what is installed, so only the first call takes minutes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Exact versions for Python 3.11, the pair that is tested; newer Pythons take the newest releases.
+PINS = $(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info < (3, 12) else "")')
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS)
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.installed-core
+	$(BIN)/python -m qwenvl_jax.cli.main demo --output demo.png
+
+# Two workers: two model tests never wait for each other, and a laptop keeps its memory.
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+check: $(VENV)/.installed-check
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+bench: $(VENV)/.installed-bench
+	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build demo.png
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "qwenvl-jax needs Python 3.11 or newer: got $$($(PYTHON) --version 2>&1); run 'make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)'"; exit 2; }
+	@echo "setting up $(VENV): the first time this downloads jax and takes a few minutes"
+	@$(PYTHON) -m venv $(VENV) || { echo "python has no venv module: on Debian and Ubuntu install python3-venv"; exit 2; }
+	@touch $@
+
+$(VENV)/.installed-core: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.python pyproject.toml constraints.txt
+	$(PIP) --editable '.[$*]'
+	@touch $@
