@@ -1,0 +1,143 @@
+"""One attention for every part: who may look at whom, and the backends that compute it.
+
+Axes: B rows (pictures, in the tower)  T queries  S keys  N heads  H head dimension.
+All backends obey one contract, tested in `tests/test_attention.py`: causal order, segments, padding,
+rows that may look at nothing (their output is zero), and gradients.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qwenvl_jax import axes
+from qwenvl_jax.config import AttentionBackend
+from qwenvl_jax.model.layers import Dense
+
+MASKED = -1e30  # finite: minus infinity would make NaN of a row that may look at nothing
+CHUNK = 512  # keys that `xla_chunked` holds scores of at once
+
+
+class AttentionMask(NamedTuple):
+    """Query t may look at key s when the segments agree, are not 0, and s is not later.
+
+    Segments and positions are given together or not at all; without segments everyone sees
+    everyone. Segment 0 is padding: it looks at nothing and nobody looks at it. Within a segment
+    positions grow with the index, so one rule serves packed rows and cached decoding alike.
+    """
+
+    is_causal: bool = False
+    q_segment_BT: Int[Array, "B T"] | None = None
+    kv_segment_BS: Int[Array, "B S"] | None = None
+    q_position_BT: Int[Array, "B T"] | None = None
+    kv_position_BS: Int[Array, "B S"] | None = None
+
+    def keep_BTS(self) -> jax.Array | None:
+        """Returns bool [B, T, S], True where a query may look, or None when it always may."""
+        if self.q_segment_BT is None or self.kv_segment_BS is None:
+            return None
+        q_segment, kv_segment = self.q_segment_BT[:, :, None], self.kv_segment_BS[:, None, :]
+        keep = (q_segment == kv_segment) & (q_segment > 0)
+        if self.is_causal:
+            keep &= self.kv_position_BS[:, None, :] <= self.q_position_BT[:, :, None]
+        return keep
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSNH: Float[Array, "B S N H"],
+    v_BSNH: Float[Array, "B S N H"],
+    mask: AttentionMask,
+    *,
+    backend: AttentionBackend,
+) -> Float[Array, "B T N H"]:
+    """Returns softmax(q k / sqrt(H)) v in the dtype of `q`; scores and softmax are float32."""
+    if backend == "xla_chunked":
+        return _chunked(q_BTNH, k_BSNH, v_BSNH, mask)
+    return _whole(q_BTNH, k_BSNH, v_BSNH, mask)
+
+
+def _scores(q_BTNH: jax.Array, k_BSNH: jax.Array, keep_BTS: jax.Array | None) -> jax.Array:
+    score_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
+    score_BNTS *= q_BTNH.shape[-1] ** -0.5
+    return score_BNTS if keep_BTS is None else jnp.where(keep_BTS[:, None], score_BNTS, MASKED)
+
+
+def _whole(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: AttentionMask):
+    keep_BTS = mask.keep_BTS()
+    weight_BNTS = jax.nn.softmax(_scores(q_BTNH, k_BSNH, keep_BTS), axis=-1)
+    if keep_BTS is not None:
+        weight_BNTS *= keep_BTS.any(axis=-1)[:, None, :, None]
+    return jnp.einsum("BNTS,BSNH->BTNH", weight_BNTS.astype(v_BSNH.dtype), v_BSNH)
+
+
+def _chunked(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: AttentionMask):
+    """The same sum walked in chunks of keys with a running maximum: memory T x CHUNK, not T x S.
+
+    Source: Rabe and Staats, arXiv 2112.05682.
+    """
+    B, T, N, H = q_BTNH.shape
+    S = k_BSNH.shape[1]
+    pad = -S % min(CHUNK, S)
+    num_chunks = (S + pad) // min(CHUNK, S)
+    keep_BTS = mask.keep_BTS()
+    if keep_BTS is None:
+        keep_BTS = jnp.ones((B, T, S), bool)
+
+    def split(x, axis):  # [.., S, ..] -> [chunk, .., S / chunks, ..]
+        widths = [(0, pad if i == axis else 0) for i in range(x.ndim)]
+        shape = (*x.shape[:axis], num_chunks, -1, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
+
+    @jax.checkpoint  # the backward pass recomputes a chunk's scores, so none is kept
+    def step(carry, chunk):
+        top_BNT, total_BNT, out_BTNH = carry
+        k, v, keep = chunk
+        score_BNTS = _scores(q_BTNH, k, keep)
+        new_top = jnp.maximum(top_BNT, score_BNTS.max(axis=-1))
+        weight_BNTS = jnp.exp(score_BNTS - new_top[..., None]) * keep[:, None]
+        shrink_BNT = jnp.exp(top_BNT - new_top)
+        part_BTNH = jnp.einsum(
+            "BNTS,BSNH->BTNH", weight_BNTS.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
+        out_BTNH = out_BTNH * jnp.swapaxes(shrink_BNT, 1, 2)[..., None] + part_BTNH
+        return (new_top, total_BNT * shrink_BNT + weight_BNTS.sum(axis=-1), out_BTNH), None
+
+    start = (
+        jnp.full((B, N, T), MASKED, jnp.float32),
+        jnp.zeros((B, N, T), jnp.float32),
+        jnp.zeros((B, T, N, H), jnp.float32),
+    )
+    chunks = (split(k_BSNH, 1), split(v_BSNH, 1), split(keep_BTS, 2))
+    (_, total_BNT, out_BTNH), _ = jax.lax.scan(step, start, chunks)
+    total_BTN1 = jnp.swapaxes(total_BNT, 1, 2)[..., None]
+    safe = jnp.where(total_BTN1 > 0, total_BTN1, 1.0)  # rows that look at nothing: 0 / 1
+    return (out_BTNH / safe).astype(q_BTNH.dtype)
+
+
+class Projections(nnx.Module):
+    """The four matrices of one multi-head attention; the parts wire them up themselves."""
+
+    def __init__(
+        self,
+        width: tuple[str, int],
+        num_heads: tuple[str, int],
+        head_dim: int,
+        *,
+        qkv_bias: bool,
+        out_bias: bool,
+        out_scale: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        """`width` and `num_heads` are (logical axis, size)."""
+        inputs = dict([width])
+        heads = dict([num_heads, (axes.HEAD_DIM, head_dim)])
+        self.q_proj = Dense(inputs, heads, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Dense(inputs, heads, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Dense(inputs, heads, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Dense(
+            heads, inputs, use_bias=out_bias, dtype=dtype, rngs=rngs, scale=out_scale
+        )

@@ -1,0 +1,183 @@
+"""The language model: Qwen-7B, with a cache for decoding.
+
+Axes: B rows  L new tokens  S cached slots  K layers  D width  N heads  H head dimension
+F MLP width  V vocabulary.
+
+Everything that depends on the caller's situation is an argument: positions, segments, the rotary
+scale of each row, the cache. The module holds weights only.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from qwenvl_jax import axes
+from qwenvl_jax.config import AttentionBackend, DecoderConfig, RematPolicy
+from qwenvl_jax.model.attention import AttentionMask, Projections, attention
+from qwenvl_jax.model.layers import Dense, RMSNorm, param, scan_layers, stack_layers
+
+
+class KVCache(NamedTuple):
+    """Keys and values of what was read so far, for all layers.
+
+    All rows write the same slots, so one slice update serves the batch. A row that is shorter than
+    its neighbours has padding in between: segment 0 hides it, and `position` keeps the row's own
+    count.
+    """
+
+    k_KBSNH: Float[Array, "K B S N H"]
+    v_KBSNH: Float[Array, "K B S N H"]
+    segment_BS: Int[Array, "B S"]  # 0: nothing there yet, or padding
+    position_BS: Int[Array, "B S"]
+    length: Int[Array, ""]  # the next free slot
+
+
+def ntk_alpha(length_B: Float[Array, "B"] | Int[Array, "B"], seq_length: int) -> jax.Array:
+    """Returns how much each row's rotary base grows, by the row's own length: float32 [B].
+
+    1 up to the trained length, then 3 up to twice, 7 up to four times that length.
+    Source: `modeling_qwen.py`, dynamic NTK. Differs: there, the padded length of the whole batch.
+    """
+    # Exact powers of two must not be pushed over the edge by a rounded logarithm.
+    ratio_B = length_B / seq_length
+    doublings_B = jnp.ceil(jnp.log2(ratio_B) - 1e-6)
+    return jnp.maximum(2.0 ** (doublings_B + 1) - 1, 1.0).astype(jnp.float32)
+
+
+def rotary_angles(
+    position_BL: jax.Array, head_dim: int, base: float, ntk_alpha_B: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns float32 cosines and sines [B, L, 1, H / 2] of every position."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    base_B = jnp.full((1,), base, jnp.float32)
+    if ntk_alpha_B is not None:
+        base_B = base * ntk_alpha_B ** (head_dim / (head_dim - 2))
+    rate_BH = base_B[:, None] ** -exponent
+    angle_BLH = position_BL[..., None].astype(jnp.float32) * rate_BH[:, None, :]
+    return jnp.cos(angle_BLH)[:, :, None], jnp.sin(angle_BLH)[:, :, None]
+
+
+def rotate(x_BLNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Returns `x` turned by its position, first half of the head against second half."""
+    # float32: a bf16 angle is wrong by whole turns at long positions.
+    first, second = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BLNH.dtype)
+
+
+class Block(nnx.Module):
+    """Pre-norm block: attention with biases on q, k, v only, and a SwiGLU MLP without biases."""
+
+    def __init__(self, config: DecoderConfig, dtype: str, rngs: nnx.Rngs):
+        D, F = config.width, config.mlp_dim
+        out_scale = (2 * config.num_layers) ** -0.5
+        self.ln_1 = RMSNorm(axes.EMBED, D, eps=config.norm_eps, dtype=dtype)
+        self.attn = Projections(
+            (axes.EMBED, D),
+            (axes.HEADS, config.num_heads),
+            config.head_dim,
+            qkv_bias=True,
+            out_bias=False,
+            out_scale=out_scale,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.ln_2 = RMSNorm(axes.EMBED, D, eps=config.norm_eps, dtype=dtype)
+        width, hidden = {axes.EMBED: D}, {axes.MLP: F}
+        self.mlp = nnx.Dict(
+            gate_proj=Dense(width, hidden, use_bias=False, dtype=dtype, rngs=rngs),
+            up_proj=Dense(width, hidden, use_bias=False, dtype=dtype, rngs=rngs),
+            down_proj=Dense(hidden, width, use_bias=False, dtype=dtype, rngs=rngs, scale=out_scale),
+        )
+
+    def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
+        return self.mlp.down_proj(jax.nn.silu(self.mlp.gate_proj(x_BLD)) * self.mlp.up_proj(x_BLD))
+
+
+class Decoder(nnx.Module):
+    """Embeddings [B, L, D] -> hidden states [B, L, D]; embedding table and head belong to it."""
+
+    def __init__(self, config: DecoderConfig, param_dtype: str, *, rngs: nnx.Rngs):
+        D, V = config.width, config.vocab_size
+        self.config = config
+        self.embed = nnx.Dict(
+            embedding=param((V, D), (axes.VOCAB, axes.EMBED), D**-0.5, param_dtype, rngs)
+        )
+        self.blocks = stack_layers(
+            lambda rngs: Block(config, param_dtype, rngs), config.num_layers, rngs
+        )
+        self.ln_f = RMSNorm(axes.EMBED, D, eps=config.norm_eps, dtype=param_dtype)
+        self.lm_head = Dense(
+            {axes.EMBED: D}, {axes.VOCAB: V}, use_bias=False, dtype=param_dtype, rngs=rngs
+        )
+
+    def embed_tokens(self, tokens_BL: Int[Array, "B L"], dtype: str) -> jax.Array:
+        return self.embed.embedding[...][tokens_BL].astype(dtype)
+
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        position_BL: Int[Array, "B L"],
+        segment_BL: Int[Array, "B L"],
+        *,
+        ntk_alpha_B: Float[Array, "B"] | None,
+        cache: KVCache | None,
+        backend: AttentionBackend,
+        remat: RematPolicy,
+    ) -> tuple[Float[Array, "B L D"], KVCache | None]:
+        """Returns hidden states after the last norm, and the cache with the new tokens in it."""
+        config = self.config
+        cos, sin = rotary_angles(position_BL, config.head_dim, config.rope_base, ntk_alpha_B)
+        logn_BL11 = None
+        if ntk_alpha_B is not None and config.use_logn:
+            logn_BL = jnp.log(position_BL + 1.0) / jnp.log(float(config.seq_length))
+            logn_BL11 = jnp.maximum(logn_BL, 1.0)[..., None, None]
+
+        def project(layer: Block, x_BLD):
+            q, k, v = layer.attn.q_proj(x_BLD), layer.attn.k_proj(x_BLD), layer.attn.v_proj(x_BLD)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if logn_BL11 is not None:
+                q = q * logn_BL11.astype(q.dtype)
+            return q, k, v
+
+        def finish(layer: Block, x_BLD, out_BLNH):
+            x_BLD += layer.attn.o_proj(out_BLNH)
+            return x_BLD + layer.feed_forward(layer.ln_2(x_BLD))
+
+        if cache is None:
+            mask = AttentionMask(True, segment_BL, segment_BL, position_BL, position_BL)
+
+            def step(layer: Block, x_BLD):
+                q, k, v = project(layer, layer.ln_1(x_BLD))
+                return finish(layer, x_BLD, attention(q, k, v, mask, backend=backend))
+
+            x_BLD = scan_layers(self.blocks, step, x_BLD, remat=remat)
+            return self.ln_f(x_BLD), None
+
+        start = cache.length
+        segment_BS = jax.lax.dynamic_update_slice(cache.segment_BS, segment_BL, (0, start))
+        position_BS = jax.lax.dynamic_update_slice(cache.position_BS, position_BL, (0, start))
+        mask = AttentionMask(True, segment_BL, segment_BS, position_BL, position_BS)
+
+        def cached_step(layer: Block, carry, k_index):
+            # The whole cache is carried, not sliced in and stacked out: the update stays in place.
+            x_BLD, k_KBSNH, v_KBSNH = carry
+            q, k, v = project(layer, layer.ln_1(x_BLD))
+            where = (k_index, 0, start, 0, 0)
+            k_KBSNH = jax.lax.dynamic_update_slice(k_KBSNH, k[None].astype(k_KBSNH.dtype), where)
+            v_KBSNH = jax.lax.dynamic_update_slice(v_KBSNH, v[None].astype(v_KBSNH.dtype), where)
+            out = attention(q, k_KBSNH[k_index], v_KBSNH[k_index], mask, backend=backend)
+            return finish(layer, x_BLD, out), k_KBSNH, v_KBSNH
+
+        x_BLD, k_KBSNH, v_KBSNH = scan_layers(
+            self.blocks,
+            cached_step,
+            (x_BLD, cache.k_KBSNH, cache.v_KBSNH),
+            remat="none",
+            per_layer=(jnp.arange(config.num_layers),),
+        )
+        length = start + x_BLD.shape[1]
+        return self.ln_f(x_BLD), KVCache(k_KBSNH, v_KBSNH, segment_BS, position_BS, length)

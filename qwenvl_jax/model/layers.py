@@ -1,0 +1,147 @@
+"""The small layers that every part is made of, and stacking of equal blocks.
+
+Axes: K stacked layers; `...` whatever comes before.
+Every parameter is an `nnx.Param` with its logical axes in the metadata `axes`, which is all that
+`sharding.py` needs. Initial scales are one over the square root of the fan-in, so that the same
+code starts well at any width (Differs: the release draws everything with std 0.02).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwenvl_jax import axes
+from qwenvl_jax.config import RematPolicy
+
+
+class Buffer(nnx.Variable):
+    """A tensor that belongs to the weights but is never trained."""
+
+
+def param(
+    shape: Sequence[int], logical: Sequence[str], std: float, dtype: str, rngs: nnx.Rngs
+) -> nnx.Param:
+    """Returns a normally distributed parameter that knows its logical axes."""
+    assert len(shape) == len(logical)
+    value = std * jax.random.normal(rngs.params(), tuple(shape), dtype)
+    return nnx.Param(value.astype(dtype), axes=tuple(logical))
+
+
+class Dense(nnx.Module):
+    """x [..., in dims] -> [..., out dims], over one or two contracted and produced dimensions."""
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        use_bias: bool,
+        dtype: str,
+        rngs: nnx.Rngs,
+        scale: float = 1.0,
+    ):
+        """`inputs` and `outputs` map logical axis -> size; `scale` multiplies the initial std."""
+        fan_in = math.prod(inputs.values())
+        shape = (*inputs.values(), *outputs.values())
+        self.num_inputs = len(inputs)
+        self.kernel = param(shape, (*inputs, *outputs), scale * fan_in**-0.5, dtype, rngs)
+        if use_bias:
+            zeros = jnp.zeros(tuple(outputs.values()), dtype)
+            self.bias = nnx.Param(zeros, axes=tuple(outputs))
+        else:
+            self.bias = None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.num_inputs)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm over the last axis, computed in float32."""
+
+    def __init__(self, logical: str, size: int, *, eps: float, dtype: str):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size, dtype), axes=(logical,))
+        self.bias = nnx.Param(jnp.zeros(size, dtype), axes=(logical,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)  # bf16 means lose the small differences that a norm is about
+        mean = wide.mean(axis=-1, keepdims=True)
+        variance = jnp.square(wide - mean).mean(axis=-1, keepdims=True)
+        normal = (wide - mean) * jax.lax.rsqrt(variance + self.eps)
+        scale, bias = self.scale[...].astype(jnp.float32), self.bias[...].astype(jnp.float32)
+        return (normal * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis.
+
+    The cast back comes before the weight, as in the released `modeling_qwen.py`; in bf16 the other
+    order gives different numbers.
+    """
+
+    def __init__(self, logical: str, size: int, *, eps: float, dtype: str):
+        self.eps = eps
+        self.scale = nnx.Param(jnp.ones(size, dtype), axes=(logical,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.eps)
+        return normal.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def stack_layers(
+    make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs
+) -> nnx.Module:
+    """Returns one module whose parameters all have a leading `layers` axis.
+
+    Its own `__call__` must not be used: `scan_layers` takes it apart again, one slice a step.
+    """
+
+    def make_state(key: jax.Array) -> nnx.State:
+        return nnx.state(make(nnx.Rngs(params=key)))
+
+    def add_axis(variable: nnx.Variable) -> nnx.Variable:
+        return variable.replace(variable.get_value(), axes=(axes.LAYERS, *variable.axes))
+
+    states = jax.vmap(make_state)(jax.random.split(rngs.params(), num_layers))
+    states = jax.tree.map(add_axis, states, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    return nnx.merge(graphdef, states)
+
+
+def scan_layers(
+    stacked: nnx.Module,
+    step: Callable,
+    carry: jax.Array | tuple,
+    *,
+    remat: RematPolicy,
+    per_layer: tuple = (),
+) -> jax.Array | tuple:
+    """Returns the carry after `step(layer, carry, *per_layer[k])` for every stacked layer k.
+
+    `remat` says what the backward pass finds stored: `none` everything, `dots` the results of
+    matrix products, `full` only the carry between layers.
+    """
+    graphdef, states = nnx.split(stacked)
+
+    def body(carry, slice_k):
+        state, extra = slice_k
+        return step(nnx.merge(graphdef, state), carry, *extra), None
+
+    if remat != "none":
+        policies = jax.checkpoint_policies
+        policy = {
+            "dots": policies.dots_with_no_batch_dims_saveable,
+            "full": policies.nothing_saveable,
+        }[remat]
+        # Inside a scan the compiler cannot merge the recomputation away, so the barrier that
+        # prevent_cse would add only costs.
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    carry, _ = jax.lax.scan(body, carry, (states, per_layer))
+    return carry

@@ -1,0 +1,189 @@
+"""The vision tower: pictures to patch features.
+
+Axes: I pictures  Y X C pixels  P patches  R pixels of a patch  E width  M MLP width  N heads
+H head dimension  G patches on a side of the picture.
+
+An OpenCLIP ViT without class token and without a final norm: the last block's output goes to the
+adapter (paper 2.1; released `visual.py`). Attention is over the whole picture, or, in most blocks,
+over windows (the ablation in paper E.3).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from qwenvl_jax import axes
+from qwenvl_jax.config import AttentionBackend, RematPolicy, VisionConfig
+from qwenvl_jax.model.attention import AttentionMask, Projections, attention
+from qwenvl_jax.model.layers import Dense, LayerNorm, param, scan_layers, stack_layers
+
+# Mean and deviation of RGB that CLIP was trained with.
+PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def normalize_pixels(image_IYXC: jax.Array, dtype: str) -> jax.Array:
+    """Returns uint8 pixels as CLIP saw them: zero mean, unit deviation, float."""
+    # In float32 up to the end: bf16 holds 8 bits, and the pixels use all of theirs.
+    unit = image_IYXC.astype(jnp.float32) / 255.0
+    return ((unit - PIXEL_MEAN) / PIXEL_STD).astype(dtype)
+
+
+def to_patches(image_IYXC: jax.Array, patch_size: int) -> jax.Array:
+    """Returns [I, P, R]: patches row by row, each as (y, x, channel) pixels.
+
+    Raises:
+        ValueError: the picture is not square, or its side is no multiple of the patch size.
+    """
+    I, Y, X, C = image_IYXC.shape
+    if Y != X or Y % patch_size:
+        raise ValueError(
+            f"pictures must be square with a side that is a multiple of {patch_size}: got {Y}x{X}; "
+            "resize them first (qwenvl_jax.image.to_square)"
+        )
+    G = Y // patch_size
+    grid = image_IYXC.reshape(I, G, patch_size, G, patch_size, C).swapaxes(2, 3)
+    return grid.reshape(I, G * G, patch_size * patch_size * C)
+
+
+def resize_table(table_PE: jax.Array, num_patches: int) -> jax.Array:
+    """Returns a square position table resized to another square grid, in float32.
+
+    As PyTorch's bicubic does it with align_corners=False and no antialias, which is what the
+    weights were trained with, at 448 pixels and beyond.
+    """
+    old, new = round(table_PE.shape[0] ** 0.5), round(num_patches**0.5)
+    table = table_PE.astype(jnp.float32)
+    if old == new:
+        return table
+    square = table.reshape(old, old, -1)
+    square = jax.image.resize(
+        square, (new, new, square.shape[-1]), jax.image.ResizeMethod.CUBIC_PYTORCH, antialias=False
+    )
+    return square.reshape(new * new, -1)
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig, dtype: str, rngs: nnx.Rngs):
+        E, M, N = config.width, config.mlp_dim, config.num_heads
+        out_scale = (2 * config.num_layers) ** -0.5  # keeps the residual sum at unit scale
+        self.ln_1 = LayerNorm(axes.VIT_EMBED, E, eps=config.norm_eps, dtype=dtype)
+        self.attn = Projections(
+            (axes.VIT_EMBED, E),
+            (axes.VIT_HEADS, N),
+            E // N,
+            qkv_bias=True,
+            out_bias=True,
+            out_scale=out_scale,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.ln_2 = LayerNorm(axes.VIT_EMBED, E, eps=config.norm_eps, dtype=dtype)
+        width, hidden = {axes.VIT_EMBED: E}, {axes.VIT_MLP: M}
+        self.mlp = nnx.Dict(
+            up_proj=Dense(width, hidden, use_bias=True, dtype=dtype, rngs=rngs),
+            down_proj=Dense(hidden, width, use_bias=True, dtype=dtype, rngs=rngs, scale=out_scale),
+        )
+
+    def attend(self, x_IPE: jax.Array, mask: AttentionMask, backend: AttentionBackend):
+        q, k, v = self.attn.q_proj(x_IPE), self.attn.k_proj(x_IPE), self.attn.v_proj(x_IPE)
+        return self.attn.o_proj(attention(q, k, v, mask, backend=backend))
+
+    def feed_forward(self, x_IPE: jax.Array) -> jax.Array:
+        return self.mlp.down_proj(jax.nn.gelu(self.mlp.up_proj(x_IPE), approximate=False))
+
+
+def to_windows(x_IPE: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
+    """Returns windows [I * windows, side * side, E] and their segments: 1 a patch, 0 padding."""
+    I, P, E = x_IPE.shape
+    G = round(P**0.5)
+    num = -(-G // side)
+    pad = num * side - G
+
+    def split(grid_IGGE):
+        padded = jnp.pad(grid_IGGE, ((0, 0), (0, pad), (0, pad), (0, 0)))
+        windows = padded.reshape(-1, num, side, num, side, padded.shape[-1]).swapaxes(2, 3)
+        return windows.reshape(-1, side * side, padded.shape[-1])
+
+    segment = split(jnp.ones((1, G, G, 1), jnp.int32))[..., 0]
+    return split(x_IPE.reshape(I, G, G, E)), jnp.tile(segment, (I, 1))
+
+
+def from_windows(x: jax.Array, num_patches: int, side: int) -> jax.Array:
+    """Returns [I, P, E] again, the padding dropped: the inverse of `to_windows`."""
+    G = round(num_patches**0.5)
+    num = -(-G // side)
+    grid = x.reshape(-1, num, num, side, side, x.shape[-1]).swapaxes(2, 3)
+    grid = grid.reshape(-1, num * side, num * side, x.shape[-1])[:, :G, :G]
+    return grid.reshape(-1, num_patches, x.shape[-1])
+
+
+class ViT(nnx.Module):
+    """uint8 pictures [I, Y, X, C] -> patch features [I, P, E]."""
+
+    def __init__(self, config: VisionConfig, param_dtype: str, *, rngs: nnx.Rngs):
+        E, R = config.width, config.patch_size**2 * 3
+        self.config = config
+        self.patch_embed = Dense(
+            {axes.PATCH: R}, {axes.VIT_EMBED: E}, use_bias=False, dtype=param_dtype, rngs=rngs
+        )
+        self.position_embed = param(
+            (config.table_side**2, E),
+            (axes.VIT_POSITION, axes.VIT_EMBED),
+            E**-0.5,
+            param_dtype,
+            rngs,
+        )
+        self.ln_pre = LayerNorm(axes.VIT_EMBED, E, eps=config.norm_eps, dtype=param_dtype)
+        self.blocks = stack_layers(
+            lambda rngs: Block(config, param_dtype, rngs), config.num_layers, rngs
+        )
+
+    def embed(self, image_IYXC: UInt8[Array, "I Y X C"], dtype: str) -> jax.Array:
+        """Returns what enters the first block [I, P, E]: patches, positions, first norm."""
+        patch_IPR = to_patches(normalize_pixels(image_IYXC, dtype), self.config.patch_size)
+        x_IPE = self.patch_embed(patch_IPR)
+        table_PE = resize_table(self.position_embed[...], x_IPE.shape[1])
+        return self.ln_pre(x_IPE + table_PE.astype(x_IPE.dtype))
+
+    def __call__(
+        self,
+        image_IYXC: UInt8[Array, "I Y X C"],
+        *,
+        dtype: str,
+        backend: AttentionBackend,
+        remat: RematPolicy,
+    ) -> Float[Array, "I P E"]:
+        x_IPE = self.embed(image_IYXC, dtype)
+        P, side = x_IPE.shape[1], self.config.window_side
+        has_windows = self.config.attention == "window" and P > side * side
+
+        def everywhere(layer: Block, x_IPE):
+            return layer.attend(x_IPE, AttentionMask(), backend)
+
+        def in_windows(layer: Block, x_IPE):
+            windows, segment = to_windows(x_IPE, side)
+            mask = AttentionMask(q_segment_BT=segment, kv_segment_BS=segment)
+            return from_windows(layer.attend(windows, mask, backend), P, side)
+
+        def step(layer: Block, x_IPE, is_global):
+            y_IPE = layer.ln_1(x_IPE)
+            if has_windows:
+                # One branch runs; both are compiled once for all blocks.
+                x_IPE += jax.lax.cond(
+                    is_global,
+                    lambda y: everywhere(layer, y),
+                    lambda y: in_windows(layer, y),
+                    y_IPE,
+                )
+            else:
+                x_IPE += everywhere(layer, y_IPE)
+            return x_IPE + layer.feed_forward(layer.ln_2(x_IPE))
+
+        K, every = self.config.num_layers, self.config.global_every
+        is_global_K = jnp.arange(K) % every == every - 1
+        return scan_layers(self.blocks, step, x_IPE, remat=remat, per_layer=(is_global_K,))

@@ -1,0 +1,186 @@
+"""Where every array lives: the mesh, the one table from logical axes to mesh axes, and a report.
+
+The mesh always has the three axes `data`, `fsdp` and `tensor`, also on one device, so there is one
+code path. `data` holds copies of the parameters, `fsdp` splits parameters and batch, `tensor`
+splits heads, MLPs and the vocabulary. Activations follow from these by XLA's propagation.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qwenvl_jax import axes
+from qwenvl_jax.config import ConfigError, MeshConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# The whole placement policy. None: this axis is never split.
+AXIS_TABLE: dict[str, str | tuple[str, ...] | None] = {
+    axes.LAYERS: None,  # the scan walks it
+    axes.EMBED: "fsdp",
+    axes.EMBED_OUT: "tensor",
+    axes.MLP: "tensor",
+    axes.VOCAB: "tensor",
+    axes.HEADS: "tensor",
+    axes.HEAD_DIM: None,
+    axes.PATCH: None,
+    axes.VIT_POSITION: None,
+    axes.VIT_EMBED: "fsdp",
+    axes.VIT_HEADS: "tensor",
+    axes.VIT_MLP: "tensor",
+    axes.QUERY: None,
+    axes.BATCH: ("data", "fsdp"),
+    axes.LENGTH: None,
+}
+
+
+def make_mesh(
+    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Returns the mesh `data x fsdp x tensor` over `devices` (default: all of this job).
+
+    `config=None` is the 1x1x1 mesh of the first device.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if config is None:
+        config, devices = MeshConfig(data=1, fsdp=1, tensor=1), devices[:1]
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise ConfigError(
+            f"the mesh data x fsdp x tensor must use all {len(devices)} devices: "
+            f"got {config.data} x {config.fsdp} x {config.tensor}; set one of them to -1"
+        )
+    # Auto is written out: since jax 0.9 the default is Explicit, where a sharding constraint
+    # asserts instead of asking.
+    return jax.make_mesh(
+        tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def partition_spec(
+    logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+) -> PartitionSpec:
+    """Returns the spec of one array, by the table.
+
+    A mesh axis that does not divide its dimension is left out: that dimension is replicated, and
+    `describe` says so.
+
+    Raises:
+        ConfigError: two dimensions want the same mesh axis, or an axis has no row in the table.
+    """
+    used: set[str] = set()
+    parts: list[str | tuple[str, ...] | None] = []
+    for name, size in zip(logical, shape, strict=True):
+        if name is not None and name not in AXIS_TABLE:
+            raise ConfigError(f"no row in AXIS_TABLE for the logical axis {name!r} of {logical}")
+        target = AXIS_TABLE[name] if name is not None else None
+        mesh_axes = (target,) if isinstance(target, str) else target or ()
+        if used.intersection(mesh_axes):
+            raise ConfigError(f"logical axes {logical} use one mesh axis twice: {mesh_axes}")
+        used.update(mesh_axes)
+        fits = size % math.prod(mesh.shape[axis] for axis in mesh_axes) == 0
+        parts.append(target if mesh_axes and fits else None)
+    return PartitionSpec(*parts)
+
+
+def shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """Returns the same tree with a NamedSharding in place of every array.
+
+    Works on real and on abstract states; the logical axes come from each Variable's metadata.
+    """
+
+    def place(variable: nnx.Variable) -> nnx.Variable:
+        spec = partition_spec(variable.axes, variable.get_value().shape, mesh)
+        return variable.replace(NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the placement of step inputs: rows over `data` and `fsdp`, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(AXIS_TABLE[axes.BATCH]))
+
+
+def with_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """Returns an abstract state whose ShapeDtypeStructs carry their shardings.
+
+    Restore, conversion and compilation for absent hardware all start from this tree.
+    """
+
+    def attach(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        spec = partition_spec(variable.axes, value.shape, mesh)
+        return variable.replace(
+            jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=NamedSharding(mesh, spec))
+        )
+
+    return jax.tree.map(attach, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def named_variables(state: nnx.State) -> dict[str, nnx.Variable]:
+    """Returns dotted path -> Variable, e.g. `decoder.blocks.attn.q_proj.kernel`, sorted."""
+    flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    return dict(sorted(flat.items()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """One parameter's row in the report."""
+
+    path: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    bytes_per_device: int
+    note: str
+
+
+def placements(state: nnx.State, mesh: Mesh) -> list[Placement]:
+    """Returns one row a parameter; `note` names each dimension that should be split and is not."""
+    rows = []
+    for path, variable in named_variables(state).items():
+        value = variable.get_value()
+        spec = partition_spec(variable.axes, value.shape, mesh)
+        shard = NamedSharding(mesh, spec).shard_shape(value.shape)
+        refused = [
+            f"{name}={size} over {AXIS_TABLE[name]}"
+            for name, size, part in zip(variable.axes, value.shape, spec, strict=True)
+            if name and AXIS_TABLE[name] and part is None
+        ]
+        rows.append(
+            Placement(
+                path=path,
+                shape=tuple(value.shape),
+                spec=spec,
+                bytes_per_device=math.prod(shard) * np.dtype(value.dtype).itemsize,
+                note="replicated: does not divide " + ", ".join(refused) if refused else "",
+            )
+        )
+    return rows
+
+
+def describe(state: nnx.State, mesh: Mesh) -> str:
+    """Returns a table: path, shape, spec and bytes a device, with a total.
+
+    >>> print(describe(abstract_state(config)[1], make_mesh()))  # doctest: +SKIP
+    """
+    rows = placements(state, mesh)
+    width = max(len(row.path) for row in rows)
+    lines = [f"mesh {dict(mesh.shape)}"]
+    for row in rows:
+        spec = ", ".join("-" if part is None else str(part) for part in row.spec)
+        lines.append(
+            f"{row.path:<{width}}  {row.shape!s:<24} ({spec})  {row.bytes_per_device:,} B"
+            + (f"  {row.note}" if row.note else "")
+        )
+    lines.append(f"total {sum(row.bytes_per_device for row in rows):,} B a device")
+    return "\n".join(lines)
