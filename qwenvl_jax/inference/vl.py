@@ -1,0 +1,328 @@
+"""The loaded model that users hold: ids and pictures in, numbers and new ids out.
+
+    vl = qwenvl_jax.from_pretrained("Qwen-VL-Chat")
+    vl.generate(vl.tokenizer.encode("Once upon a time"), max_new_tokens=20)
+    print(vl.chat("What is parked here? Give its box.", images=["street.jpg"]).text)
+
+Axes: B rows  L text length with slots  I pictures  Y X C picture rows, columns, channels
+      Q adapter queries  D text width  V vocabulary rows.
+Every method checks its input on the host, rounds shapes up to a bucket, and calls one compiled
+function. Text and turns are `session.py`; this file knows ids only.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from qwenvl_jax.config import ModelConfig
+from qwenvl_jax.inference import prompts as prompts_lib
+from qwenvl_jax.inference.cache import row_bucket
+from qwenvl_jax.inference.generate import Generator, place, rotary_alpha
+from qwenvl_jax.inference.pictures import PictureFeatures
+from qwenvl_jax.inference.prompts import LongContext, Prompts
+from qwenvl_jax.inference.sampling import Sampling
+from qwenvl_jax.model.qwenvl import abstract_state
+from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
+from qwenvl_jax.sharding import make_mesh
+
+if TYPE_CHECKING:
+    from qwenvl_jax.inference.session import ChatStream, Reply, Turn
+
+LOGITS_AT_ONCE = 256  # positions whose scores exist on the device at once
+DTYPES = ("bfloat16", "float32")
+
+
+def from_pretrained(
+    path: str | Path,
+    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    mesh: Mesh | None = None,
+) -> "VL":
+    """Returns the model of a folder: a released PyTorch one, or one of ours.
+
+    `dtype` is that of the weights and of the arithmetic; norms, softmax, rotary angles and logits
+    are float32 either way. `mesh` (see `sharding.make_mesh`) spreads the weights; None is the first
+    device.
+
+    Raises:
+        ValueError: the folder, its config or its weights cannot be used; says which file and why.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}: got {dtype!r}")
+    from qwenvl_jax.checkpoint.weights import load_weights, read_config
+
+    folder = Path(path)
+    mesh = make_mesh() if mesh is None else mesh
+    config = dataclasses.replace(read_config(folder), dtype=dtype, param_dtype=dtype)
+    graphdef, abstract = abstract_state(config, mesh)
+    return VL(config, graphdef, load_weights(folder, abstract), mesh, folder)
+
+
+class VL:
+    """One model on one mesh. Thread-safe: nothing changes after it is made but a feature cache."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        graphdef: nnx.GraphDef,
+        state: nnx.State,
+        mesh: Mesh,
+        folder: Path | None = None,
+    ):
+        """`folder` is where the tokenizer file may be; it is read when first asked for."""
+        self.config, self.mesh, self.folder = config, mesh, folder
+        self.features = PictureFeatures(self._run_tower, _no_features(config))
+        self._state = state
+        self._generator = Generator(config, graphdef, state, mesh)
+        self._tower = jax.jit(partial(_encode, graphdef))
+        self._hidden = jax.jit(partial(_hidden, graphdef, config), static_argnames="is_training")
+        self._scores = jax.jit(partial(_scores, graphdef), static_argnames="size")
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that came with the weights.
+
+        Raises:
+            TokenizerError: there is none, or it belongs to another model.
+        """
+        return load_tokenizer(
+            self.folder or "", self.config.adapter.num_queries, self.config.image_start_id
+        )
+
+    def encode_images(self, images: np.ndarray) -> np.ndarray:
+        """Returns what the adapter makes of uint8 pictures [n, Y, X, 3]: float32 [n, Q, D].
+
+        Raises:
+            ValueError: see `prompts.check_images`.
+        """
+        checked = prompts_lib.check_images(images, self.config, "encode_images")
+        return self.features(checked).astype(np.float32)  # bf16 is no NumPy citizen
+
+    def logits(
+        self, tokens: Sequence[int], images: np.ndarray | None = None, train: bool = False
+    ) -> np.ndarray:
+        """Returns the scores of the next token at every position: float32 [L, V].
+
+        `images` uint8 [n, Y, X, 3] in reading order, one for each `<img>` span of the tokens.
+        `train=True` computes as in training: no NTK, no log-n scaling beyond the trained length.
+
+        Raises:
+            ValueError: tokens and pictures that do not fit each other or the model.
+        """
+        prompts = self._lay_out([tokens], [images], [0], rows=1, names=["tokens"])
+        length = int(prompts.length_B[0])
+        hidden_BLD = self._hidden(self._state, place(prompts, self.mesh), is_training=train)
+        padded = hidden_BLD.shape[1]
+        size = min(LOGITS_AT_ONCE, padded)
+        scores = np.empty((length, self.config.decoder.vocab_size), np.float32)
+        for first in range(0, length, size):
+            begin = min(first, padded - size)  # the last piece overlaps: pieces have one size
+            piece = np.asarray(self._scores(self._state, hidden_BLD, np.int32(begin), size=size))
+            scores[begin : begin + size] = piece[: length - begin]
+        return scores
+
+    def generate(
+        self,
+        tokens: Sequence[int],
+        images: np.ndarray | None = None,
+        *,
+        max_new_tokens: int = 512,
+        stop_tokens: Sequence[int] = (),
+        long_context: LongContext = "row",
+        **sampling: Any,
+    ) -> list[int]:
+        """Returns the new tokens only.
+
+        Ends after `max_new_tokens`, or before a token of `stop_tokens`, which is left out: an
+        answer shorter than `max_new_tokens` was stopped. `sampling` takes the fields of
+        `sampling.Sampling`: temperature (0, the default, is greedy), top_k, top_p,
+        repetition_penalty, seed. `long_context`: see `prompts.LongContext`.
+
+            >>> vl.generate(ids, images, max_new_tokens=24)  # doctest: +SKIP
+
+        Raises:
+            ValueError: tokens and pictures that do not fit each other or the model.
+        """
+        [answer] = self.generate_batch(
+            [tokens],
+            [images],
+            max_new_tokens=max_new_tokens,
+            stop_tokens=stop_tokens,
+            long_context=long_context,
+            **sampling,
+        )
+        return answer
+
+    def generate_batch(
+        self,
+        tokens: Sequence[Sequence[int]],
+        images: Sequence[np.ndarray | None] | None = None,
+        *,
+        max_new_tokens: int = 512,
+        stop_tokens: Sequence[int] = (),
+        long_context: LongContext = "row",
+        seed: int = 0,
+        **sampling: Any,
+    ) -> list[list[int]]:
+        """Returns the new tokens of each row; each row as if it were alone.
+
+        Row b draws with `seed + b`. Other arguments as in `generate`; `images[b]` are the pictures
+        of row b, or None.
+        """
+        if not tokens:
+            return []
+        choices = [Sampling(seed=seed + b, **sampling) for b in range(len(tokens))]
+        limits = [max_new_tokens] * len(tokens)
+        prompts = self._batch(tokens, images, limits, long_context)
+        if max_new_tokens == 0:
+            return [[] for _ in tokens]
+        return self._generator.run(prompts, choices, limits, [tuple(stop_tokens)] * len(tokens))
+
+    def stream(
+        self,
+        tokens: Sequence[int],
+        images: np.ndarray | None = None,
+        *,
+        max_new_tokens: int = 512,
+        stop_tokens: Sequence[int] = (),
+        long_context: LongContext = "row",
+        every: int = 4,
+        **sampling: Any,
+    ) -> Iterator[list[int]]:
+        """Yields the tokens of `generate` as they come, about `every` at a time."""
+        if every < 1:
+            raise ValueError(f"every must be 1 or more: got {every}")
+        choice = Sampling(**sampling)
+        prompts = self._batch([tokens], [images], [max_new_tokens], long_context)
+        return self._stream(prompts, choice, max_new_tokens, tuple(stop_tokens), every)
+
+    def _stream(
+        self, prompts: Prompts, choice: Sampling, max_new: int, stop: tuple[int, ...], every: int
+    ) -> Iterator[list[int]]:
+        if max_new == 0:
+            return
+        num_sent = 0
+        for [answer] in self._generator.stream(prompts, [choice], [max_new], [stop], every=every):
+            if len(answer) > num_sent:
+                yield answer[num_sent:]
+                num_sent = len(answer)
+
+    def chat(
+        self, text: str, images: Sequence[Any] = (), history: Sequence["Turn"] = (), **options: Any
+    ) -> "Reply":
+        """Returns the answer to one message, its boxes, and the history to pass next time.
+
+        `images` are paths, bytes, PIL images or uint8 arrays, shown before the text. Options: see
+        `session.ChatOptions`.
+
+            >>> reply = vl.chat("Where is the dog?", images=["park.jpg"])  # doctest: +SKIP
+            >>> reply = vl.chat("And the cat?", history=reply.history)  # doctest: +SKIP
+        """
+        stream = self.chat_stream(text, images, history, **options)
+        for _ in stream:
+            pass
+        return stream.reply
+
+    def chat_stream(
+        self, text: str, images: Sequence[Any] = (), history: Sequence["Turn"] = (), **options: Any
+    ) -> "ChatStream":
+        """Returns an iterator over pieces of the answer's text; at its end `.reply` is whole."""
+        from qwenvl_jax.inference.session import ChatOptions, ChatStream
+
+        return ChatStream(self, text, images, history, ChatOptions(**options))
+
+    def _batch(self, tokens, images, limits: Sequence[int], long_context: LongContext) -> Prompts:
+        images = [None] * len(tokens) if images is None else images
+        if len(images) != len(tokens):
+            raise ValueError(
+                f"one entry of images for each row of tokens: got {len(images)} for {len(tokens)}; "
+                "a row without pictures has None"
+            )
+        names = ["tokens"] if len(tokens) == 1 else [f"row {b}" for b in range(len(tokens))]
+        rows = row_bucket(len(tokens))
+        return self._lay_out(
+            tokens, images, limits, rows=rows, names=names, long_context=long_context
+        )
+
+    def _lay_out(
+        self,
+        tokens: Sequence[Sequence[int]],
+        images: Sequence[Any],
+        limits: Sequence[int],
+        *,
+        rows: int,
+        names: Sequence[str],
+        long_context: LongContext = "row",
+    ) -> Prompts:
+        """Returns everything checked, pictures encoded, as one batch on the host."""
+        config = self.config
+        ids = [prompts_lib.check_ids(row, config, name) for row, name in zip(tokens, names)]
+        pictures = [prompts_lib.check_images(x, config, name) for x, name in zip(images, names)]
+        starts = []
+        for row, shown, limit, name in zip(ids, pictures, limits, names, strict=True):
+            prompts_lib.check_length(len(row), limit, config, name)
+            starts.append(prompts_lib.find_pictures(row, len(shown), config, name))
+        features = self._features_of(pictures)
+        return prompts_lib.lay_out(
+            ids, starts, features, config, rows=rows, long_context=long_context
+        )
+
+    def _features_of(self, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns [n, Q, D] for each row; the tower sees the pictures of all rows together."""
+        shown = [row for row in pictures if len(row)]
+        sides = sorted({row.shape[1] for row in shown})
+        if len(sides) > 1:
+            raise ValueError(
+                f"pictures of one call must have the same side: got {sides}; resize them, or call "
+                "once for each side"
+            )
+        together = self.features(np.concatenate(shown) if shown else pictures[0])
+        ends = np.cumsum([len(row) for row in pictures])
+        return np.split(together, ends[:-1])
+
+    def _run_tower(self, image_IYXC: np.ndarray) -> np.ndarray:
+        return np.asarray(self._tower(self._state, place(image_IYXC, self.mesh)))
+
+
+def _no_features(config: ModelConfig) -> np.ndarray:
+    shape = (0, config.adapter.num_queries, config.decoder.width)
+    return np.zeros(shape, jnp.dtype(config.dtype))
+
+
+def _encode(graphdef: nnx.GraphDef, state: nnx.State, image_IYXC: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state).encode_images(image_IYXC)
+
+
+def _hidden(
+    graphdef: nnx.GraphDef,
+    config: ModelConfig,
+    state: nnx.State,
+    prompts: Prompts,
+    *,
+    is_training: bool,
+) -> jax.Array:
+    """Returns hidden states after the last norm [B, L, D]."""
+    is_real_BL = jnp.arange(prompts.tokens_BL.shape[1]) < prompts.length_B[:, None]
+    hidden_BLD, _ = nnx.merge(graphdef, state)(
+        prompts.tokens_BL,
+        visual_BIQD=prompts.visual_BIQD,
+        image_start_BI=prompts.image_start_BI,
+        segment_BL=is_real_BL.astype(jnp.int32),
+        ntk_alpha_B=None if is_training else rotary_alpha(prompts, config),
+    )
+    return hidden_BLD
+
+
+def _scores(
+    graphdef: nnx.GraphDef, state: nnx.State, hidden_BLD: jax.Array, begin: jax.Array, *, size: int
+) -> jax.Array:
+    """Returns the first row's logits [size, V] from position `begin`."""
+    piece_BLD = jax.lax.dynamic_slice_in_dim(hidden_BLD, begin, size, axis=1)
+    return nnx.merge(graphdef, state).logits(piece_BLD)[0]
