@@ -1,0 +1,36 @@
+"""Pixels of any size -> the square the vision tower reads, still uint8.
+
+Dividing by 255 and subtracting the mean happen on the device, in `model`: a byte travels four
+times lighter than a float.
+
+Axes: Y rows, X columns, C colours (see `qwenvl_jax.axes`).
+"""
+
+import operator
+
+import numpy as np
+from PIL import Image
+
+
+def to_square(image_YXC: np.ndarray, size: int) -> np.ndarray:
+    """The picture stretched to uint8[size, size, 3] with PIL's bicubic filter.
+
+    The aspect ratio is not kept, and boxes are relative to the sides, so they need no change. PIL
+    widens the filter when it shrinks (antialiasing), which other bicubic resizes do not.
+
+    Raises:
+      ValueError: pixels that are not uint8[Y, X, 3], or a size below 1.
+
+    Source: released `visual.py`, the picture transform.
+    """
+    size = operator.index(size)
+    if size < 1:
+        raise ValueError(f"the side of the square must be positive: got {size}")
+    is_rgb = image_YXC.ndim == 3 and image_YXC.shape[2] == 3 and image_YXC.size > 0
+    if image_YXC.dtype != np.uint8 or not is_rgb:
+        raise ValueError(
+            f"expected pixels as uint8 (height, width, 3): got {image_YXC.dtype} "
+            f"{image_YXC.shape}; read the picture with load_image"
+        )
+    image = Image.fromarray(np.ascontiguousarray(image_YXC))
+    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
