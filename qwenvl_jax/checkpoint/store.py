@@ -1,0 +1,216 @@
+"""Saving and restoring a run: Orbax, plus our own digest of every array.
+
+A checkpoint is a step number and named items, each a flat dict from a dotted name to an array:
+`weights` is the whole model, `optimizer` the rest of the training state. Beside them lies `digest`,
+written in the same atomic commit: name -> shape, dtype, fingerprint. Orbax alone restores a file
+with a flipped bit without a word; here a checkpoint counts only when every digest agrees.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from qwenvl_jax.checkpoint.digest import digests
+
+Item = dict[str, Any]  # dotted name -> array, or ShapeDtypeStruct with a sharding
+
+FORMAT = 1  # of the digest record; raised when an older one can no longer be read
+_DIGEST = "digest"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used, or a run directory without one."""
+
+
+class _Damaged(Exception):
+    """This step cannot be trusted; an older one may."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run directory: `run_dir/checkpoints/<step>/`."""
+
+    def __init__(self, run_dir: str | Path, *, keep: int | None = None, read_only: bool = False):
+        """`keep` newest steps stay; None keeps all. `read_only` never creates or renames."""
+        self._directory = Path(run_dir).resolve() / "checkpoints"
+        self._read_only = read_only
+        if read_only and not self._directory.is_dir():
+            raise CheckpointError(f"no checkpoints in {run_dir}: expected a folder `checkpoints`")
+        # Orbax narrates every save; what a person must know, the loop says.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=None if read_only else keep,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,  # else every kill leaves one behind
+                read_only=read_only,
+                enable_async_checkpointing=not read_only,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Returns the committed steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, items: Mapping[str, Item]) -> None:
+        """Starts saving; the arrays may be donated as soon as this returns.
+
+        Raises:
+            Exception: whatever made an earlier save fail, e.g. a full disk.
+        """
+        record = {name: _describe(arrays) for name, arrays in items.items()}
+        payload = {"format": FORMAT, "items": record, "sha256": _sha256(record)}
+        parts = {name: ocp.args.StandardSave(dict(arrays)) for name, arrays in items.items()}
+        parts[_DIGEST] = ocp.args.JsonSave(payload)
+        self._manager.save(step, args=ocp.args.Composite(**parts))
+
+    def check(self) -> None:
+        """Raises what a save in the background has met, if anything."""
+        self._manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Returns when no save is under way; raises what the save has met."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def restore_newest(self, wanted: Mapping[str, Item]) -> tuple[int, dict[str, Item]] | None:
+        """Returns (step, items) of the newest step whose digests agree; None if there is no step.
+
+        `wanted` holds ShapeDtypeStructs with shardings, which need not be those of the save.
+        Damaged steps are renamed `<step>.corrupt` and reported, never deleted; a read-only store
+        only reports them.
+
+        Raises:
+            CheckpointError: there are steps and none is good, or names or shapes are not `wanted`.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return step, self._restore(step, wanted)
+            except _Damaged as reason:
+                self._set_aside(step, reason)
+        aside = sorted(path.name for path in self._directory.glob("*.corrupt*"))
+        if steps or aside:
+            raise CheckpointError(
+                f"no good checkpoint is left in {self._directory}: all of {steps} are damaged, "
+                f"set aside {aside}; a run never starts over by itself: restore a copy, or choose "
+                "another run_dir"
+            )
+        return None
+
+    def _restore(self, step: int, wanted: Mapping[str, Item]) -> dict[str, Item]:
+        record = self._read_record(step)
+        for name, arrays in wanted.items():
+            _check_names(f"{self._directory / str(step)} item {name!r}", arrays, record.get(name))
+        args = {name: ocp.args.StandardRestore(dict(arrays)) for name, arrays in wanted.items()}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+            items = {name: restored[name] for name in wanted}
+        except Exception as error:  # noqa: BLE001  Orbax and tensorstore raise many kinds
+            _raise_damaged(error)
+        for name, arrays in items.items():
+            for path, digest in digests(arrays).items():
+                if digest != record[name][path]["digest"]:
+                    raise _Damaged(f"{name}: {path} does not have the digest it was saved with")
+        return items
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        """Returns item -> name -> {shape, dtype, digest}; checked against its own sha256."""
+        try:
+            args = ocp.args.Composite(**{_DIGEST: ocp.args.JsonRestore()})
+            payload = self._manager.restore(step, args=args)[_DIGEST]
+            record, sha256 = payload["items"], payload["sha256"]
+        except Exception as error:  # noqa: BLE001
+            _raise_damaged(error)
+        if _sha256(record) != sha256:
+            raise _Damaged("the digest record itself is damaged")
+        return record
+
+    def _set_aside(self, step: int, reason: _Damaged) -> None:
+        source = self._directory / str(step)
+        if self._read_only:
+            print(f"checkpoint {source} is damaged ({reason}); trying an older one", flush=True)
+            return
+        target, count = self._directory / f"{step}.corrupt", 1
+        while target.exists():
+            count += 1
+            target = self._directory / f"{step}.corrupt-{count}"
+        source.rename(target)
+        self._manager.reload()
+        print(f"checkpoint {source} is damaged ({reason}); renamed to {target.name}", flush=True)
+
+
+def restore_weights(run_dir: str | Path, abstract: Item) -> Item:
+    """Returns the model weights of a run's newest good checkpoint, by dotted path.
+
+    `abstract` maps each path to a ShapeDtypeStruct with its sharding; nothing else of the
+    checkpoint is read, and nothing in the run directory is changed.
+
+    Raises:
+        CheckpointError: no checkpoint, none good, or another model's names and shapes.
+    """
+    store = CheckpointStore(run_dir, read_only=True)
+    try:
+        found = store.restore_newest({"weights": abstract})
+    finally:
+        store.close()
+    if found is None:
+        raise CheckpointError(f"no finished checkpoint in {run_dir}/checkpoints")
+    return found[1]["weights"]
+
+
+def _describe(arrays: Item) -> dict[str, Any]:
+    found = digests(arrays)
+    return {
+        name: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": found[name]}
+        for name, x in arrays.items()
+    }
+
+
+def _sha256(record: Any) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _raise_damaged(error: Exception) -> NoReturn:
+    # Too little memory says nothing about the files: setting them aside would lose the run.
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise error
+    raise _Damaged(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
+
+
+def _check_names(where: str, wanted: Item, saved: Mapping[str, Any] | None) -> None:
+    """Raises when the checkpoint is of another model: that is no damage, and nothing is renamed."""
+    if saved is None:
+        raise CheckpointError(f"{where} is missing: this is no checkpoint of a training run")
+    problems = [f"{name}: not wanted" for name in sorted(set(saved) - set(wanted))]
+    for name, array in sorted(wanted.items()):
+        if name not in saved:
+            problems.append(f"{name}: missing")
+        elif tuple(saved[name]["shape"]) != tuple(array.shape):
+            problems.append(
+                f"{name}: got shape {tuple(saved[name]['shape'])}, expected {tuple(array.shape)}"
+            )
+        elif np.dtype(saved[name]["dtype"]) != np.dtype(array.dtype):
+            problems.append(f"{name}: got {saved[name]['dtype']}, expected {array.dtype}")
+    if problems:
+        listed = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
+        raise CheckpointError(
+            f"{where} does not fit this config in {len(problems)} of {len(wanted)} arrays: "
+            f"{listed}; use the model sizes it was trained with"
+        )
+
+
+def abstract_item(arrays: Item) -> Item:
+    """Returns the same names with ShapeDtypeStructs that keep shape, dtype and sharding."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays
+    )

@@ -1,0 +1,80 @@
+"""`python train.py CONFIG [--a.b=c ...]`: starts a training run, or goes on with it."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.config import ConfigError, TrainConfig
+
+_USAGE = """usage: python train.py CONFIG [--a.b=c ...]
+
+Trains by a config file, a Python file whose get_config() returns a TrainConfig. The same command on
+the same run_dir goes on where the run stopped. Ctrl-C or SIGTERM saves and ends with exit code 0.
+
+  python train.py configs/nano/stage1.py
+  python train.py configs/nano/stage1.py --run-dir=runs/try --optimizer.peak-lr=1e-3 --steps=500
+  python train.py configs/nano/stage1.py --help        lists every setting and its value
+
+exit codes: 0 finished, or saved on request; 2 a wrong command, setting or directory
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the command."""
+    return run_command("train", _run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        print(_USAGE, end="")
+        return SUCCESS if argv and argv[0] in ("-h", "--help") else USAGE_ERROR
+    config = read_config(argv[0], argv[1:])
+    _join_cluster()
+    from qwenvl_jax.training.loop import train
+
+    train(config, command=["train.py", *argv])
+    return SUCCESS
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Returns the TrainConfig of a config file, with `--a.b=c` overrides applied.
+
+    Raises:
+        ConfigError: no such file, or no get_config() in it that returns a TrainConfig.
+        SystemExit: an override that does not fit; tyro has then printed which, and what is near.
+    """
+    import tyro
+
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"no config file {path}: expected a Python file, e.g. configs/nano/*.py")
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is not a Python file: expected a name that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(f"{path} line {error.lineno} is not Python: {error.msg}") from error
+    get_config = getattr(module, "get_config", None)
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"{path} has no get_config() that returns a TrainConfig: got {type(config).__name__}"
+        )
+    return tyro.cli(TrainConfig, default=config, args=list(overrides), prog=f"train.py {path}")
+
+
+def _join_cluster() -> None:
+    """Joins the other processes of the job, when the environment names a coordinator."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        import jax
+
+        jax.distributed.initialize()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Batches on the device before they are asked for."""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import NamedSharding
+
+from qwenvl_jax.data.example import Batch, DataError
+
+
+class Feed:
+    """Iterates over batches that a thread has made and placed on the mesh, one ahead.
+
+    While the device computes step s, the host makes batch s+1. An error of the data side is raised
+    at the step it belongs to, not earlier.
+    """
+
+    def __init__(self, batches: Iterator[Batch], sharding: NamedSharding, ahead: int = 1):
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
+        self._is_closed = threading.Event()
+        args = (batches, sharding)
+        self._thread = threading.Thread(target=self._fill, args=args, name="feed", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Ends the thread; what it has made is dropped."""
+        self._is_closed.set()
+        self._thread.join(timeout=10)
+
+    def _fill(self, batches: Iterator[Batch], sharding: NamedSharding) -> None:
+        try:
+            for batch in batches:
+                placed = Batch(*(jax.device_put(array, sharding) for array in batch))
+                if not self._offer(placed):
+                    return
+            self._offer(DataError("the data ended before the run did"))
+        except BaseException as error:  # noqa: BLE001  raised again in the thread that waits
+            self._offer(error)
+
+    def _offer(self, item: Batch | BaseException) -> bool:
+        while not self._is_closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,141 @@
+"""What a run carries from step to step, and how it lies on the mesh.
+
+Weights are flat dicts from the dotted parameter path to an array, split into the trained and the
+frozen ones: only the first has gradients and optimizer memory.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, init_state
+from qwenvl_jax.sharding import named_variables, with_shardings
+from qwenvl_jax.training.optimizer import ParameterPlan, make_optimizer, plan_parameters
+
+Weights = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a step reads and writes; `step` counts finished steps, applied or not."""
+
+    step: jax.Array  # int32 scalar
+    trainable: Weights
+    frozen: Weights
+    optimizer: Any  # of optax: two moments of every trained parameter
+    skipped: jax.Array  # int32 scalar: steps whose update was not finite, so not applied
+
+
+class Layout(NamedTuple):
+    """The fixed side of a run: decided from the config and the mesh, before any array exists."""
+
+    mesh: Mesh
+    graphdef: nnx.GraphDef
+    model_state: nnx.State  # of ShapeDtypeStructs that carry their shardings
+    plan: dict[str, ParameterPlan]
+    abstract: TrainState  # of ShapeDtypeStructs that carry their shardings
+
+    @property
+    def shardings(self) -> TrainState:
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+def make_layout(config: TrainConfig, mesh: Mesh) -> Layout:
+    """Returns names, shapes, placement and training plan of a run; allocates nothing."""
+    graphdef, state = abstract_state(config.model)
+    state = with_shardings(state, mesh)
+    plan = plan_parameters(state, config)
+    weights = {path: v.get_value() for path, v in named_variables(state).items()}
+    trainable, frozen = split_weights(weights, plan)
+    moments = jax.eval_shape(make_optimizer(config.optimizer, plan).init, trainable)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # A moment lies where its parameter lies; both are found under the same dict key.
+        parameter = trainable.get(getattr(path[-1], "key", None))
+        sharding = parameter.sharding if parameter is not None else replicated
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    abstract = TrainState(
+        step=scalar,
+        trainable=trainable,
+        frozen=frozen,
+        optimizer=jax.tree_util.tree_map_with_path(place, moments),
+        skipped=scalar,
+    )
+    return Layout(mesh, graphdef, state, plan, abstract)
+
+
+def split_weights(
+    weights: dict[str, Any], plan: dict[str, ParameterPlan]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns (trained, frozen), two dicts by path."""
+    trainable = {name: x for name, x in weights.items() if plan[name].is_trained}
+    frozen = {name: x for name, x in weights.items() if not plan[name].is_trained}
+    return trainable, frozen
+
+
+def random_weights(config: TrainConfig, mesh: Mesh) -> Weights:
+    """Returns fresh weights from the run's seed, born sharded."""
+    _, state = init_state(config.model, jax.random.key(config.seed), mesh)
+    return {path: variable.get_value() for path, variable in named_variables(state).items()}
+
+
+def start_state(config: TrainConfig, layout: Layout, weights: Weights) -> TrainState:
+    """Returns the state before the first step: given weights, empty optimizer."""
+    trainable, frozen = split_weights(weights, layout.plan)
+    optimizer = make_optimizer(config.optimizer, layout.plan)
+
+    @jax.jit(out_shardings=(layout.shardings.optimizer, layout.shardings.step))
+    def begin(trainable):
+        return optimizer.init(trainable), jnp.zeros((), jnp.int32)
+
+    moments, zero = begin(trainable)
+    # Two arrays, not one twice: the step donates each of them.
+    return TrainState(zero, trainable, frozen, moments, jnp.copy(zero))
+
+
+def to_items(state: TrainState) -> dict[str, dict[str, Any]]:
+    """Returns the state as flat dicts for the checkpoint store; works on abstract states too.
+
+    `weights` holds the whole model, whatever was frozen, so any later run can start from it.
+    """
+    rest = {"step": state.step, "skipped": state.skipped, "optimizer": state.optimizer}
+    return {"weights": state.trainable | state.frozen, "optimizer": _flatten(rest)}
+
+
+def from_items(items: dict[str, dict[str, Any]], abstract: TrainState) -> TrainState:
+    """Returns the state again; the inverse of `to_items`."""
+    rest = {"step": abstract.step, "skipped": abstract.skipped, "optimizer": abstract.optimizer}
+    leaves = [items["optimizer"][name] for name in _flatten(rest)]
+    rest = jax.tree.unflatten(jax.tree.structure(rest), leaves)
+    weights = items["weights"]
+    return TrainState(
+        step=rest["step"],
+        trainable={name: weights[name] for name in abstract.trainable},
+        frozen={name: weights[name] for name in abstract.frozen},
+        optimizer=rest["optimizer"],
+        skipped=rest["skipped"],
+    )
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Returns dotted path -> leaf, in tree order."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in leaves}
+
+
+def merge_model(graphdef: nnx.GraphDef, weights: Weights) -> QwenVL:
+    """Returns the model that holds these arrays; the inverse of naming them by path."""
+    nested: dict[str, Any] = {}
+    for path, array in weights.items():
+        *parents, leaf = path.split(".")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
+    return nnx.merge(graphdef, nested)

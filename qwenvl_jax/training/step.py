@@ -1,0 +1,150 @@
+"""One optimizer step, as a pure function of (state, batch).
+
+Axes: B batch rows, L text length, I pictures of a row, Y X C pixels, Q queries, D text width.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qwenvl_jax import axes
+from qwenvl_jax.config import ConfigError, TrainConfig
+from qwenvl_jax.data.example import Batch
+from qwenvl_jax.model.qwenvl import NO_IMAGE
+from qwenvl_jax.sharding import AXIS_TABLE, batch_sharding
+from qwenvl_jax.training.loss import next_token_loss
+from qwenvl_jax.training.optimizer import clip_by_norm, learning_rate, make_optimizer
+from qwenvl_jax.training.state import Layout, TrainState, Weights, merge_model
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
+    """Returns the compiled step; the state that goes in is given up (donated).
+
+    Metrics, scalars on the device: `loss` (mean over scored tokens of the whole batch),
+    `grad_norm` (before clipping, trained parameters only), `lr`, `tokens` (without padding),
+    `scored_tokens`, `images`, `skipped` (so far).
+
+    A step whose loss or gradient is not finite, or that scores no token, leaves parameters and
+    moments bit-equal and is counted in `skipped`.
+
+    Raises:
+        ConfigError: the rows of a micro-batch do not divide over the devices.
+    """
+    num_shards = _check_rows(config, layout.mesh)
+    optimizer = make_optimizer(config.optimizer, layout.plan)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        gradients, loss_sum, weight_sum = _gradients(
+            state, batch, config, layout, chunk=config.loss_chunk * num_shards
+        )
+        scored = jnp.where(weight_sum > 0, weight_sum, 1.0)
+        loss = loss_sum / scored
+        gradients = {name: g / scored for name, g in gradients.items()}
+        clipped, norm = clip_by_norm(gradients, config.optimizer.clip_norm)
+
+        lr = learning_rate(state.step, config.optimizer, config.steps)
+        updates, moments = optimizer.update(clipped, state.optimizer, state.trainable)
+        trainable = {n: p - (lr * updates[n]).astype(p.dtype) for n, p in state.trainable.items()}
+
+        is_good = jnp.isfinite(loss) & jnp.isfinite(norm) & (weight_sum > 0)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(is_good, a, b), new, old)  # noqa: E731
+        new_state = TrainState(
+            step=state.step + 1,
+            trainable=keep(trainable, state.trainable),
+            frozen=state.frozen,
+            optimizer=keep(moments, state.optimizer),
+            skipped=state.skipped + jnp.where(is_good, 0, 1),
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": (batch.segment > 0).sum(),
+            "scored_tokens": weight_sum,
+            "images": (batch.image_start < NO_IMAGE).sum(),
+            "skipped": new_state.skipped,
+        }
+        return new_state, metrics
+
+    replicated = NamedSharding(layout.mesh, PartitionSpec())
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(layout.shardings, batch_sharding(layout.mesh)),
+        out_shardings=(layout.shardings, replicated),
+    )
+
+
+def _check_rows(config: TrainConfig, mesh: Mesh) -> int:
+    """Returns over how many devices the rows of a batch are split."""
+    num_shards = math.prod(mesh.shape[axis] for axis in AXIS_TABLE[axes.BATCH] or ())
+    if config.data.rows % (config.micro_batches * num_shards):
+        raise ConfigError(
+            "data.rows must be a multiple of micro_batches x data x fsdp: "
+            f"got rows={config.data.rows}, micro_batches={config.micro_batches} and rows split "
+            f"over {num_shards} devices; change data.rows, micro_batches or mesh"
+        )
+    return num_shards
+
+
+def _gradients(
+    state: TrainState, batch: Batch, config: TrainConfig, layout: Layout, chunk: int
+) -> tuple[Weights, jax.Array, jax.Array]:
+    """Returns (gradients of the summed loss, the summed loss, the summed weights).
+
+    Sums, not means: micro-batches with few scored tokens then count for as much as they hold.
+    """
+
+    def loss_sum(trainable: Weights, part: Batch) -> tuple[jax.Array, jax.Array]:
+        weights = trainable | state.frozen
+        return batch_loss(layout.graphdef, weights, part, chunk)
+
+    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+    if config.micro_batches == 1:
+        (loss, weight), gradients = value_and_grad(state.trainable, batch)
+        return gradients, loss, weight
+
+    spread = NamedSharding(layout.mesh, PartitionSpec(None, AXIS_TABLE[axes.BATCH]))
+
+    def deal(x: jax.Array) -> jax.Array:
+        # Row r goes to micro-batch r mod n: every device keeps its own rows in every micro-batch.
+        parts = x.reshape(-1, config.micro_batches, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(parts, spread)
+
+    def add(total, part):
+        (loss, weight), gradients = value_and_grad(state.trainable, part)
+        return jax.tree.map(jnp.add, total, (gradients, loss, weight)), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (jax.tree.map(jnp.zeros_like, state.trainable), zero, zero)
+    total, _ = jax.lax.scan(add, start, jax.tree.map(deal, batch))
+    return total
+
+
+def batch_loss(
+    graphdef: nnx.GraphDef, weights: Weights, batch: Batch, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (summed loss, summed weights) of a batch in training mode: no NTK, no log-n."""
+    model = merge_model(graphdef, weights)
+    num_rows, num_images = batch.image_start.shape
+    visual_BIQD = None
+    if num_images:
+        images_IYXC = batch.images.reshape(-1, *batch.images.shape[2:])
+        visual_IQD = model.encode_images(images_IYXC)
+        visual_BIQD = visual_IQD.reshape(num_rows, num_images, *visual_IQD.shape[1:])
+    hidden_BLD, _ = model(
+        batch.tokens,
+        visual_BIQD=visual_BIQD,
+        image_start_BI=batch.image_start if num_images else None,
+        position_BL=batch.position,
+        segment_BL=batch.segment,
+    )
+    lm_head_DV = model.decoder.lm_head.kernel[...]
+    return next_token_loss(hidden_BLD, lm_head_DV, batch.targets, batch.loss_weight, chunk)

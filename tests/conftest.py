@@ -1,0 +1,13 @@
+"""What every test may rely on: eight CPU devices, and jaxtyping's shapes checked at every call."""
+
+import os
+
+# Before the first import of jax: it reads these once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("qwenvl_jax", "beartype.beartype")
