@@ -1,10 +1,11 @@
 """How a command ends: its exit code, and what a person sees when something is wrong.
 
-Exceptions whose class is written in this package carry a message for people, and so do the
-operating system's: those become one line and exit code 2. Anything else is a bug and keeps its
-traceback. `QWENVL_DEBUG=1` shows the traceback of both.
+Messages written for people become one line and exit code 2: those of this package and those of the
+operating system. Anything else is a bug and keeps its traceback. `QWENVL_DEBUG=1` shows the
+traceback of both.
 """
 
+import dis
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,10 +18,25 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def is_user_error(error: BaseException) -> bool:
     """Returns whether the message of `error` was written for the person at the terminal.
 
-    Our own modules name their errors (`ConfigError`, `ImageError`, ...), so the module of the class
-    tells: no list to keep, and nothing heavy to import only to compare classes.
+    True for the operating system's errors, for error classes of this package (`ConfigError`, ...)
+    and for a ValueError that a `raise` of this package made; `int("x")` in our code is a bug.
     """
-    return type(error).__module__.split(".")[0] == "qwenvl_jax" or isinstance(error, OSError)
+    if isinstance(error, OSError) or _is_ours(type(error).__module__):
+        return True
+    return isinstance(error, ValueError) and _is_raised_by_us(error)
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] == "qwenvl_jax"
+
+
+def _is_raised_by_us(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not _is_ours(trace.tb_frame.f_globals.get("__name__", "")):
+        return False
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def one_line(error: BaseException) -> str:
@@ -35,7 +51,7 @@ def run_command(
 ) -> int:
     """Returns the exit code of `command(argv)`, after printing a wrong input as one line.
 
-    name: what the person typed, put before the message ("infer.py", "qwenvl train").
+    name: what the person typed, put before the message ("infer", "train").
     argv: without the program's name; None takes it from the command line.
     """
     try:
