@@ -1,0 +1,245 @@
+"""What is said about a drawn scene: captions, phrases for one thing, questions with their answers.
+
+Everything said is true of the scene, phrases fit exactly one thing, and yes/no questions are right
+half of the time. Sentences are short and regular: the shipped model learns them in an hour. In the
+train split no sentence pairs a shape with a colour of `HELD_OUT_PAIRS`, not even to deny it.
+"""
+
+import random
+from typing import NamedTuple
+
+from qwenvl_jax.data.sources.scenes import (
+    COLOURS,
+    SHAPES,
+    Scene,
+    Split,
+    Thing,
+    is_allowed,
+)
+
+CLEAR = 0.14  # of the side: two positions that differ by less are not called left, right, ...
+
+CAPTION_REQUESTS = (
+    "Describe the picture.",
+    "What is in the picture?",
+    "Describe the image.",
+    "What do you see?",
+)
+LOCATE_REQUESTS = ("Find {}.", "Where is {}? Draw a box.", "Locate {}.", "Draw a box around {}.")
+READ_REQUESTS = ("Read the text.", "Find the text.")
+
+
+class Question(NamedTuple):
+    kind: str
+    text: str
+    answer: str
+
+
+# --- naming things ------------------------------------------------------------------------------
+
+
+def _a(noun_phrase: str) -> str:
+    return f"an {noun_phrase}" if noun_phrase[0] in "aeiou" else f"a {noun_phrase}"
+
+
+def describe(thing: Thing) -> str:
+    """Returns `a red circle` or `a small red circle`."""
+    name = f"{thing.colour} {thing.shape}"
+    return _a(f"small {name}" if thing.size == "small" else name)
+
+
+def _ends(scene: Scene, group: list[Thing]) -> list[tuple[str, Thing]]:
+    """Returns `("left", thing)` and so on for a group of two that lies clearly apart."""
+    if len(group) != 2:
+        return []
+    found = []
+    for axis, low, high in ((0, "left", "right"), (1, "top", "bottom")):
+        first, second = sorted(group, key=lambda thing: thing.centre[axis])
+        if second.centre[axis] - first.centre[axis] >= CLEAR * scene.side:
+            found += [(low, first), (high, second)]
+    return found
+
+
+def phrases(scene: Scene, thing: Thing) -> list[str]:
+    """Returns every phrase of this language that fits `thing` and nothing else in the scene."""
+    same_shape = [other for other in scene.things if other.shape == thing.shape]
+    same_colour = [other for other in scene.things if other.colour == thing.colour]
+    found = [f"the {thing.colour} {thing.shape}"]  # a scene never repeats this pair
+    if len(same_shape) == 1:
+        found.append(f"the {thing.shape}")
+    elif sum(other.size == thing.size for other in same_shape) == 1:
+        found.append(f"the {thing.size} {thing.shape}")
+    found += [
+        f"the {end} {thing.shape}" for end, other in _ends(scene, same_shape) if other is thing
+    ]
+    if len(same_colour) == 1:
+        found.append(f"the {thing.colour} thing")
+    return found
+
+
+def phrase(scene: Scene, thing: Thing, rng: random.Random) -> str:
+    """Returns one phrase that fits `thing` only; half of the time its colour and shape."""
+    found = phrases(scene, thing)
+    return found[0] if rng.random() < 0.5 else rng.choice(found)
+
+
+# --- captions -----------------------------------------------------------------------------------
+
+
+class Piece(NamedTuple):
+    """A run of a caption; `thing` is what it names, if anything."""
+
+    text: str
+    thing: Thing | None
+
+
+def caption_pieces(scene: Scene) -> list[Piece]:
+    """Returns the caption in pieces whose texts join to it; things run from left to right.
+
+    `a red circle, a small blue star and an orange ring with the word TREE`
+    """
+    pieces: list[Piece] = []
+    last = len(scene.things) - 1
+    for i, thing in enumerate(scene.things):
+        if i:
+            pieces.append(Piece(" and" if i == last else ",", None))
+        pieces.append(Piece(f" {describe(thing)}", thing))
+    if scene.writing is not None:
+        start = " with the" if pieces else " the"
+        pieces.append(Piece(f"{start} {scene.writing.kind} {scene.writing.text}", None))
+    first = pieces[0]
+    pieces[0] = first._replace(text=first.text.removeprefix(" "))
+    return pieces
+
+
+def relation(scene: Scene, one: Thing, other: Thing) -> str | None:
+    """Returns `left of`, `right of`, `above` or `below`: how one lies to the other, if clear."""
+    dx, dy = (a - b for a, b in zip(one.centre, other.centre, strict=True))
+    clear = CLEAR * scene.side
+    if abs(dx) >= clear and abs(dx) > 1.3 * abs(dy):
+        return "left of" if dx < 0 else "right of"
+    if abs(dy) >= clear and abs(dy) > 1.3 * abs(dx):
+        return "above" if dy < 0 else "below"
+    return None
+
+
+def caption(scene: Scene, rng: random.Random) -> str:
+    """Returns a caption; a quarter of those with two things say how they lie to each other."""
+    if len(scene.things) == 2 and scene.writing is None and rng.random() < 0.25:
+        one, other = scene.things
+        link = relation(scene, one, other)
+        if link is not None:
+            return f"{describe(one)} {link} {describe(other)}"
+    return "".join(piece.text for piece in caption_pieces(scene))
+
+
+# --- questions ----------------------------------------------------------------------------------
+
+
+def _word_for_colour(rng: random.Random) -> str:
+    return rng.choice(("colour", "color"))
+
+
+def _colour(scene: Scene, split: Split, rng: random.Random) -> Question | None:
+    thing = rng.choice(scene.things)
+    named = [text for text in phrases(scene, thing) if thing.colour not in text.split()]
+    if not named:
+        return None
+    text = f"What {_word_for_colour(rng)} is {rng.choice(named)}?"
+    return Question("colour", text, thing.colour)
+
+
+def _shape(scene: Scene, split: Split, rng: random.Random) -> Question | None:
+    thing = rng.choice(scene.things)
+    if sum(other.colour == thing.colour for other in scene.things) != 1:
+        return None
+    return Question("shape", f"What shape is the {thing.colour} thing?", thing.shape)
+
+
+def _count(scene: Scene, split: Split, rng: random.Random) -> Question | None:
+    text = rng.choice(("How many shapes are there?", "How many shapes are in the picture?"))
+    return Question("count", text, str(len(scene.things)))
+
+
+def _exists(scene: Scene, split: Split, rng: random.Random) -> Question | None:
+    thing = rng.choice(scene.things)
+    present = {(other.shape, other.colour) for other in scene.things}
+    shape, colour = thing.shape, thing.colour
+    is_there = rng.random() < 0.5
+    while not is_there and ((shape, colour) in present or not is_allowed(shape, colour, split)):
+        shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
+        keep = rng.random()  # a denied thing mostly shares something with a real one
+        if keep < 0.4:
+            shape = thing.shape
+        elif keep < 0.8:
+            colour = thing.colour
+    article = _a(f"{colour} {shape}")
+    return Question("exists", f"Is there {article}?", "yes" if is_there else "no")
+
+
+def _relation(scene: Scene, split: Split, rng: random.Random) -> Question | None:
+    if len(scene.things) < 2:
+        return None
+    one, other = rng.sample(scene.things, 2)
+    link = relation(scene, one, other)
+    if link is None:
+        return None
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    is_true = rng.random() < 0.5
+    asked = link if is_true else opposite[link]
+    text = f"Is {phrase(scene, one, rng)} {asked} {phrase(scene, other, rng)}?"
+    return Question("relation", text, "yes" if is_true else "no")
+
+
+def _where(scene: Scene, split: Split, rng: random.Random) -> Question | None:
+    thing = rng.choice(scene.things)
+    x, y = (value / scene.side - 0.5 for value in thing.centre)
+    if min(abs(x), abs(y)) < CLEAR / 2:
+        return None
+    corner = f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
+    return Question("where", f"Where is {phrase(scene, thing, rng)}?", corner)
+
+
+def _size(scene: Scene, split: Split, rng: random.Random) -> Question | None:
+    thing = rng.choice(scene.things)
+    named = [text for text in phrases(scene, thing) if thing.size not in text.split()]
+    return Question("size", f"Is {rng.choice(named)} small or large?", thing.size)
+
+
+def reading_question(scene: Scene, rng: random.Random) -> Question | None:
+    """Returns a question whose answer is the written word or number, if there is one."""
+    if scene.writing is None:
+        return None
+    kind = scene.writing.kind
+    text = rng.choice((f"What {kind} is written?", f"What is the {kind}?"))
+    return Question(kind, text, scene.writing.text)
+
+
+_ASKERS = (_colour, _colour, _shape, _shape, _count, _exists, _exists, _relation, _relation)
+_ASKERS += (_where, _size)
+QUESTION_KINDS = (
+    "colour",
+    "shape",
+    "count",
+    "exists",
+    "relation",
+    "where",
+    "size",
+    "word",
+    "number",
+)
+
+
+def question(scene: Scene, split: Split, rng: random.Random) -> Question:
+    """Returns one question that the scene answers without doubt."""
+    if scene.writing is not None and (not scene.things or rng.random() < 0.4):
+        asked = reading_question(scene, rng)
+        assert asked is not None
+        return asked
+    askers = list(_ASKERS)
+    rng.shuffle(askers)
+    for asker in askers:
+        asked = asker(scene, split, rng)
+        if asked is not None:
+            return asked
+    raise AssertionError("a scene with a thing can always be asked about its size")

@@ -1,0 +1,171 @@
+"""The sample formats: the seven of the multi-task stage and plain text as segments, and chat.
+
+A segment is a run of text that wholly carries loss or wholly does not. Segments are tokenised one
+by one, so the border of the loss falls between two tokens whatever the vocabulary. Text here is
+trusted: tags and special tokens in it are live. `picture` is what stands for the picture.
+
+Source: paper Box B.1; for chat the released `finetune.py`. Where print leaves spaces open
+they follow the released model's own output: a target starts with a space, and nothing follows a
+prompt's colon.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qwenvl_jax.data.example import DataError, Example
+from qwenvl_jax.prompt.boxes import format_box, format_quad
+from qwenvl_jax.prompt.chat import DEFAULT_SYSTEM, Message, render_example
+from qwenvl_jax.prompt.tokenizer import RELEASED_CHAT_TAGS, Tokenizer
+
+EOS = "<|endoftext|>"
+PICTURE = "<img></img>"  # the tokenizer writes the slots; what stands inside does not matter
+
+Box = Sequence[int]
+Quad = Sequence[Sequence[int]]
+
+
+class Segment(NamedTuple):
+    text: str
+    is_target: bool
+
+
+class Phrase(NamedTuple):
+    """A run of a grounded caption with the boxes of what it names; no boxes: plain words."""
+
+    text: str
+    boxes: tuple[Box, ...] = ()
+
+
+def caption(text: str, picture: str = PICTURE) -> list[Segment]:
+    return [
+        Segment(f"{picture}Generate the caption in English:", False),
+        Segment(f" {text}{EOS}", True),
+    ]
+
+
+def vqa(question: str, answer: str, picture: str = PICTURE) -> list[Segment]:
+    return [
+        Segment(f"{picture} {question} Answer:", False),
+        Segment(f" {answer}{EOS}", True),
+    ]
+
+
+def ocr_vqa(question: str, answer: str, picture: str = PICTURE) -> list[Segment]:
+    """As `vqa`, but the end carries no loss: so the paper prints it, perhaps by a slip."""
+    return [
+        Segment(f"{picture} {question} Answer:", False),
+        Segment(f" {answer}", True),
+        Segment(EOS, False),
+    ]
+
+
+def grounded_caption(phrases: Sequence[Phrase], picture: str = PICTURE) -> list[Segment]:
+    """Returns a caption whose named things are followed by their boxes.
+
+    The texts of `phrases` join to the caption; a phrase's leading space goes inside its `<ref>`.
+    """
+    return [
+        Segment(f"{picture}Generate the caption in English with grounding:", False),
+        Segment(grounded_text(phrases, start=" ") + EOS, True),
+    ]
+
+
+def ref_grounding(phrase: str, boxes: Sequence[Box], picture: str = PICTURE) -> list[Segment]:
+    return [
+        Segment(f"{picture}<ref>{phrase}</ref>", False),
+        Segment("".join(map(format_box, boxes)) + EOS, True),
+    ]
+
+
+def grounded_captioning(box: Box, text: str, picture: str = PICTURE) -> list[Segment]:
+    return [
+        Segment(f"{picture}<ref>This</ref>{format_box(box)} is", False),
+        Segment(f" {text}{EOS}", True),
+    ]
+
+
+def ocr(lines: Sequence[tuple[str, Quad]], picture: str = PICTURE) -> list[Segment]:
+    read = "".join(f"<ref>{text}</ref>{format_quad(quad)}" for text, quad in lines)
+    return [
+        Segment(f"{picture}OCR with grounding:", False),
+        Segment(f" {read}{EOS}", True),
+    ]
+
+
+def plain_text(text: str) -> list[Segment]:
+    return [Segment(f"{text}{EOS}", True)]
+
+
+def grounded_text(phrases: Sequence[Phrase], start: str = "") -> str:
+    """Returns the phrases joined, each that has boxes between `<ref>` tags and followed by them."""
+    parts = []
+    for phrase in phrases:
+        text, start = start + phrase.text, ""
+        boxes = "".join(map(format_box, phrase.boxes))
+        parts.append(f"<ref>{text}</ref>{boxes}" if phrase.boxes else text)
+    return "".join(parts)
+
+
+def to_example(
+    segments: Sequence[Segment],
+    images: Sequence[np.ndarray],
+    tokenizer: Tokenizer,
+    task: str,
+    key: str,
+) -> Example:
+    """Returns the tokenised sample.
+
+    Raises: DataError where the text does not mark as many pictures as there are.
+    """
+    ids: list[int] = []
+    is_target: list[bool] = []
+    for segment in segments:
+        piece = tokenizer.encode_raw(segment.text)
+        ids += piece
+        is_target += [segment.is_target] * len(piece)
+    return _example(ids, is_target, images, tokenizer, task, key)
+
+
+def chat_example(
+    turns: Sequence[tuple[str, str]],
+    images: Sequence[np.ndarray],
+    tokenizer: Tokenizer,
+    key: str,
+) -> Example:
+    """Returns a dialogue in ChatML with the released mask, under the default system message.
+
+    Questions mark their pictures as `Picture 1: <img></img>` and a line break.
+
+    Raises: as `to_example`.
+    """
+    messages = [Message("system", DEFAULT_SYSTEM)]
+    for question, answer in turns:
+        messages.append(Message("user", question, RELEASED_CHAT_TAGS))
+        messages.append(Message("assistant", answer, RELEASED_CHAT_TAGS))
+    rendered = render_example(tokenizer, messages)
+    return _example(rendered.ids, rendered.is_target, images, tokenizer, "chat", key)
+
+
+def _example(
+    ids: list[int],
+    is_target: list[bool],
+    images: Sequence[np.ndarray],
+    tokenizer: Tokenizer,
+    task: str,
+    key: str,
+) -> Example:
+    marked = ids.count(tokenizer.image_start_id)
+    if marked != len(images):
+        raise DataError(
+            f"sample {key} marks {marked} pictures in its text: got {len(images)} pictures; "
+            "give one <img></img> for each, in reading order"
+        )
+    return Example(
+        ids=np.array(ids, np.int32),
+        is_target=np.array(is_target, bool),
+        images=tuple(images),
+        task=task,
+        key=key,
+    )
