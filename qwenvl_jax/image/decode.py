@@ -7,9 +7,10 @@ into its messages. Each of these is decided here once.
 Axes: Y rows, X columns, C colours (see `qwenvl_jax.axes`).
 """
 
+import io
 import logging
 import struct
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import (
@@ -76,7 +77,7 @@ OTHER_KINDS = (
 )
 
 
-def decode(stream: BinaryIO, name: str, max_pixels: int) -> np.ndarray:
+def decode(stream: io.BufferedIOBase, name: str, max_pixels: int) -> np.ndarray:
     """Upright RGB pixels, uint8[Y, X, 3], of the encoded picture in a seekable binary stream.
 
     Of an animation the first frame is read. `name` says in messages which picture is meant.

@@ -110,6 +110,8 @@ def _ask(target: _Target, deadline: float) -> tuple[bytes, str | None]:
             timer = threading.Timer(_left(deadline), _shut, [sock])
             timer.start()
             try:
+                if isinstance(sock, ssl.SSLSocket):
+                    sock.do_handshake()
                 return _answer(sock, target, deadline)
             finally:
                 timer.cancel()
@@ -125,16 +127,10 @@ def _connect(target: _Target, deadline: float) -> socket.socket:
     sock = socket.create_connection((target.address, target.port), timeout=_left(deadline))
     if target.scheme == "http":
         return sock
-    timer = threading.Timer(_left(deadline), _shut, [sock])
-    timer.start()
-    try:
-        # the certificate must be the name's, though the connection is the address's
-        return ssl.create_default_context().wrap_socket(sock, server_hostname=target.host)
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        timer.cancel()
+    # the certificate must be the name's, though the connection is the address's
+    return ssl.create_default_context().wrap_socket(
+        sock, server_hostname=target.host, do_handshake_on_connect=False
+    )
 
 
 def _answer(sock: socket.socket, target: _Target, deadline: float) -> tuple[bytes, str | None]:
@@ -185,4 +181,5 @@ def _left(deadline: float) -> float:
 
 def _shut(sock: socket.socket) -> None:
     with contextlib.suppress(OSError):  # already closed by the other thread
-        sock.shutdown(socket.SHUT_RDWR)
+        # not the method: SSLSocket's drops its state under the thread that is reading
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)

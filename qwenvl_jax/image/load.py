@@ -13,6 +13,7 @@ import urllib.parse
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from qwenvl_jax.image.decode import FORMAT_NAMES, ImageError, check_size, decode, to_rgb
@@ -27,7 +28,7 @@ ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Im
 
 def load_image(
     source: ImageSource, *, max_pixels: int = 25_000_000, allow_fetch: bool = False
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "Y X 3"]:
     """Upright RGB pixels, uint8[Y, X, 3], of one picture; a fresh array that the caller owns.
 
     `source` is a path, the bytes of a file, a PIL image, a uint8 array ([Y, X] gray, [Y, X, 3] RGB

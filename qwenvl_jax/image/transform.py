@@ -3,16 +3,18 @@
 Dividing by 255 and subtracting the mean happen on the device, in `model`: a byte travels four
 times lighter than a float.
 
-Axes: Y rows, X columns, C colours (see `qwenvl_jax.axes`).
+Axes: Y rows, X columns, C colours (see `qwenvl_jax.axes`); S the side of the square.
 """
 
 import operator
+from typing import SupportsIndex
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 
-def to_square(image_YXC: np.ndarray, size: int) -> np.ndarray:
+def to_square(image_YXC: np.ndarray, size: SupportsIndex) -> UInt8[np.ndarray, "S S 3"]:
     """The picture stretched to uint8[size, size, 3] with PIL's bicubic filter.
 
     The aspect ratio is not kept, and boxes are relative to the sides, so they need no change. PIL
@@ -23,9 +25,9 @@ def to_square(image_YXC: np.ndarray, size: int) -> np.ndarray:
 
     Source: released `visual.py`, the picture transform.
     """
-    size = operator.index(size)
-    if size < 1:
-        raise ValueError(f"the side of the square must be positive: got {size}")
+    side = operator.index(size)
+    if side < 1:
+        raise ValueError(f"the side of the square must be positive: got {side}")
     is_rgb = image_YXC.ndim == 3 and image_YXC.shape[2] == 3 and image_YXC.size > 0
     if image_YXC.dtype != np.uint8 or not is_rgb:
         raise ValueError(
@@ -33,4 +35,4 @@ def to_square(image_YXC: np.ndarray, size: int) -> np.ndarray:
             f"{image_YXC.shape}; read the picture with load_image"
         )
     image = Image.fromarray(np.ascontiguousarray(image_YXC))
-    return np.array(image.resize((size, size), Image.Resampling.BICUBIC))
+    return np.array(image.resize((side, side), Image.Resampling.BICUBIC))
