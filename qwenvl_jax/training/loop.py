@@ -22,7 +22,7 @@ from typing import Any, Self
 import jax
 
 from qwenvl_jax.checkpoint.store import CheckpointStore, restore_weights
-from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.config import ConfigError, TrainConfig
 from qwenvl_jax.data.example import Batch
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training.feed import Feed
@@ -181,8 +181,21 @@ def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
 
 def _configured_batches(config: TrainConfig, first_step: int) -> Iterator[Batch]:
     from qwenvl_jax.data.pipeline import batches
+    from qwenvl_jax.prompt.tokenizer import load_tokenizer
 
-    return batches(config.data, config.seed, first_step)
+    slots = config.model.adapter.num_queries
+    tokenizer = load_tokenizer(config.data.tokenizer, slots=slots)
+    if tokenizer.image_start_id != config.model.image_start_id:
+        raise ConfigError(
+            f"model.image_start_id is not the id of <img> in {config.data.tokenizer}: got "
+            f"{config.model.image_start_id}, expected {tokenizer.image_start_id}"
+        )
+    if tokenizer.vocab_size > config.model.decoder.vocab_size:
+        raise ConfigError(
+            f"decoder.vocab_size has no rows for every id of {config.data.tokenizer}: got "
+            f"{config.model.decoder.vocab_size}, expected at least {tokenizer.vocab_size}"
+        )
+    return batches(config.data, config.seed, first_step, slots=slots)
 
 
 def _introduction(config: TrainConfig, layout: Layout, first_step: int) -> list[str]:

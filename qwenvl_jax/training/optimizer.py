@@ -42,8 +42,6 @@ class ParameterPlan:
 
     def rate_for(self, shape: tuple[int, ...]) -> np.ndarray:
         """Returns the factor as an array that broadcasts against a parameter of `shape`."""
-        if len(self.rate) == 1:
-            return np.float32(self.rate[0])
         return np.asarray(self.rate, np.float32).reshape(-1, *(1,) * (len(shape) - 1))
 
 
@@ -122,7 +120,7 @@ def clip_by_norm(
     gradients: dict[str, jax.Array], limit: float
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Returns (gradients scaled to a global norm of at most `limit`, the norm before)."""
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
     return {name: g * scale for name, g in gradients.items()}, norm
 
