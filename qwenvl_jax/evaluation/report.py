@@ -1,0 +1,80 @@
+"""Scores for people and for files: a table in the terminal, Markdown, and JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from qwenvl_jax.evaluation.scenes import Paper, Score
+
+HEADINGS = ("measure", "score", "items", "never in training", "items")
+
+
+def percent(value: float | None) -> str:
+    """Returns `87.5 %`, or a dash where nothing was measured."""
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
+    """Returns the cells of each score, as text."""
+    return [
+        (
+            score.measure,
+            percent(score.value),
+            str(score.count),
+            percent(score.new_value),
+            str(score.new_count or "-"),
+        )
+        for score in scores
+    ]
+
+
+def to_table(title: str, scores: Sequence[Score]) -> Table:
+    """Returns the scores as a table for the terminal."""
+    table = Table(title=title, title_justify="left")
+    for i, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if i else "left")
+    for cells in rows(scores):
+        table.add_row(*cells)
+    return table
+
+
+def to_markdown(scores: Sequence[Score]) -> str:
+    """Returns the scores as a Markdown table."""
+    lines = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *rows(scores)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def to_json(
+    run: Mapping[str, Any],
+    scores: Sequence[Score],
+    papers: Sequence[Paper],
+    answers: Sequence[str],
+) -> dict[str, Any]:
+    """Returns what was run, the scores, and every answer beside what was expected."""
+    return {
+        "run": dict(run),
+        "scores": [score._asdict() for score in scores],
+        "answers": [
+            {
+                "scene": paper.scene.key,
+                "subject": paper.subject,
+                "asked": paper.asked,
+                "answer": answer,
+                "expected": list(paper.expected) if paper.box is None else list(paper.box),
+                "is_new": paper.is_new,
+            }
+            for paper, answer in zip(papers, answers, strict=True)
+        ],
+    }
+
+
+def write(folder: Path, name: str, page: str, record: Mapping[str, Any]) -> list[Path]:
+    """Writes `name.md` and `name.json` into a folder, made if need be; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    markdown, data = folder / f"{name}.md", folder / f"{name}.json"
+    markdown.write_text(page, encoding="utf-8")
+    data.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return [markdown, data]

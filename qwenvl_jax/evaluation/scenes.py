@@ -1,0 +1,273 @@
+"""Held-out drawn scenes as an examination: what is asked, and how an answer is marked.
+
+Scenes come from the random stream that training never draws from. A fact counts as *new* where it
+needs a shape in a colour, or a written word, that no training scene ever showed or named: the marks
+on new facts say how far the model composes and spells, beside how well it learnt.
+
+    papers = examination(vl.tokenizer, side=vl.config.image_size, num_scenes=200)
+    answers = sit(vl, papers)
+    scores = summarise(papers, answers)
+"""
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from qwenvl_jax.data import tasks
+from qwenvl_jax.data.sources import scene_language as language
+from qwenvl_jax.data.sources.scene_rows import scene_of, thing_box
+from qwenvl_jax.data.sources.scenes import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_WORDS,
+    SHAPES,
+    Scene,
+)
+from qwenvl_jax.evaluation.metrics import anls, box_iou
+from qwenvl_jax.prompt.boxes import Box, parse_boxes
+from qwenvl_jax.prompt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qwenvl_jax.inference.vl import VL
+
+Form = Literal["task", "chat"]  # the prompts of the multi-task stage, or a chat turn
+Subject = Literal["caption", "question", "locate", "read"]
+
+FORMS: tuple[Form, ...] = ("task", "chat")
+SUBJECTS: tuple[Subject, ...] = ("caption", "question", "locate", "read")
+MAX_NEW_TOKENS: dict[Subject, int] = {"caption": 64, "question": 24, "locate": 64, "read": 24}
+HIT_IOU = 0.5
+BATCH_ROWS = 64
+
+# Which training task draws the subject's scenes: with writing, without, or as it falls.
+_SCENE_TASK: dict[Subject, str] = {
+    "caption": "caption",
+    "question": "vqa",
+    "locate": "ref_grounding",
+    "read": "ocr_vqa",
+}
+_NAMED_PAIR = re.compile(rf"\b({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})\b")
+
+
+class Paper(NamedTuple):
+    """One thing asked about one scene, and what a right answer holds."""
+
+    subject: Subject
+    form: Form
+    asked: str  # what a person would type
+    tokens: list[int]  # the prompt, exactly as in training
+    image_IYXC: np.ndarray  # uint8 [1, Y, X, 3]
+    scene: Scene
+    kind: str  # of a question: colour, count, ...; of writing: word or number
+    expected: tuple[str, ...]  # texts that are right as they stand
+    box: Box | None  # what is to be located, 0..999
+    is_new: bool
+
+
+class Mark(NamedTuple):
+    measure: str
+    value: float  # 0..1
+    is_new: bool
+
+
+class Score(NamedTuple):
+    """The mean mark of a measure, over everything and over what was never in training."""
+
+    measure: str
+    value: float
+    count: int
+    new_value: float | None
+    new_count: int
+
+
+# --- setting the papers -------------------------------------------------------------------------
+
+
+def examination(
+    tokenizer: Tokenizer, side: int, num_scenes: int, seed: int = 0, form: Form = "task"
+) -> list[Paper]:
+    """Returns one paper a scene for every subject; a pure function of its arguments."""
+    first = seed * 1_000_003  # streams of different seeds do not overlap in practice
+    return [
+        set_paper(subject, form, first + i, tokenizer, side)
+        for subject in SUBJECTS
+        for i in range(num_scenes)
+    ]
+
+
+def set_paper(subject: Subject, form: Form, key: int, tokenizer: Tokenizer, side: int) -> Paper:
+    """Returns the paper of a subject about the held-out scene of a key."""
+    scene = scene_of(_SCENE_TASK[subject], key, "heldout", side)
+    rng = random.Random(f"exam/{key}/{subject}")
+    kind, box, is_new = "", None, False
+    if subject == "caption":
+        asked, expected = rng.choice(language.CAPTION_REQUESTS), captions(scene)
+        prompt = tasks.caption("")
+        is_new = any(_is_new_pair(thing.shape, thing.colour) for thing in scene.things)
+    elif subject == "locate":
+        thing = rng.choice(scene.things)
+        phrase = language.phrase(scene, thing, rng)
+        asked, expected = rng.choice(language.LOCATE_REQUESTS).format(phrase), ()
+        prompt, box = tasks.ref_grounding(phrase, []), thing_box(scene, thing)
+        is_new = _is_new_pair(thing.shape, thing.colour)
+    else:
+        question = _question(subject, scene, rng)
+        kind, asked, expected = question.kind, question.text, (question.answer,)
+        write = tasks.ocr_vqa if subject == "read" else tasks.vqa
+        prompt = write(question.text, "")
+        is_new = _asks_for_new(question, scene)
+    tokens = _prompt_ids(prompt, asked, form, tokenizer)
+    return Paper(
+        subject, form, asked, tokens, scene.image[None], scene, kind, expected, box, is_new
+    )
+
+
+def captions(scene: Scene) -> tuple[str, ...]:
+    """Returns every caption of the training language that is right for a scene."""
+    found = ["".join(piece.text for piece in language.caption_pieces(scene))]
+    if len(scene.things) == 2 and scene.writing is None:
+        one, other = scene.things
+        link = language.relation(scene, one, other)
+        if link is not None:
+            found.append(f"{language.describe(one)} {link} {language.describe(other)}")
+    return tuple(found)
+
+
+def _question(subject: Subject, scene: Scene, rng: random.Random) -> language.Question:
+    if subject == "question":
+        return language.question(scene, "heldout", rng)
+    question = language.reading_question(scene, rng)
+    if question is None:
+        raise AssertionError(f"{scene.key} was drawn for reading and has no writing")
+    return question
+
+
+def _is_new_pair(shape: str, colour: str) -> bool:
+    return (shape, colour) in HELD_OUT_PAIRS
+
+
+def _asks_for_new(question: language.Question, scene: Scene) -> bool:
+    if question.kind == "word":
+        return question.answer in HELD_OUT_WORDS
+    if question.kind == "number":  # every number was drawn in training
+        return False
+    pairs = {(thing.shape, thing.colour) for thing in scene.things} | named_pairs(question.text)
+    return not pairs.isdisjoint(HELD_OUT_PAIRS)
+
+
+def _prompt_ids(
+    prompt: Sequence[tasks.Segment], asked: str, form: Form, tokenizer: Tokenizer
+) -> list[int]:
+    if form == "chat":
+        turn = f"Picture 1: {tasks.PICTURE}\n{asked}"
+        return tokenizer.chat_ids([(turn, None)], raw=True)
+    return tokenizer.encode_raw(prompt[0].text)
+
+
+# --- sitting it ---------------------------------------------------------------------------------
+
+
+def sit(
+    vl: "VL", papers: Sequence[Paper], on_progress: Callable[[int], None] = lambda done: None
+) -> list[str]:
+    """Returns the model's greedy answer to each paper, as text with its tags.
+
+    Papers of one subject go through the model together; `on_progress` hears how many are done.
+    """
+    stop = (vl.tokenizer.endoftext_id, vl.tokenizer.im_end_id)
+    answers = [""] * len(papers)
+    done = 0
+    for subject in SUBJECTS:
+        chosen = [i for i, paper in enumerate(papers) if paper.subject == subject]
+        chosen.sort(key=lambda i: len(papers[i].tokens))  # rows of a batch pad to the longest
+        for start in range(0, len(chosen), BATCH_ROWS):
+            batch = chosen[start : start + BATCH_ROWS]
+            replies = vl.generate_batch(
+                [papers[i].tokens for i in batch],
+                [papers[i].image_IYXC for i in batch],
+                max_new_tokens=MAX_NEW_TOKENS[subject],
+                stop_tokens=stop,
+            )
+            for i, ids in zip(batch, replies, strict=True):
+                answers[i] = vl.tokenizer.decode(ids)
+            done += len(batch)
+            on_progress(done)
+    return answers
+
+
+# --- marking ------------------------------------------------------------------------------------
+
+
+def named_pairs(text: str) -> set[tuple[str, str]]:
+    """Returns every (shape, colour) that a text names as `red circle`."""
+    return {(shape, colour) for colour, shape in _NAMED_PAIR.findall(text.lower())}
+
+
+def marks(paper: Paper, answer: str) -> list[Mark]:
+    """Returns what an answer earns; texts count when they match exactly, ends trimmed."""
+    is_right = float(answer.strip() in paper.expected)
+    if paper.subject == "caption":
+        return [*_caption_marks(paper, answer), Mark("caption: exact", is_right, paper.is_new)]
+    if paper.subject == "locate":
+        return _box_marks(paper, answer)
+    if paper.subject == "question":
+        return [
+            Mark("question: all", is_right, paper.is_new),
+            Mark(f"question: {paper.kind}", is_right, paper.is_new),
+        ]
+    return [
+        Mark(f"read: {paper.kind} exact", is_right, paper.is_new),
+        Mark("read: ANLS", anls(answer.strip(), list(paper.expected)), paper.is_new),
+    ]
+
+
+def _caption_marks(paper: Paper, answer: str) -> list[Mark]:
+    said = named_pairs(answer)
+    shown = {(thing.shape, thing.colour) for thing in paper.scene.things}
+    found = [
+        Mark("caption: objects named", float(pair in said), _is_new_pair(*pair))
+        for pair in sorted(shown)
+    ]
+    found += [
+        Mark("caption: named objects that are there", float(pair in shown), _is_new_pair(*pair))
+        for pair in sorted(said)
+    ]
+    return found
+
+
+def _box_marks(paper: Paper, answer: str) -> list[Mark]:
+    """Marks the first box of the answer; no box is no overlap."""
+    boxes = [item["box"] for item in parse_boxes(answer) if "box" in item]
+    assert paper.box is not None
+    overlap = 0.0
+    if boxes:
+        x1, y1, x2, y2 = boxes[0]
+        ordered = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        overlap = box_iou(ordered, paper.box)
+    return [
+        Mark(f"locate: IoU at {HIT_IOU}", float(overlap >= HIT_IOU), paper.is_new),
+        Mark("locate: mean IoU", overlap, paper.is_new),
+    ]
+
+
+def summarise(papers: Sequence[Paper], answers: Sequence[str]) -> list[Score]:
+    """Returns one score a measure, in the order in which the papers bring them up."""
+    by_measure: dict[str, list[Mark]] = {}
+    for paper, answer in zip(papers, answers, strict=True):
+        for mark in marks(paper, answer):
+            by_measure.setdefault(mark.measure, []).append(mark)
+    return [_score(measure, group) for measure, group in by_measure.items()]
+
+
+def _score(measure: str, group: Sequence[Mark]) -> Score:
+    new = [mark.value for mark in group if mark.is_new]
+    return Score(
+        measure=measure,
+        value=sum(mark.value for mark in group) / len(group),
+        count=len(group),
+        new_value=sum(new) / len(new) if new else None,
+        new_count=len(new),
+    )

@@ -1,0 +1,225 @@
+"""Scoring on held-out scenes: prompts are those of training, and marks say what is right."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from qwenvl_jax.data import tasks
+from qwenvl_jax.data.sources.scene_rows import scene_example
+from qwenvl_jax.data.sources.scenes import HELD_OUT_PAIRS, HELD_OUT_WORDS
+from qwenvl_jax.evaluation import report
+from qwenvl_jax.evaluation.scenes import (
+    FORMS,
+    SUBJECTS,
+    Score,
+    examination,
+    marks,
+    named_pairs,
+    set_paper,
+    sit,
+    summarise,
+)
+from qwenvl_jax.prompt.boxes import format_box
+from qwenvl_jax.prompt.tokenizer import Tokenizer
+
+SIDE = 56
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer({bytes([byte]): byte for byte in range(256)}, slots=4)
+
+
+def right_answer(paper):
+    return format_box(paper.box) if paper.subject == "locate" else f" {paper.expected[0]}"
+
+
+class ModelThatKnows:
+    """Stands in for the loaded model: looks answers up by prompt and picture."""
+
+    def __init__(self, tokenizer, papers):
+        self.tokenizer = tokenizer
+        self.known = {self.key(p.tokens, p.image_IYXC): right_answer(p) for p in papers}
+        self.batches = []
+
+    @staticmethod
+    def key(tokens, image_IYXC):
+        return tuple(tokens), image_IYXC.tobytes()
+
+    def generate_batch(self, tokens, images, *, max_new_tokens, stop_tokens):
+        self.batches.append(len(tokens))
+        assert self.tokenizer.endoftext_id in stop_tokens
+        answers = [self.known[self.key(*row)] for row in zip(tokens, images, strict=True)]
+        ids = [self.tokenizer.encode_raw(answer) for answer in answers]
+        assert all(len(row) <= max_new_tokens for row in ids), "a right answer must fit"
+        return ids
+
+
+def test_the_same_seed_sets_the_same_papers_and_another_seed_others(tokenizer):
+    def shown(seed):
+        return [(p.tokens, p.image_IYXC.tobytes()) for p in examination(tokenizer, SIDE, 3, seed)]
+
+    assert shown(1) == shown(1)
+    assert not {image for _, image in shown(1)} & {image for _, image in shown(2)}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_task_prompts_open_training_rows(tokenizer, subject):
+    """The prompt of a paper is what stands before the loss in a training row of that task."""
+    task = {"caption": "caption", "question": "vqa", "locate": "ref_grounding", "read": "ocr_vqa"}
+    row = scene_example(task[subject], 7, "heldout", SIDE, tokenizer)
+    first_target = int(np.argmax(row.is_target))
+    paper = set_paper(subject, "task", 7, tokenizer, SIDE)
+    np.testing.assert_array_equal(paper.image_IYXC[0], row.images[0])
+    picture = tokenizer.image_ids()
+    assert paper.tokens[: len(picture)] == picture
+    if subject == "caption":
+        assert paper.tokens == row.ids[:first_target].tolist()
+    # The words differ by chance; how the prompt begins and ends around them must not.
+    words = 2
+    assert paper.tokens[-words:] == row.ids[first_target - words : first_target].tolist()
+    assert tokenizer.decode(paper.tokens).count("<img></img>") == 1
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_chat_prompts_are_those_of_chat_training(tokenizer, subject):
+    paper = set_paper(subject, "chat", 7, tokenizer, SIDE)
+    turn = f"Picture 1: {tasks.PICTURE}\n{paper.asked}"
+    row = tasks.chat_example([(turn, "yes")], [paper.scene.image], tokenizer, "row")
+    assert row.ids[: len(paper.tokens)].tolist() == paper.tokens
+    assert not row.is_target[: len(paper.tokens)].all()
+    assert tokenizer.decode(paper.tokens).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_that_knows_everything_scores_full_marks(tokenizer, form):
+    papers = examination(tokenizer, SIDE, 25, seed=3, form=form)
+    model = ModelThatKnows(tokenizer, papers)
+    done = []
+    scores = summarise(papers, sit(model, papers, done.append))
+    assert {score.measure for score in scores if score.value != 1.0} == set()
+    assert done[-1] == len(papers) == 100
+    measures = [score.measure for score in scores]
+    assert "locate: IoU at 0.5" in measures
+    assert "question: all" in measures
+    assert "caption: exact" in measures
+
+
+def test_a_silent_model_scores_nothing(tokenizer):
+    papers = examination(tokenizer, SIDE, 10)
+    assert {score.value for score in summarise(papers, [""] * len(papers))} == {0.0}
+
+
+def test_captions_are_marked_by_what_they_name(tokenizer):
+    paper = next(
+        p
+        for p in (set_paper("caption", "task", key, tokenizer, SIDE) for key in range(50))
+        if len(p.scene.things) == 2
+    )
+    first, second = paper.scene.things
+    wrong = "ring" if "ring" not in (first.shape, second.shape) else "cross"
+    answer = f"a {first.colour} {first.shape} and a {second.colour} {wrong}"
+    by_measure = {score.measure: score for score in summarise([paper], [answer])}
+    assert by_measure["caption: objects named"].value == 0.5
+    assert by_measure["caption: named objects that are there"].value == 0.5
+    assert by_measure["caption: exact"].value == 0.0
+
+
+def test_pairs_are_whole_words():
+    assert named_pairs("a red circle, blued squares and a Small green star") == {
+        ("circle", "red"),
+        ("star", "green"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("shift", "hit"), [(0.0, 1.0), (0.3, 1.0), (0.4, 0.0)], ids=["exact", "near", "off"]
+)
+def test_a_box_hits_from_one_half_overlap(tokenizer, shift, hit):
+    """Moving a box by a share s of its width leaves (1 - s) / (1 + s) overlap: one half at 1/3."""
+    paper = set_paper("locate", "task", 3, tokenizer, SIDE)
+    x1, y1, x2, y2 = paper.box
+    move = int((x2 - x1) * shift)
+    move = move if x2 + move <= 999 else -move
+    answer = f"<box>({x2 + move},{y2}),({x1 + move},{y1})</box>"  # corners in any order
+    found = {mark.measure: mark.value for mark in marks(paper, answer)}
+    assert found["locate: IoU at 0.5"] == hit
+    assert found["locate: mean IoU"] == pytest.approx((1 - shift) / (1 + shift), abs=0.02)
+
+
+def test_new_facts_are_those_training_never_showed(tokenizer):
+    papers = examination(tokenizer, SIDE, 60, seed=1)
+    for paper in papers:
+        if paper.subject == "read":
+            assert paper.is_new == (paper.expected[0] in HELD_OUT_WORDS)
+        else:
+            pairs = {(thing.shape, thing.colour) for thing in paper.scene.things}
+            named = named_pairs(paper.asked)
+            if paper.is_new:
+                assert (pairs | named) & HELD_OUT_PAIRS
+    assert 0 < sum(paper.is_new for paper in papers) < len(papers) / 2
+
+
+def test_a_score_counts_new_facts_apart(tokenizer):
+    papers = [p for p in examination(tokenizer, SIDE, 60, seed=1) if p.subject == "locate"]
+    answers = ["" if paper.is_new else right_answer(paper) for paper in papers]
+    new = sum(paper.is_new for paper in papers)
+    score = summarise(papers, answers)[0]
+    assert 0 < new < len(papers)
+    assert score == Score("locate: IoU at 0.5", 1 - new / len(papers), len(papers), 0.0, new)
+
+
+def test_reports_hold_every_score_and_answer(tokenizer, tmp_path):
+    papers = examination(tokenizer, SIDE, 2)
+    answers = [right_answer(paper) for paper in papers]
+    scores = [Score("read: word exact", 0.875, 8, None, 0), *summarise(papers, answers)]
+    page = report.to_markdown(scores)
+    assert "| read: word exact | 87.5 % | 8 | - | - |" in page.splitlines()
+    assert len(page.splitlines()) == len(scores) + 2
+    record = report.to_json({"seed": 0}, scores, papers, answers)
+    paths = report.write(tmp_path / "deep" / "er", "scenes", page, record)
+    assert [path.suffix for path in paths] == [".md", ".json"]
+    read = json.loads(paths[1].read_text(encoding="utf-8"))
+    assert [row["answer"] for row in read["answers"]] == answers
+    assert read["scores"][0]["count"] == 8
+    table = report.to_table("title", scores)
+    assert table.row_count == len(scores)
+
+
+def test_answers_return_to_their_own_papers(tokenizer):
+    """Batches are made by subject and length; each answer must come back in its paper's place."""
+    papers = examination(tokenizer, SIDE, 70)[::-1]
+    model = ModelThatKnows(tokenizer, papers)
+    answers = sit(model, papers)
+    assert answers == [right_answer(paper) for paper in papers]
+    assert max(model.batches) == 64
+
+
+def test_the_eval_command_prints_the_table(tokenizer, monkeypatch, capsys, tmp_path):
+    import qwenvl_jax
+    from qwenvl_jax.cli import eval as command
+
+    papers = examination(tokenizer, SIDE, 3, seed=5)
+    model = ModelThatKnows(tokenizer, papers)
+    model.config = types.SimpleNamespace(image_size=SIDE)
+    monkeypatch.setattr(qwenvl_jax, "from_pretrained", lambda *_, **__: model, raising=False)
+    argv = ["--num-scenes", "3", "--seed", "5", "--form", "task", "--output", str(tmp_path)]
+    assert command.main(argv) == 0
+    assert "100.0 %" in capsys.readouterr().out
+    assert (tmp_path / "scenes_task.md").exists()
+    assert json.loads((tmp_path / "scenes_task.json").read_text())["run"]["seed"] == 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [(["--num-scenes", "0"], "--num-scenes must be positive"), (["--model", "no/such"], "no/such")],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(argv, message, capsys):
+    from qwenvl_jax.cli import eval as command
+
+    assert command.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
