@@ -1,0 +1,305 @@
+"""A folder of weights for inference: `config.json`, the tokenizer's file, `weights/`, a manifest.
+
+`weights/` is an ordinary Orbax checkpoint of a flat dict, dotted path -> array, which any Orbax
+restores onto any mesh. It is written array by array and slice by slice, so a model larger than the
+memory can be written. `weights.json` holds the sha256 of every array's bytes in C order: Orbax does
+not notice a flipped bit.
+
+Orbax lays the folder out around placeholders, and TensorStore writes the arrays in their place,
+because Orbax itself only saves arrays that are in memory. Plain zarr files rather than Orbax's
+OCDBT database: that one gathers data files of gigabytes in memory before writing them.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from qwenvl_jax.checkpoint.leaves import (
+    Leaf,
+    OnBytes,
+    digest_leaf,
+    open_leaf,
+    unwatched,
+    write_leaf,
+)
+from qwenvl_jax.config import (
+    AdapterConfig,
+    ConfigError,
+    DecoderConfig,
+    ModelConfig,
+    VisionConfig,
+    save_json,
+)
+from qwenvl_jax.sharding import named_variables
+
+MANIFEST = "weights.json"
+WEIGHTS = "weights"
+TOKENIZER = "qwen.tiktoken"
+FORMAT = 1
+
+
+class WeightsError(ValueError):
+    """A folder of weights that cannot be used: what is wrong, and how to fix it."""
+
+
+def is_weights_folder(path: str | Path) -> bool:
+    """Returns whether `path` is a folder of ours (whatever state it is in)."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that becomes `path` when the block ends without error.
+
+    On any error, an interrupt included, it is removed and nothing is left at `path`.
+
+    Raises:
+        WeightsError: `path` is there already.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise WeightsError(f"{path} is there already: name a new folder, or remove it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)  # mkdtemp makes it private
+        yield partial
+        for file in partial.rglob("*"):
+            _flush(file)
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_weights(
+    folder: Path, config: ModelConfig, leaves: Mapping[str, Leaf], on_bytes: OnBytes = unwatched
+) -> None:
+    """Writes config, arrays and manifest into `folder`, holding one block in memory at a time."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+    check_space(folder, sum(leaf.num_bytes for leaf in leaves.values()))
+    weights = (folder / WEIGHTS).resolve()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(weights, {path: np.zeros(1, np.float32) for path in leaves})
+    arrays = {}
+    for path, leaf in sorted(leaves.items()):
+        digest = write_leaf(weights / path, leaf, on_bytes)
+        arrays[path] = {
+            "shape": list(leaf.shape),
+            "dtype": leaf.dtype.name,
+            "sha256": digest,
+        }
+    save_json(config, folder / "config.json")
+    manifest = {"format": FORMAT, "arrays": arrays}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def save_weights(
+    path: str | Path, config: ModelConfig, state: nnx.State, tokenizer: str | Path | None = None
+) -> None:
+    """Writes a new folder from a model in memory; `tokenizer` is the vocabulary file to put in it.
+
+    Raises:
+        WeightsError: the folder is there already, or the arrays are spread over several processes.
+    """
+    leaves = {}
+    for name, variable in named_variables(state).items():
+        array = variable.get_value()
+        if not array.is_fully_addressable:
+            raise WeightsError(
+                f"{name} is spread over several processes: convert the run's checkpoint in a "
+                "single process instead"
+            )
+        leaves[name] = Leaf(array.shape, np.dtype(array.dtype), _HostCopy(array))
+    with new_folder(path) as folder:
+        write_weights(folder, config, leaves)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / TOKENIZER)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises a WeightsError when `needed` bytes do not fit on the disk that holds `folder`."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise WeightsError(
+            f"the disk of {folder.parent} is too full: got {free / 1e9:.1f} GB free, expected "
+            f"{needed / 1e9:.1f} GB; free some, or write elsewhere"
+        )
+
+
+class _HostCopy:
+    """Reads parts of a device array through one copy, which lasts until its last part is read."""
+
+    def __init__(self, array: jax.Array):
+        self._array, self._host, self._left = array, None, array.shape[0]
+
+    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+        if self._host is None:
+            self._host = np.asarray(self._array)
+        part = self._host[index]
+        self._left -= part.shape[0]
+        if self._left <= 0:
+            self._host = None
+        return part
+
+
+def _flush(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_weights_config(path: str | Path) -> ModelConfig:
+    """Returns the model config of a folder of ours.
+
+    Raises:
+        WeightsError: the file is missing, is not JSON, or does not describe a model.
+    """
+    file = Path(path) / "config.json"
+    fields = _read_json(file)
+    parts = {"vision": VisionConfig, "adapter": AdapterConfig, "decoder": DecoderConfig}
+    try:
+        for name, part in parts.items():
+            fields[name] = _from_dict(part, fields.get(name, {}))
+        return _from_dict(ModelConfig, fields)
+    except (ConfigError, TypeError) as error:
+        raise WeightsError(f"{file} does not describe a model: {error}") from error
+
+
+def open_weights(path: str | Path) -> dict[str, Leaf]:
+    """Returns every array of a folder of ours, by dotted path, to be read in parts.
+
+    Raises:
+        WeightsError: files are missing, or disagree with the manifest; all of them are named.
+    """
+    path = Path(path)
+    leaves, problems = {}, []
+    for name, entry in _read_manifest(path).items():
+        try:
+            directory = (path / WEIGHTS / name).resolve()
+            leaves[name] = open_leaf(directory, tuple(entry["shape"]), entry["dtype"])
+        except ValueError as error:
+            problems.append(f"{name}: {str(error).splitlines()[0][:200]}")
+    if problems:
+        raise WeightsError(_damaged(path, problems))
+    return leaves
+
+
+def verify_weights(path: str | Path, on_bytes: OnBytes = unwatched) -> None:
+    """Reads every array once and compares its sha256 with the manifest.
+
+    Raises:
+        WeightsError: naming every array that is not what was written.
+    """
+    path = Path(path)
+    manifest, leaves = _read_manifest(path), open_weights(path)
+
+    def problem(name: str) -> str | None:
+        try:
+            digest = digest_leaf(leaves[name], on_bytes)
+        except ValueError as error:
+            return f"{name}: {str(error).splitlines()[0][:200]}"
+        return None if digest == manifest[name]["sha256"] else f"{name}: its sha256 has changed"
+
+    # Hashing lets go of the interpreter, so threads do run side by side.
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        problems = [found for found in pool.map(problem, leaves) if found]
+    if problems:
+        raise WeightsError(_damaged(path, problems))
+
+
+def load_weights_folder(path: str | Path, abstract: nnx.State, *, verify: bool = True) -> nnx.State:
+    """Returns the model's state, each array read straight into its sharding and dtype.
+
+    `abstract` is that of `model.qwenvl.abstract_state(config, mesh)`; each device's process reads
+    only the chunks it needs, after `verify` has read everything once.
+
+    Raises:
+        WeightsError: arrays are missing, unknown, misshapen or (`verify`) damaged.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    wanted = {name: variable.get_value() for name, variable in named_variables(abstract).items()}
+    problems = [f"{name} is unknown" for name in manifest if name not in wanted]
+    for name, array in wanted.items():
+        if name not in manifest:
+            problems.append(f"{name} is missing")
+        elif tuple(manifest[name]["shape"]) != array.shape:
+            problems.append(
+                f"{name} is misshapen: got {tuple(manifest[name]['shape'])}, expected {array.shape}"
+            )
+    if problems:
+        raise WeightsError(f"{path} does not hold this model: " + "; ".join(problems))
+    if verify:
+        verify_weights(path)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    with ocp.StandardCheckpointer() as checkpointer:
+        arrays = checkpointer.restore((path / WEIGHTS).resolve(), wanted)
+    return fill(abstract, arrays)
+
+
+def fill(abstract: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
+    """Returns the abstract state with its placeholders replaced, by dotted path."""
+    flat = [
+        (path, variable.replace(arrays[".".join(map(str, path))]))
+        for path, variable in nnx.to_flat_state(abstract)
+    ]
+    return nnx.from_flat_state(flat)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    manifest = _read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path / MANIFEST} has format {manifest.get('format')}, expected {FORMAT}: written by "
+            "another version of this package"
+        )
+    return manifest["arrays"]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{file} is missing: not a complete folder of weights") from error
+    except ValueError as error:
+        raise WeightsError(f"{file} is not JSON: {error}") from error
+    if not isinstance(contents, dict):
+        raise WeightsError(f"{file} holds a {type(contents).__name__}, expected an object")
+    return contents
+
+
+def _from_dict(kind: type, fields: Any) -> Any:
+    names = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(fields) - names)
+    if unknown:
+        raise ConfigError(
+            f"unknown fields {', '.join(unknown)}, expected {', '.join(sorted(names))}"
+        )
+    return kind(**fields)
+
+
+def _damaged(path: Path, problems: list[str]) -> str:
+    return f"{path} is damaged, copy or convert it again: " + "; ".join(problems)

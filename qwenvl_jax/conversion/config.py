@@ -1,0 +1,197 @@
+"""Our ModelConfig from a released `config.json`, and back.
+
+The released file holds sizes only. How to compute (dtypes, attention backend, remat) is ours to
+choose and is left at its default.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from qwenvl_jax.config import AdapterConfig, ConfigError, DecoderConfig, ModelConfig, VisionConfig
+from qwenvl_jax.conversion.slots import ConversionError
+
+RELEASED_TABLE_SIDE = 16  # the released tower has this table at every image size
+RELEASED_ADAPTER_HEAD_DIM = 128
+RELEASED_NORM_EPS = 1e-6  # of every vision norm; not in the released file
+DEFAULT_QUERIES = 256
+# What the released modelling code can vary and ours does not.
+FIXED = {
+    "rotary_pct": 1.0,
+    "no_bias": True,
+    "tie_word_embeddings": False,
+    "scale_attn_weights": True,
+}
+
+
+def model_config_from_released(
+    released: dict[str, Any], where: str | Path = "config.json"
+) -> ModelConfig:
+    """Returns the sizes that a released Qwen-VL `config.json` describes.
+
+    Raises:
+        ConversionError: fields are missing, or describe a model that ours cannot be.
+    """
+    visual = released.get("visual")
+    if not isinstance(visual, dict):
+        raise ConversionError(
+            where,
+            ["has no `visual` object: not Qwen-VL; a language model alone goes in with --llm"],
+        )
+    problems = _bad_sizes(
+        visual,
+        ("width", "layers", "heads", "mlp_ratio", "patch_size", "image_size", "image_start_id",
+         "output_dim"),
+        "visual.",
+    )  # fmt: skip
+    if not problems and visual["output_dim"] != released.get("hidden_size"):
+        problems.append(
+            f"visual.output_dim must equal hidden_size: got {visual['output_dim']} and "
+            f"{released.get('hidden_size')}"
+        )
+    if problems:
+        raise ConversionError(where, problems)
+    decoder = decoder_config_from_released(released, where)
+    try:
+        return ModelConfig(
+            vision=VisionConfig(
+                width=visual["width"],
+                num_layers=visual["layers"],
+                num_heads=visual["heads"],
+                mlp_dim=int(visual["width"] * visual["mlp_ratio"]),
+                patch_size=visual["patch_size"],
+                table_side=RELEASED_TABLE_SIDE,
+                norm_eps=RELEASED_NORM_EPS,
+            ),
+            adapter=AdapterConfig(
+                num_queries=visual.get("n_queries", DEFAULT_QUERIES),
+                num_heads=visual["output_dim"] // RELEASED_ADAPTER_HEAD_DIM,
+                norm_eps=RELEASED_NORM_EPS,
+            ),
+            decoder=decoder,
+            image_size=visual["image_size"],
+            image_start_id=visual["image_start_id"],
+        )
+    except ConfigError as error:
+        raise ConversionError(where, [str(error)]) from error
+
+
+def decoder_config_from_released(
+    released: dict[str, Any], where: str | Path = "config.json"
+) -> DecoderConfig:
+    """Returns the language model's sizes, from the file of Qwen-VL or of Qwen-7B."""
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    problems = _bad_sizes(released, (*sizes, "intermediate_size", "seq_length"))
+    problems += [
+        f"{name} must be {value}: got {released[name]}"
+        for name, value in FIXED.items()
+        if released.get(name, value) != value
+    ]
+    if problems:
+        raise ConversionError(where, problems)
+    try:
+        return DecoderConfig(
+            width=released["hidden_size"],
+            num_layers=released["num_hidden_layers"],
+            num_heads=released["num_attention_heads"],
+            head_dim=released.get("kv_channels", 128),
+            mlp_dim=released["intermediate_size"] // 2,  # the file counts gate and up together
+            vocab_size=released["vocab_size"],
+            seq_length=released["seq_length"],
+            max_positions=released.get("max_position_embeddings", 8192),
+            rope_base=float(released.get("rotary_emb_base", 10_000)),
+            norm_eps=released.get("layer_norm_epsilon", 1e-6),
+            use_dynamic_ntk=released.get("use_dynamic_ntk", True),
+            use_logn=released.get("use_logn_attn", True),
+        )
+    except ConfigError as error:
+        raise ConversionError(where, [str(error)]) from error
+
+
+def released_config(config: ModelConfig, torch_dtype: str) -> dict[str, Any]:
+    """Returns the `config.json` that the released PyTorch code and our import read back.
+
+    Raises:
+        ConversionError: the released code has no setting for one of these sizes.
+    """
+    vision, adapter, decoder = config.vision, config.adapter, config.decoder
+    problems = _unreleasable(config)
+    if problems:
+        raise ConversionError("this model, in the released format,", problems)
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        "torch_dtype": torch_dtype,
+        "bf16": torch_dtype == "bfloat16",
+        "fp16": torch_dtype == "float16",
+        "fp32": torch_dtype == "float32",
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.width,
+        "num_hidden_layers": decoder.num_layers,
+        "num_attention_heads": decoder.num_heads,
+        "kv_channels": decoder.head_dim,
+        "intermediate_size": 2 * decoder.mlp_dim,
+        "seq_length": decoder.seq_length,
+        "max_position_embeddings": decoder.max_positions,
+        "layer_norm_epsilon": decoder.norm_eps,
+        "rotary_emb_base": decoder.rope_base,
+        "use_dynamic_ntk": decoder.use_dynamic_ntk,
+        "use_logn_attn": decoder.use_logn,
+        "initializer_range": 0.02,
+        "attn_dropout_prob": 0.0,
+        "emb_dropout_prob": 0.0,
+        "tokenizer_class": "QWenTokenizer",
+        "use_cache": True,
+        **FIXED,
+        "visual": {
+            "width": vision.width,
+            "layers": vision.num_layers,
+            "heads": vision.num_heads,
+            "mlp_ratio": mlp_ratio(vision.width, vision.mlp_dim),
+            "patch_size": vision.patch_size,
+            "image_size": config.image_size,
+            "image_start_id": config.image_start_id,
+            "output_dim": decoder.width,
+            "n_queries": adapter.num_queries,
+        },
+    }
+
+
+def mlp_ratio(width: int, mlp_dim: int) -> float:
+    """Returns the shortest ratio with `int(width * ratio) == mlp_dim`.
+
+    >>> mlp_ratio(1664, 8192)
+    4.9231
+    """
+    for digits in range(4, 17):
+        ratio = round(mlp_dim / width, digits)
+        if int(width * ratio) == mlp_dim:
+            return ratio
+    return math.nextafter(mlp_dim / width, math.inf)
+
+
+def _unreleasable(config: ModelConfig) -> list[str]:
+    vision, adapter, decoder = config.vision, config.adapter, config.decoder
+    rules = (
+        ("vision.table_side", vision.table_side, RELEASED_TABLE_SIDE),
+        ("vision.attention", vision.attention, "global"),
+        ("vision.norm_eps", vision.norm_eps, RELEASED_NORM_EPS),
+        ("adapter.norm_eps", adapter.norm_eps, RELEASED_NORM_EPS),
+        ("adapter.num_heads (width // 128)", adapter.num_heads,
+         decoder.width // RELEASED_ADAPTER_HEAD_DIM),
+        ("decoder.num_heads * head_dim (width)", decoder.num_heads * decoder.head_dim,
+         decoder.width),
+    )  # fmt: skip
+    return [
+        f"{name} must be {expected}: got {got}; keep this model in its own format"
+        for name, got, expected in rules
+        if got != expected
+    ]
+
+
+def _bad_sizes(fields: dict[str, Any], names: tuple[str, ...], prefix: str = "") -> list[str]:
+    return [
+        f"{prefix}{name} must be a number: got {fields.get(name, 'nothing')}"
+        for name in names
+        if type(fields.get(name)) not in (int, float)
+    ]

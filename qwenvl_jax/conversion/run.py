@@ -1,0 +1,285 @@
+"""The three conversions: a released folder to ours, two starting points to ours, ours to released.
+
+    released files -> reader -> rules, transforms -> slices -> weights folder        import
+    weights folder -> slices -> rules, transforms -> safetensors shards              export
+
+Each looks at everything before it writes anything, holds one slice at a time, and builds its result
+in a folder beside the wanted one, which takes its name only when it is complete.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qwenvl_jax.checkpoint.leaves import DTYPES, Leaf, OnBytes, unwatched
+from qwenvl_jax.checkpoint.weights import (
+    TOKENIZER,
+    WeightsError,
+    check_space,
+    is_weights_folder,
+    new_folder,
+    open_weights,
+    read_weights_config,
+    verify_weights,
+    write_weights,
+)
+from qwenvl_jax.config import AdapterConfig, ModelConfig, VisionConfig
+from qwenvl_jax.conversion.config import (
+    decoder_config_from_released,
+    model_config_from_released,
+    released_config,
+)
+from qwenvl_jax.conversion.placement import (
+    check_released,
+    in_released_order,
+    released_leaves,
+    released_tensor,
+)
+from qwenvl_jax.conversion.reader import ReleasedFolder, read_json
+from qwenvl_jax.conversion.rules import (
+    OPENCLIP_IGNORED,
+    Rule,
+    decoder_rules,
+    openclip_rules,
+    qwen_vl_rules,
+)
+from qwenvl_jax.conversion.safetensors_file import write_safetensors
+from qwenvl_jax.conversion.slots import ConversionError
+from qwenvl_jax.model.adapter import Adapter
+from qwenvl_jax.sharding import named_variables
+
+Watch = Callable[[str, int], OnBytes]  # (what is being done, bytes of all of it) -> callback
+ExportDType = Literal["keep", "bfloat16", "float16", "float32"]
+SHARD_BYTES = 2_000_000_000
+OPENCLIP_CONFIG = "open_clip_config.json"
+
+
+def no_watch(stage: str, num_bytes: int) -> OnBytes:
+    """The progress of those who do not watch."""
+    del stage, num_bytes
+    return unwatched
+
+
+def import_released(source: str | Path, target: str | Path, watch: Watch = no_watch) -> ModelConfig:
+    """Writes our folder from a released Qwen-VL one; every array keeps its bits and its dtype.
+
+    Raises:
+        ConversionError: naming everything that is wrong with the source; nothing is written.
+    """
+    source = Path(source)
+    config = model_config_from_released(read_json(source / "config.json"), source / "config.json")
+    rules = qwen_vl_rules(config)
+    with new_folder(target) as folder, ReleasedFolder(source) as released:
+        size = _num_bytes(released)
+        check_released(released, rules, on_bytes=watch("check", size))
+        leaves = released_leaves(released, rules)
+        write_weights(folder, config, leaves, watch("import", size))
+        _copy_tokenizer(source, folder)
+    return config
+
+
+def import_parts(
+    vit: str | Path,
+    llm: str | Path,
+    target: str | Path,
+    *,
+    image_start_id: int,
+    num_queries: int = 256,
+    seed: int = 0,
+    watch: Watch = no_watch,
+) -> ModelConfig:
+    """Writes our folder from an OpenCLIP tower and a Qwen-7B, with a new adapter between them.
+
+    This is where stage 1 starts (paper 3). `image_start_id` is the tokenizer's id of `<img>`;
+    the adapter is drawn from `seed`, in float32.
+
+    Raises:
+        ConversionError: naming everything that is wrong with one of the sources.
+    """
+    vit, llm = Path(vit), Path(llm)
+    config = _parts_config(vit, llm, image_start_id, num_queries)
+    tower_rules, text_rules = openclip_rules(config.vision), decoder_rules(config.decoder)
+    with new_folder(target) as folder, ReleasedFolder(vit) as tower, ReleasedFolder(llm) as text:
+        sizes = _num_bytes(tower), _num_bytes(text)
+        check_released(
+            tower, tower_rules, OPENCLIP_IGNORED, on_bytes=watch("check tower", sizes[0])
+        )
+        check_released(text, text_rules, on_bytes=watch("check decoder", sizes[1]))
+        leaves = released_leaves(tower, tower_rules) | released_leaves(text, text_rules)
+        leaves |= _new_adapter(config, seed)
+        total = sum(leaf.num_bytes for leaf in leaves.values())
+        write_weights(folder, config, leaves, watch("import", total))
+        _copy_tokenizer(llm, folder)
+    return config
+
+
+def export_released(
+    source: str | Path,
+    target: str | Path,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    dtype: ExportDType = "keep",
+    watch: Watch = no_watch,
+) -> int:
+    """Writes a released folder (safetensors, `config.json`) from ours; returns its shard count.
+
+    `dtype="keep"` gives back the bits that were imported; the others round to nearest.
+
+    Raises:
+        WeightsError: the source is not a folder of ours, or is damaged.
+        ConversionError: the released format has no place for a model of these sizes.
+    """
+    source = Path(source)
+    if not is_weights_folder(source):
+        raise WeightsError(f"{source} is not a folder of ours: it has no weights.json")
+    config, leaves = read_weights_config(source), open_weights(source)
+    rules = qwen_vl_rules(config)
+    _check_leaves(source, rules, leaves)
+    kinds = {leaf.dtype.name for leaf in leaves.values()} if dtype == "keep" else {dtype}
+    torch_dtype = kinds.pop() if len(kinds) == 1 else _most_common_dtype(leaves)
+    described = released_config(config, torch_dtype)  # may refuse: before any reading
+    total = sum(leaf.num_bytes for leaf in leaves.values())
+    with new_folder(target) as folder:
+        verify_weights(source, watch("check", total))
+        check_space(folder, total)
+        shards = _plan_shards(rules, leaves, shard_bytes, dtype)
+        _write_shards(folder, shards, leaves, watch("export", total))
+        text = json.dumps(described, indent=2) + "\n"
+        (folder / "config.json").write_text(text, encoding="utf-8")
+        _copy_tokenizer(source, folder)
+    return len(shards)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A tensor to be written: what it is made of, and how it is stored."""
+
+    rule: Rule
+    layer: int
+    dtype: np.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return int(np.prod(self.rule.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def _plan_shards(
+    rules: tuple[Rule, ...], leaves: dict[str, Leaf], shard_bytes: int, dtype: ExportDType
+) -> list[dict[str, _Entry]]:
+    """Returns name -> entry for each file; a tensor larger than `shard_bytes` has its own."""
+    shards: list[dict[str, _Entry]] = []
+    filled = 0
+    for name, rule, layer in in_released_order(rules):
+        kept = leaves[rule.ours[0]].dtype
+        entry = _Entry(rule, layer, kept if dtype == "keep" else DTYPES[dtype])
+        if not shards or filled + entry.num_bytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = entry
+        filled += entry.num_bytes
+    return shards
+
+
+def _write_shards(
+    folder: Path, shards: list[dict[str, _Entry]], leaves: dict[str, Leaf], on_bytes: OnBytes
+) -> None:
+    def tensors(shard: dict[str, _Entry]):
+        for entry in shard.values():
+            tensor = released_tensor(entry.rule, entry.layer, leaves)
+            on_bytes(tensor.nbytes)
+            yield tensor if tensor.dtype == entry.dtype else tensor.astype(entry.dtype)
+
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = file if len(shards) > 1 else "model.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        shapes = {name: (entry.dtype, entry.rule.shape) for name, entry in shard.items()}
+        write_safetensors(folder / file, shapes, tensors(shard))
+    if len(shards) > 1:
+        total = sum(entry.num_bytes for shard in shards for entry in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _check_leaves(source: Path, rules: tuple[Rule, ...], leaves: dict[str, Leaf]) -> None:
+    expected = {
+        path: shape
+        for rule in rules
+        for path, shape in zip(rule.ours, rule.our_shapes(), strict=True)
+    }
+    problems = [f"{path} is missing" for path in expected if path not in leaves]
+    for path, leaf in leaves.items():
+        if path not in expected:
+            problems.append(f"{path} is unknown")
+        elif leaf.shape != expected[path]:
+            problems.append(f"{path} is misshapen: got {leaf.shape}, expected {expected[path]}")
+    if problems:
+        raise ConversionError(source, problems)
+
+
+def _parts_config(vit: Path, llm: Path, image_start_id: int, num_queries: int) -> ModelConfig:
+    decoder = decoder_config_from_released(read_json(llm / "config.json"), llm / "config.json")
+    file = vit / OPENCLIP_CONFIG
+    fields = read_json(file).get("model_cfg", {}).get("vision_cfg", {})
+    names = ("width", "layers", "head_width", "mlp_ratio", "patch_size", "image_size")
+    problems = [
+        f"model_cfg.vision_cfg.{name} must be a number: got {fields.get(name, 'nothing')}"
+        for name in names
+        if type(fields.get(name)) not in (int, float)
+    ]
+    if problems:
+        raise ConversionError(file, problems)
+    return ModelConfig(
+        vision=VisionConfig(
+            width=fields["width"],
+            num_layers=fields["layers"],
+            num_heads=fields["width"] // fields["head_width"],
+            mlp_dim=int(fields["width"] * fields["mlp_ratio"]),
+            patch_size=fields["patch_size"],
+            table_side=fields["image_size"] // fields["patch_size"],
+        ),
+        adapter=AdapterConfig(num_queries=num_queries, num_heads=max(1, decoder.width // 128)),
+        decoder=decoder,
+        image_size=fields["image_size"],
+        image_start_id=image_start_id,
+    )
+
+
+def _new_adapter(config: ModelConfig, seed: int) -> dict[str, Leaf]:
+    adapter = Adapter(
+        config.adapter,
+        config.vision.width,
+        config.decoder.width,
+        "float32",
+        rngs=nnx.Rngs(params=jax.random.key(seed)),
+    )
+    leaves = {}
+    for path, variable in named_variables(nnx.state(adapter)).items():
+        array = np.asarray(variable.get_value())
+        leaves[f"adapter.{path}"] = Leaf(array.shape, array.dtype, array.__getitem__)
+    return leaves
+
+
+def _most_common_dtype(leaves: dict[str, Leaf]) -> str:
+    sizes: dict[str, int] = {}
+    for leaf in leaves.values():
+        sizes[leaf.dtype.name] = sizes.get(leaf.dtype.name, 0) + leaf.num_bytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _num_bytes(folder: ReleasedFolder) -> int:
+    return sum(slot.num_bytes for slot in folder.slots.values())
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    if (source / TOKENIZER).is_file():
+        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
