@@ -173,7 +173,7 @@ def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
         return random_weights(config, layout.mesh)
     if (Path(config.init) / "checkpoints").is_dir():
         return restore_weights(config.init, layout.abstract.frozen | layout.abstract.trainable)
-    from qwenvl_jax.checkpoint.weights import load_weights
+    from qwenvl_jax.conversion.load import load_weights
 
     state = load_weights(config.init, layout.model_state)
     return {path: variable.get_value() for path, variable in named_variables(state).items()}
