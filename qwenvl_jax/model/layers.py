@@ -8,6 +8,7 @@ code starts well at any width (Differs: the release draws everything with std 0.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,35 @@ def param(
     assert len(shape) == len(logical)
     value = std * jax.random.normal(rngs.params(), tuple(shape), dtype)
     return nnx.Param(value.astype(dtype), axes=tuple(logical))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
+    """Returns x [..., in dims] times kernel [in dims, out dims].
+
+    The gradient is written out because the derived one asks for the kernel's gradient transposed:
+    XLA then writes the large activations in transposed order first, which on a CPU costs more than
+    the product itself.
+    """
+    return jnp.tensordot(x, kernel, axes=num_inputs)
+
+
+def _matmul_forward(x, kernel, num_inputs):
+    return jnp.tensordot(x, kernel, axes=num_inputs), (x, kernel)
+
+
+def _matmul_backward(num_inputs, residuals, grad):
+    x, kernel = residuals
+    num_outputs, num_batch = kernel.ndim - num_inputs, x.ndim - num_inputs
+    outputs_of_grad = tuple(range(num_batch, grad.ndim))
+    outputs_of_kernel = tuple(range(kernel.ndim - num_outputs, kernel.ndim))
+    grad_x = jax.lax.dot_general(grad, kernel, ((outputs_of_grad, outputs_of_kernel), ((), ())))
+    batch = tuple(range(num_batch))
+    grad_kernel = jax.lax.dot_general(x, grad, ((batch, batch), ((), ())))
+    return grad_x, grad_kernel
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Dense(nnx.Module):
@@ -55,7 +85,7 @@ class Dense(nnx.Module):
             self.bias = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.num_inputs)
+        y = matmul(x, self.kernel[...].astype(x.dtype), self.num_inputs)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
