@@ -40,10 +40,12 @@ class Limits(NamedTuple):
 
 
 class Decoding(NamedTuple):
-    """Everything that changes while answers grow. Each row has produced `step` tokens."""
+    """All that the loop needs besides the weights. Each row has produced `step` tokens."""
 
     cache: KVCache
+    alpha_B: Float[Array, "B"]  # growth of the rotary base, fixed by the prompt
     step: Int[Array, ""]
+    position_B: Int[Array, "B"]  # of the newest token
     answer_BT: Int[Array, "B T"]
     count_B: Int[Array, "B"]  # tokens of the answer that count
     is_done_B: Bool[Array, "B"]
@@ -83,7 +85,7 @@ class Generator:
         *,
         every: int,
     ) -> Iterator[list[list[int]]]:
-        """Yields all new tokens of each row so far, first after `every` tokens, then every so many."""
+        """Yields all new tokens of each row so far, again and again, `every` tokens apart."""
         rows, num_rows = len(sampling), len(prompts.tokens_BL)
         spare = num_rows - rows  # rows that only fill the bucket: done before they begin
         limits = Limits(
@@ -99,7 +101,7 @@ class Generator:
         while not is_done:
             until += every
             decoding = self._decode(
-                self._state, prompts, arrays, limits, decoding=decoding, until=np.int32(until)
+                self._state, arrays, limits, decoding=decoding, until=np.int32(until)
             )
             answer_BT, count_B, done_B = jax.device_get(
                 (decoding.answer_BT, decoding.count_B, decoding.is_done_B)
@@ -127,6 +129,7 @@ def start(
     B, L = prompts.tokens_BL.shape
     slots = L + answer_slots + _feed_width(B, config, mesh) - 1
     cache = _pin(empty_cache(config, B, slots), mesh)
+    alpha_B = rotary_alpha(prompts, config)
     is_real_BL = jnp.arange(L) < prompts.length_B[:, None]
     hidden_BLD, cache = model(
         prompts.tokens_BL,
@@ -134,7 +137,7 @@ def start(
         image_start_BI=prompts.image_start_BI,
         position_BL=prompts.position_start_B[:, None] + jnp.arange(L),
         segment_BL=is_real_BL.astype(jnp.int32),
-        ntk_alpha_B=rotary_alpha(prompts, config),
+        ntk_alpha_B=alpha_B,
         cache=cache,
     )
     last_B11 = jnp.maximum(prompts.length_B - 1, 0)[:, None, None]
@@ -146,7 +149,9 @@ def start(
     ].set(True, mode="drop")
     decoding = Decoding(
         cache=cache,
+        alpha_B=alpha_B,
         step=jnp.int32(0),
+        position_B=prompts.position_start_B + prompts.length_B - 1,
         answer_BT=jnp.zeros((B, answer_slots), jnp.int32),
         count_B=jnp.zeros(B, jnp.int32),
         is_done_B=limits.max_new_B <= 0,
@@ -161,7 +166,6 @@ def decode(
     config: ModelConfig,
     mesh: Mesh,
     state: nnx.State,
-    prompts: Prompts,
     sampling: SamplingArrays,
     limits: Limits,
     *,
@@ -170,8 +174,7 @@ def decode(
 ) -> Decoding:
     """Returns the state once every row is done or has `until` tokens. `decoding` is donated."""
     model = nnx.merge(graphdef, state)
-    alpha_B = rotary_alpha(prompts, config)
-    B = len(prompts.length_B)
+    B = len(decoding.count_B)
     width = _feed_width(B, config, mesh)
 
     def is_unfinished(decoding: Decoding) -> jax.Array:
@@ -179,13 +182,12 @@ def decode(
 
     def step(decoding: Decoding) -> Decoding:
         newest_B1 = jax.lax.dynamic_slice_in_dim(decoding.answer_BT, decoding.step - 1, 1, axis=1)
-        position_B = prompts.position_start_B + prompts.length_B + decoding.step - 1
         is_real_W = jnp.arange(width) == 0
         hidden_BWD, cache = model(
             jnp.pad(newest_B1, ((0, 0), (0, width - 1))),
-            position_BL=position_B[:, None] + jnp.arange(width),
+            position_BL=decoding.position_B[:, None] + jnp.arange(width),
             segment_BL=jnp.broadcast_to(is_real_W.astype(jnp.int32), (B, width)),
-            ntk_alpha_B=alpha_B,
+            ntk_alpha_B=decoding.alpha_B,
             cache=decoding.cache,
         )
         # The next token overwrites the slots of the fillers.
@@ -197,7 +199,7 @@ def decode(
 
 
 def _choose(decoding: Decoding, sampling: SamplingArrays, limits: Limits) -> Decoding:
-    """Returns the state with the next token of every row chosen from `logits_BV` and written down."""
+    """Returns the state with every row's next token chosen from `logits_BV` and written down."""
     B = len(decoding.count_B)
     step_B = jnp.broadcast_to(decoding.step, B)
     token_B = sampling_lib.choose(decoding.logits_BV, decoding.seen_BV, sampling, step_B)
@@ -206,6 +208,7 @@ def _choose(decoding: Decoding, sampling: SamplingArrays, limits: Limits) -> Dec
     count_B = decoding.count_B + ~is_done_B
     return decoding._replace(
         step=decoding.step + 1,
+        position_B=decoding.position_B + 1,
         answer_BT=jax.lax.dynamic_update_slice_in_dim(
             decoding.answer_BT, token_B[:, None], decoding.step, axis=1
         ),

@@ -19,17 +19,17 @@ MAX_AT_ONCE = 8  # pictures in one call of the tower: bounds its memory, whateve
 
 
 class PictureFeatures:
-    """Features by picture content; the oldest unused ones are dropped beyond `max_kept` pictures."""
+    """Features by picture content; beyond `max_kept` pictures the longest unused are dropped."""
 
     def __init__(
         self,
         encode: Callable[[np.ndarray], np.ndarray],
-        no_features: np.ndarray,
+        shape_QD: tuple[int, int],
         max_kept: int = 64,
     ):
-        """`encode`: uint8 [I, Y, X, 3] -> [I, Q, D]; `no_features`: what no picture gives, [0, Q, D]."""
+        """`encode` makes [I, Q, D] of uint8 [I, Y, X, 3]."""
         self._encode = encode
-        self._no_features = no_features
+        self._shape_QD = shape_QD
         self._max_kept = max_kept
         self._kept: OrderedDict[bytes, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
@@ -37,7 +37,7 @@ class PictureFeatures:
     def __call__(self, image_IYXC: np.ndarray) -> np.ndarray:
         """Returns the features [I, Q, D] of uint8 pictures of one size."""
         if len(image_IYXC) == 0:
-            return self._no_features
+            return np.zeros((0, *self._shape_QD), np.float32)
         keys = [_digest(image) for image in image_IYXC]
         found = {}
         with self._lock:

@@ -13,6 +13,7 @@ import numpy as np
 
 from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.inference.cache import bucket, prompt_bucket
+from qwenvl_jax.inference.errors import InputError
 from qwenvl_jax.model.qwenvl import NO_IMAGE
 
 # `row`: each row's rotary base and log-n scale come from its own prompt, so that a batch equals
@@ -35,17 +36,17 @@ def check_ids(tokens: Any, config: ModelConfig, row: str) -> np.ndarray:
     """Returns the ids as int32 [L].
 
     Raises:
-        ValueError: not a non-empty list of whole numbers, or an id outside the vocabulary.
+        InputError: not a non-empty list of whole numbers, or an id outside the vocabulary.
     """
     ids = np.asarray(tokens)
     if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(
+        raise InputError(
             f"{row}: tokens must be a non-empty list of ids: "
             f"got shape {ids.shape} of {ids.dtype}; one row is one list, see generate_batch"
         )
     outside = np.flatnonzero((ids < 0) | (ids >= config.decoder.vocab_size))
     if outside.size:
-        raise ValueError(
+        raise InputError(
             f"{row}: ids must lie in 0 .. {config.decoder.vocab_size - 1}: "
             f"got {ids[outside[0]]} at position {outside[0]}"
         )
@@ -56,7 +57,7 @@ def check_images(images: Any, config: ModelConfig, row: str) -> np.ndarray:
     """Returns the pictures as uint8 [n, Y, X, 3]; None is no picture.
 
     Raises:
-        ValueError: not uint8, not square RGB, sides that differ, or a side that is no multiple of
+        InputError: not uint8, not square RGB, sides that differ, or a side that is no multiple of
             the patch size.
     """
     patch = config.vision.patch_size
@@ -66,18 +67,18 @@ def check_images(images: Any, config: ModelConfig, row: str) -> np.ndarray:
     if not isinstance(images, np.ndarray):
         sides = [np.shape(image) for image in images]
         if len(set(sides)) > 1:
-            raise ValueError(
+            raise InputError(
                 f"{row}: pictures of one call must have the same size: got {sides}; resize them, "
                 "or call once for each size"
             )
         images = np.stack([np.asarray(image) for image in images])
     if images.dtype != np.uint8:
-        raise ValueError(f"{row}: pictures must be uint8: got {images.dtype}; {how}")
+        raise InputError(f"{row}: pictures must be uint8: got {images.dtype}; {how}")
     if images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"{row}: pictures have the wrong shape: got {images.shape}; {how}")
+        raise InputError(f"{row}: pictures have the wrong shape: got {images.shape}; {how}")
     height, width = images.shape[1:3]
     if height != width or height % patch or height == 0:
-        raise ValueError(f"{row}: pictures have the wrong size: got {height} x {width}; {how}")
+        raise InputError(f"{row}: pictures have the wrong size: got {height} x {width}; {how}")
     return images
 
 
@@ -88,7 +89,7 @@ def find_pictures(ids: np.ndarray, num_images: int, config: ModelConfig, row: st
     such span is ordinary text: the model itself may write one.
 
     Raises:
-        ValueError: a span of the wrong length or content, or more or fewer spans than pictures.
+        InputError: a span of the wrong length or content, or more or fewer spans than pictures.
     """
     slots = config.adapter.num_queries
     start_id, end_id, pad_id = config.image_start_id, config.image_end_id, config.image_pad_id
@@ -97,25 +98,25 @@ def find_pictures(ids: np.ndarray, num_images: int, config: ModelConfig, row: st
     past = np.flatnonzero(is_pad[:-1] & ~is_pad[1:])
     for begin, end in zip(first, past, strict=True):
         if begin == 0 or ids[begin - 1] != start_id:
-            raise ValueError(
+            raise InputError(
                 f"{row}: <imgpad> at position {begin} does not follow <img> (id {start_id})"
             )
         if end - begin != slots or end == len(ids) or ids[end] != end_id:
             after = f"id {ids[end]}" if end < len(ids) else "the end"
-            raise ValueError(
+            raise InputError(
                 f"{row}: the picture at position {begin - 1} must be <img>, {slots} <imgpad>, "
                 f"</img> (id {end_id}): got {end - begin} <imgpad>, then {after}"
             )
     for begin in np.flatnonzero(ids == start_id):
         end = begin + slots + 1
         if end < len(ids) and ids[end] == end_id and ids[begin + 1] != pad_id:
-            raise ValueError(
+            raise InputError(
                 f"{row}: the picture at position {begin} must hold <imgpad> (id {pad_id}) in every "
-                f"slot: got id {ids[begin + 1]}; paths inside ids, as the released tokenizer writes "
-                "them, are not read: pass the pictures as arrays"
+                f"slot: got id {ids[begin + 1]}; paths inside ids, as the released tokenizer "
+                "writes them, are not read: pass the pictures as arrays"
             )
     if len(first) != num_images:
-        raise ValueError(
+        raise InputError(
             f"{row}: {len(first)} picture spans in the tokens, at positions "
             f"{(first - 1).tolist()}, and {num_images} pictures given; they must be as many"
         )
@@ -123,12 +124,12 @@ def find_pictures(ids: np.ndarray, num_images: int, config: ModelConfig, row: st
 
 
 def check_length(length: int, max_new_tokens: int, config: ModelConfig, row: str) -> None:
-    """Raises ValueError when the prompt and its answer do not fit the model."""
+    """Raises InputError when the prompt and its answer do not fit the model."""
     limit = config.decoder.max_positions
     if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more: got {max_new_tokens}")
+        raise InputError(f"max_new_tokens must be 0 or more: got {max_new_tokens}")
     if length + max_new_tokens > limit:
-        raise ValueError(
+        raise InputError(
             f"{row}: the prompt and the answer must fit {limit} positions: got {length} prompt "
             f"tokens + {max_new_tokens} new tokens = {length + max_new_tokens}; shorten the prompt "
             "or lower max_new_tokens"

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qwenvl_jax.inference.errors import InputError
+
 GREEDY = 0.0
 
 
@@ -25,7 +27,7 @@ class Sampling:
     """One row's way of choosing; the defaults choose the most likely token.
 
     Raises:
-        ValueError: a value outside its range, by name.
+        InputError: a value outside its range, by name.
     """
 
     temperature: float = GREEDY  # 0: the most likely token, and the filters below do nothing
@@ -36,15 +38,15 @@ class Sampling:
 
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 or more: got {self.temperature}")
+            raise InputError(f"temperature must be 0 or more: got {self.temperature}")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more: got {self.top_k}")
+            raise InputError(f"top_k must be 0 (off) or more: got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1]: got {self.top_p}")
+            raise InputError(f"top_p must lie in (0, 1]: got {self.top_p}")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ValueError(f"repetition_penalty must be above 0: got {self.repetition_penalty}")
+            raise InputError(f"repetition_penalty must be above 0: got {self.repetition_penalty}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must lie in 0 .. 2**63 - 1: got {self.seed}")
+            raise InputError(f"seed must lie in 0 .. 2**63 - 1: got {self.seed}")
 
 
 class SamplingArrays(NamedTuple):

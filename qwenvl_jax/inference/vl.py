@@ -12,31 +12,30 @@ function. Text and turns are `session.py`; this file knows ids only.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from qwenvl_jax.config import ModelConfig
+from qwenvl_jax.conversion.load import load_weights, read_config
 from qwenvl_jax.inference import prompts as prompts_lib
+from qwenvl_jax.inference import session
 from qwenvl_jax.inference.cache import row_bucket
-from qwenvl_jax.inference.generate import Generator, place, rotary_alpha
+from qwenvl_jax.inference.errors import InputError
+from qwenvl_jax.inference.forward import Forward
+from qwenvl_jax.inference.generate import Generator
 from qwenvl_jax.inference.pictures import PictureFeatures
 from qwenvl_jax.inference.prompts import LongContext, Prompts
 from qwenvl_jax.inference.sampling import Sampling
+from qwenvl_jax.inference.session import Reply, TextStream, Turn
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from qwenvl_jax.sharding import make_mesh
 
-if TYPE_CHECKING:
-    from qwenvl_jax.inference.session import ChatStream, Reply, Turn
-
-LOGITS_AT_ONCE = 256  # positions whose scores exist on the device at once
 DTYPES = ("bfloat16", "float32")
 
 
@@ -52,12 +51,10 @@ def from_pretrained(
     device.
 
     Raises:
-        ValueError: the folder, its config or its weights cannot be used; says which file and why.
+        InputError: the folder, its config or its weights cannot be used; says which file and why.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}: got {dtype!r}")
-    from qwenvl_jax.checkpoint.weights import load_weights, read_config
-
+        raise InputError(f"dtype must be one of {DTYPES}: got {dtype!r}")
     folder = Path(path)
     mesh = make_mesh() if mesh is None else mesh
     config = dataclasses.replace(read_config(folder), dtype=dtype, param_dtype=dtype)
@@ -78,12 +75,10 @@ class VL:
     ):
         """`folder` is where the tokenizer file may be; it is read when first asked for."""
         self.config, self.mesh, self.folder = config, mesh, folder
-        self.features = PictureFeatures(self._run_tower, _no_features(config))
-        self._state = state
+        self._forward = Forward(config, graphdef, state, mesh)
         self._generator = Generator(config, graphdef, state, mesh)
-        self._tower = jax.jit(partial(_encode, graphdef))
-        self._hidden = jax.jit(partial(_hidden, graphdef, config), static_argnames="is_training")
-        self._scores = jax.jit(partial(_scores, graphdef), static_argnames="size")
+        shape_QD = (config.adapter.num_queries, config.decoder.width)
+        self._features = PictureFeatures(self._forward.encode, shape_QD)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -100,10 +95,10 @@ class VL:
         """Returns what the adapter makes of uint8 pictures [n, Y, X, 3]: float32 [n, Q, D].
 
         Raises:
-            ValueError: see `prompts.check_images`.
+            InputError: see `prompts.check_images`.
         """
         checked = prompts_lib.check_images(images, self.config, "encode_images")
-        return self.features(checked).astype(np.float32)  # bf16 is no NumPy citizen
+        return self._features(checked).astype(np.float32)  # bf16 is no NumPy citizen
 
     def logits(
         self, tokens: Sequence[int], images: np.ndarray | None = None, train: bool = False
@@ -114,19 +109,10 @@ class VL:
         `train=True` computes as in training: no NTK, no log-n scaling beyond the trained length.
 
         Raises:
-            ValueError: tokens and pictures that do not fit each other or the model.
+            InputError: tokens and pictures that do not fit each other or the model.
         """
         prompts = self._lay_out([tokens], [images], [0], rows=1, names=["tokens"])
-        length = int(prompts.length_B[0])
-        hidden_BLD = self._hidden(self._state, place(prompts, self.mesh), is_training=train)
-        padded = hidden_BLD.shape[1]
-        size = min(LOGITS_AT_ONCE, padded)
-        scores = np.empty((length, self.config.decoder.vocab_size), np.float32)
-        for first in range(0, length, size):
-            begin = min(first, padded - size)  # the last piece overlaps: pieces have one size
-            piece = np.asarray(self._scores(self._state, hidden_BLD, np.int32(begin), size=size))
-            scores[begin : begin + size] = piece[: length - begin]
-        return scores
+        return self._forward.logits(prompts, is_training=train)
 
     def generate(
         self,
@@ -148,7 +134,7 @@ class VL:
             >>> vl.generate(ids, images, max_new_tokens=24)  # doctest: +SKIP
 
         Raises:
-            ValueError: tokens and pictures that do not fit each other or the model.
+            InputError: tokens and pictures that do not fit each other or the model.
         """
         [answer] = self.generate_batch(
             [tokens],
@@ -198,7 +184,7 @@ class VL:
     ) -> Iterator[list[int]]:
         """Yields the tokens of `generate` as they come, about `every` at a time."""
         if every < 1:
-            raise ValueError(f"every must be 1 or more: got {every}")
+            raise InputError(f"every must be 1 or more: got {every}")
         choice = Sampling(**sampling)
         prompts = self._batch([tokens], [images], [max_new_tokens], long_context)
         return self._stream(prompts, choice, max_new_tokens, tuple(stop_tokens), every)
@@ -215,33 +201,41 @@ class VL:
                 num_sent = len(answer)
 
     def chat(
-        self, text: str, images: Sequence[Any] = (), history: Sequence["Turn"] = (), **options: Any
-    ) -> "Reply":
+        self, text: str, images: Sequence[Any] = (), history: Sequence[Turn] = (), **options: Any
+    ) -> Reply:
         """Returns the answer to one message, its boxes, and the history to pass next time.
 
-        `images` are paths, bytes, PIL images or uint8 arrays, shown before the text. Options: see
-        `session.ChatOptions`.
+        `images` are paths, bytes, PIL images or uint8 arrays, shown before the text. Options are
+        the fields of `session.ChatOptions`: system, max_new_tokens, temperature, seed, live_tags...
 
             >>> reply = vl.chat("Where is the dog?", images=["park.jpg"])  # doctest: +SKIP
             >>> reply = vl.chat("And the cat?", history=reply.history)  # doctest: +SKIP
         """
-        stream = self.chat_stream(text, images, history, **options)
-        for _ in stream:
-            pass
-        return stream.reply
+        return self.chat_stream(text, images, history, **options).reply
 
     def chat_stream(
-        self, text: str, images: Sequence[Any] = (), history: Sequence["Turn"] = (), **options: Any
-    ) -> "ChatStream":
+        self, text: str, images: Sequence[Any] = (), history: Sequence[Turn] = (), **options: Any
+    ) -> TextStream:
         """Returns an iterator over pieces of the answer's text; at its end `.reply` is whole."""
-        from qwenvl_jax.inference.session import ChatOptions, ChatStream
+        return session.chat_stream(self, text, images, history, session.ChatOptions(**options))
 
-        return ChatStream(self, text, images, history, ChatOptions(**options))
+    def complete(
+        self, text: str, images: Sequence[Any] = (), raw: bool = False, **options: Any
+    ) -> Reply:
+        """Returns what follows pictures and text, as the base model was trained: no roles.
+
+        Options are the fields of `session.TextOptions`; `raw` as in `session.complete_stream`.
+
+            >>> vl.complete("Generate the caption in English:", ["park.jpg"])  # doctest: +SKIP
+        """
+        return session.complete_stream(
+            self, text, images, session.TextOptions(**options), raw=raw
+        ).reply
 
     def _batch(self, tokens, images, limits: Sequence[int], long_context: LongContext) -> Prompts:
         images = [None] * len(tokens) if images is None else images
         if len(images) != len(tokens):
-            raise ValueError(
+            raise InputError(
                 f"one entry of images for each row of tokens: got {len(images)} for {len(tokens)}; "
                 "a row without pictures has None"
             )
@@ -263,8 +257,13 @@ class VL:
     ) -> Prompts:
         """Returns everything checked, pictures encoded, as one batch on the host."""
         config = self.config
-        ids = [prompts_lib.check_ids(row, config, name) for row, name in zip(tokens, names)]
-        pictures = [prompts_lib.check_images(x, config, name) for x, name in zip(images, names)]
+        ids = [
+            prompts_lib.check_ids(row, config, name)
+            for row, name in zip(tokens, names, strict=True)
+        ]
+        pictures = [
+            prompts_lib.check_images(x, config, name) for x, name in zip(images, names, strict=True)
+        ]
         starts = []
         for row, shown, limit, name in zip(ids, pictures, limits, names, strict=True):
             prompts_lib.check_length(len(row), limit, config, name)
@@ -279,50 +278,10 @@ class VL:
         shown = [row for row in pictures if len(row)]
         sides = sorted({row.shape[1] for row in shown})
         if len(sides) > 1:
-            raise ValueError(
+            raise InputError(
                 f"pictures of one call must have the same side: got {sides}; resize them, or call "
                 "once for each side"
             )
-        together = self.features(np.concatenate(shown) if shown else pictures[0])
+        together = self._features(np.concatenate(shown) if shown else pictures[0])
         ends = np.cumsum([len(row) for row in pictures])
         return np.split(together, ends[:-1])
-
-    def _run_tower(self, image_IYXC: np.ndarray) -> np.ndarray:
-        return np.asarray(self._tower(self._state, place(image_IYXC, self.mesh)))
-
-
-def _no_features(config: ModelConfig) -> np.ndarray:
-    shape = (0, config.adapter.num_queries, config.decoder.width)
-    return np.zeros(shape, jnp.dtype(config.dtype))
-
-
-def _encode(graphdef: nnx.GraphDef, state: nnx.State, image_IYXC: jax.Array) -> jax.Array:
-    return nnx.merge(graphdef, state).encode_images(image_IYXC)
-
-
-def _hidden(
-    graphdef: nnx.GraphDef,
-    config: ModelConfig,
-    state: nnx.State,
-    prompts: Prompts,
-    *,
-    is_training: bool,
-) -> jax.Array:
-    """Returns hidden states after the last norm [B, L, D]."""
-    is_real_BL = jnp.arange(prompts.tokens_BL.shape[1]) < prompts.length_B[:, None]
-    hidden_BLD, _ = nnx.merge(graphdef, state)(
-        prompts.tokens_BL,
-        visual_BIQD=prompts.visual_BIQD,
-        image_start_BI=prompts.image_start_BI,
-        segment_BL=is_real_BL.astype(jnp.int32),
-        ntk_alpha_B=None if is_training else rotary_alpha(prompts, config),
-    )
-    return hidden_BLD
-
-
-def _scores(
-    graphdef: nnx.GraphDef, state: nnx.State, hidden_BLD: jax.Array, begin: jax.Array, *, size: int
-) -> jax.Array:
-    """Returns the first row's logits [size, V] from position `begin`."""
-    piece_BLD = jax.lax.dynamic_slice_in_dim(hidden_BLD, begin, size, axis=1)
-    return nnx.merge(graphdef, state).logits(piece_BLD)[0]

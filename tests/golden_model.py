@@ -1,0 +1,47 @@
+"""The golden checkpoint as a released folder, loaded the way users load one, and its answers."""
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file
+
+import qwenvl_jax
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ("text_short", "text_long", "one_image", "two_images", "image_long")
+PICTURES_OF = {"one_image": [0], "two_images": [1, 0], "image_long": [1]}
+
+
+@functools.cache
+def outputs() -> dict[str, np.ndarray]:
+    return load_file(GOLDEN / "tiny.outputs.safetensors")
+
+
+def ids(case: str) -> list[int]:
+    return outputs()[f"{case}.ids"].tolist()
+
+
+def pictures(case: str) -> np.ndarray | None:
+    return outputs()["image224.uint8"][PICTURES_OF[case]] if case in PICTURES_OF else None
+
+
+def greedy(case: str) -> list[int]:
+    return outputs()[f"{case}.greedy"].tolist()
+
+
+def load(mesh=None, dtype="float32"):
+    """Returns a new VL of the golden weights; it has compiled nothing yet."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copyfile(GOLDEN / "tiny.config.json", folder / "config.json")
+        shutil.copyfile(GOLDEN / "tiny.weights.safetensors", folder / "model.safetensors")
+        return qwenvl_jax.from_pretrained(folder, dtype=dtype, mesh=mesh)
+
+
+@functools.cache
+def model():
+    """Returns the VL that tests share, with what it has compiled so far."""
+    return load()
