@@ -10,6 +10,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -300,6 +301,23 @@ def our_text_files() -> list[Path]:
 @pytest.mark.parametrize("path", our_text_files(), ids=name_of)
 def test_no_line_belongs_to_one_machine(path):
     assert foreign_lines(path.read_text(encoding="utf-8")) == []
+
+
+def third_party_imports() -> set[str]:
+    trees = [ast.parse(path.read_text()) for path in package_files()]
+    roots = {name.split(".")[0] for tree in trees for name in imported(tree)}
+    return roots - set(sys.stdlib_module_names) - {"qwenvl_jax"}
+
+
+def test_what_the_package_imports_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["plot"]]
+    declared = {re.split(r"[\[>=]", line)[0].lower().replace("-", "_") for line in wanted}
+    names = {"PIL": "pillow", "orbax": "orbax_checkpoint", "absl": "absl_py"}
+    used = {names.get(root, root).lower() for root in third_party_imports()}
+    assert used - declared == set(), "imported and not declared"
+    assert declared - used == set(), "declared and not imported"
 
 
 def test_constraints_are_plain_pins():
