@@ -158,12 +158,13 @@ PATH_IN_CODE = re.compile(
 )
 
 
-def missing_paths(markdown: str, root: Path) -> list[str]:
-    """Returns the repository paths that a page's code and links name and the tree lacks."""
+def missing_paths(markdown: str, page: Path, root: Path) -> list[str]:
+    """Returns what a page's code and links name and the tree lacks; links start at the page."""
     named = {m for code in code_of(markdown) for m in PATH_IN_CODE.findall(code)}
-    named |= set(re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", markdown))
+    links = set(re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", markdown))
     by_name = {path.name for path in python_files()}
-    return sorted(path for path in named if not (root / path).exists() and path not in by_name)
+    missing = {path for path in named if not (root / path).exists() and path not in by_name}
+    return sorted(missing | {link for link in links if not (page.parent / link).exists()})
 
 
 def wrong_commands(markdown: str, targets: set[str]) -> list[str]:
@@ -269,7 +270,7 @@ def pages() -> list[Path]:
 @pytest.mark.parametrize("path", pages(), ids=name_of)
 def test_pages_name_what_exists(path):
     text = path.read_text(encoding="utf-8")
-    assert missing_paths(text, ROOT) == []
+    assert missing_paths(text, path, ROOT) == []
     assert wrong_commands(text, make_targets()) == []
 
 
@@ -290,7 +291,8 @@ def test_options_in_the_pages_exist(door):
     assert done.returncode == 0, done.stderr
     known = set(re.findall(r"--[a-z][\w-]*", done.stdout))
     assert used - known - {"--help"} == set()
-    assert "example" in done.stdout.lower(), "every --help shows an example"
+    shown = re.findall(rf"{door}\.py|qwenvl {door}", done.stdout)
+    assert len(shown) > 1, "a --help shows its usage, and an example"
 
 
 def our_text_files() -> list[Path]:
@@ -382,5 +384,9 @@ def test_a_missing_path_or_command_is_found(tmp_path):
     page = (
         "see `qwenvl_jax/nothing.py` and [x](docs/none.md)\n```\npython gone.py\nmake tset\n```\n"
     )
-    assert missing_paths(page, tmp_path) == ["docs/none.md", "gone.py", "qwenvl_jax/nothing.py"]
+    assert missing_paths(page, tmp_path / "page.md", tmp_path) == [
+        "docs/none.md",
+        "gone.py",
+        "qwenvl_jax/nothing.py",
+    ]
     assert wrong_commands(page + "`qwenvl infre`", {"test"}) == ["make tset", "qwenvl infre"]
