@@ -15,9 +15,10 @@ Differs: the released drawing helper divides by 1000, so its boxes never reach t
 """
 
 import math
+import operator
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
 
 Box = tuple[int, int, int, int]  # x1, y1, x2, y2
 Point = tuple[int, int]
@@ -127,65 +128,69 @@ def strip_boxes(text: str) -> str:
 # --- writing ------------------------------------------------------------------------------------
 
 
-def points_text(coordinates: Iterable[int]) -> str:
+def points_text(coordinates: Iterable[SupportsIndex]) -> str:
     """Returns `(x1,y1),(x2,y2),...` for a flat run of coordinates, unchecked."""
-    flat = list(coordinates)
-    return ",".join(f"({x:d},{y:d})" for x, y in zip(flat[::2], flat[1::2], strict=True))
+    flat = [operator.index(v) for v in coordinates]
+    return ",".join(f"({x},{y})" for x, y in zip(flat[::2], flat[1::2], strict=True))
 
 
-def box_text(box: Sequence[int]) -> str:
+def box_text(box: Iterable[SupportsFloat]) -> str:
     """Returns `(x1,y1),(x2,y2)`.
 
-    Raises: ValueError where it is not four integers 0..999.
+    Raises: ValueError where it is not four whole numbers 0..999.
     """
     return points_text(_checked(box, 4, "box"))
 
 
-def quad_text(quad: Sequence[Sequence[int]]) -> str:
+def quad_text(quad: Iterable[Iterable[SupportsFloat]]) -> str:
     """Returns `(x1,y1),...,(x4,y4)`.
 
-    Raises: ValueError where it is not four points of integers 0..999.
+    Raises: ValueError where it is not four points of whole numbers 0..999.
     """
     return points_text(_checked([v for point in quad for v in point], 8, "quad"))
 
 
-def format_box(box: Sequence[int]) -> str:
+def format_box(box: Iterable[SupportsFloat]) -> str:
     """Returns `<box>(x1,y1),(x2,y2)</box>`; raises as `box_text`."""
     return f"<box>{box_text(box)}</box>"
 
 
-def format_quad(quad: Sequence[Sequence[int]]) -> str:
+def format_quad(quad: Iterable[Iterable[SupportsFloat]]) -> str:
     """Returns `<quad>(x1,y1),(x2,y2),(x3,y3),(x4,y4)</quad>`; raises as `quad_text`."""
     return f"<quad>{quad_text(quad)}</quad>"
 
 
 def format_ref(phrase: str) -> str:
-    """Returns `<ref>phrase</ref>`; inside, a leading space is part of the phrase.
+    """Returns `<ref>phrase</ref>`; a leading space is part of the phrase, as in the released data.
 
     Raises: ValueError where the phrase itself holds one of these tags.
     """
-    if _ANY_TAG.search(phrase):
-        raise ValueError(f"a phrase must not hold ref, box or quad tags: got {phrase!r}")
+    if _TAG.search(phrase):
+        raise ValueError(f"a phrase must not hold img, ref, box or quad tags: got {phrase!r}")
     return f"<ref>{phrase}</ref>"
 
 
-def _checked(values: Sequence[int], count: int, name: str) -> list[int]:
-    flat = [int(v) for v in values]
-    if len(flat) != count or any(v != w for v, w in zip(flat, values, strict=True)):
-        raise ValueError(f"a {name} needs {count} integers: got {list(values)!r}")
-    if not all(0 <= v <= FULL_SIDE for v in flat):
+def _checked(values: Iterable[SupportsFloat], count: int, name: str) -> list[int]:
+    numbers = [float(v) for v in values]
+    if len(numbers) != count or not all(v.is_integer() for v in numbers):
+        raise ValueError(f"a {name} needs {count} whole numbers: got {numbers}")
+    if not all(0 <= v <= FULL_SIDE for v in numbers):
         raise ValueError(
-            f"{name} coordinates must lie in 0..{FULL_SIDE}: got {flat}; "
+            f"{name} coordinates must lie in 0..{FULL_SIDE}: got {numbers}; "
             f"turn pixels into them with {name}_from_pixels"
         )
-    return flat
+    return [int(v) for v in numbers]
 
 
 # --- pixels -------------------------------------------------------------------------------------
 
 
-def coordinate_from_pixel(pixel: float, side: float) -> int:
-    """Returns 0..999 for a position along a side of that many pixels (clipped to the picture)."""
+def coordinate_from_pixel(pixel: SupportsFloat, side: SupportsFloat) -> int:
+    """Returns 0..999 for a position along a side of that many pixels, clipped to the picture.
+
+    Raises: ValueError where a value is not finite or the side not positive.
+    """
+    pixel, side = float(pixel), float(side)
     if not side > 0 or not math.isfinite(side) or not math.isfinite(pixel):
         raise ValueError(
             f"a position needs a finite pixel and a positive side: got {pixel} of {side}"
@@ -193,28 +198,34 @@ def coordinate_from_pixel(pixel: float, side: float) -> int:
     return min(max(math.floor(1000 * pixel / side), 0), FULL_SIDE)
 
 
-def pixel_from_coordinate(coordinate: float, side: float) -> float:
+def pixel_from_coordinate(coordinate: SupportsFloat, side: SupportsFloat) -> float:
     """Returns the position in pixels, 0..side; a coordinate outside 0..999 is clipped."""
-    return side * (min(max(coordinate, 0), FULL_SIDE) / FULL_SIDE)
+    return float(side) * (min(max(float(coordinate), 0.0), FULL_SIDE) / FULL_SIDE)
 
 
-def box_from_pixels(box: Sequence[float], width: float, height: float) -> Box:
+def box_from_pixels(
+    box: Iterable[SupportsFloat], width: SupportsFloat, height: SupportsFloat
+) -> Box:
     """Returns the 0..999 box of pixel corners (x1, y1, x2, y2), corners put in order."""
-    x = sorted(coordinate_from_pixel(v, width) for v in (box[0], box[2]))
-    y = sorted(coordinate_from_pixel(v, height) for v in (box[1], box[3]))
-    return x[0], y[0], x[1], y[1]
+    x1, y1, x2, y2 = box
+    left, right = sorted(coordinate_from_pixel(x, width) for x in (x1, x2))
+    top, bottom = sorted(coordinate_from_pixel(y, height) for y in (y1, y2))
+    return left, top, right, bottom
 
 
 def box_to_pixels(
-    box: Sequence[float], width: float, height: float
+    box: Iterable[SupportsFloat], width: SupportsFloat, height: SupportsFloat
 ) -> tuple[float, float, float, float]:
     """Returns pixel corners (x1 <= x2, y1 <= y2) inside the picture, as floats."""
-    x = sorted(pixel_from_coordinate(v, width) for v in (box[0], box[2]))
-    y = sorted(pixel_from_coordinate(v, height) for v in (box[1], box[3]))
-    return x[0], y[0], x[1], y[1]
+    x1, y1, x2, y2 = box
+    left, right = sorted(pixel_from_coordinate(x, width) for x in (x1, x2))
+    top, bottom = sorted(pixel_from_coordinate(y, height) for y in (y1, y2))
+    return left, top, right, bottom
 
 
-def quad_from_pixels(quad: Sequence[Sequence[float]], width: float, height: float) -> Quad:
+def quad_from_pixels(
+    quad: Iterable[Iterable[SupportsFloat]], width: SupportsFloat, height: SupportsFloat
+) -> Quad:
     """Returns the 0..999 quad of four pixel points, in the order given."""
     a, b, c, d = (
         (coordinate_from_pixel(x, width), coordinate_from_pixel(y, height)) for x, y in quad
@@ -223,7 +234,7 @@ def quad_from_pixels(quad: Sequence[Sequence[float]], width: float, height: floa
 
 
 def quad_to_pixels(
-    quad: Sequence[Sequence[float]], width: float, height: float
+    quad: Iterable[Iterable[SupportsFloat]], width: SupportsFloat, height: SupportsFloat
 ) -> list[tuple[float, float]]:
     """Returns the four points in pixels, inside the picture, in the order given."""
     return [(pixel_from_coordinate(x, width), pixel_from_coordinate(y, height)) for x, y in quad]

@@ -8,7 +8,7 @@ Source: released `make_context` and `finetune.py`; paper B.2.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsFloat
 
 from qwenvl_jax.prompt.boxes import box_text, quad_text
 
@@ -36,11 +36,12 @@ class Region(NamedTuple):
     """A phrase, places, or a phrase and its places, in 0..999 coordinates."""
 
     ref: str | None = None
-    boxes: Sequence[Sequence[int]] = ()
-    quads: Sequence[Sequence[Sequence[int]]] = ()
+    boxes: Iterable[Iterable[SupportsFloat]] = ()
+    quads: Iterable[Iterable[Iterable[SupportsFloat]]] = ()
 
 
 Part = str | Picture | Region
+Turn = Sequence[str | None]  # (user, assistant), or (user, None) where the answer is awaited
 
 
 class Message(NamedTuple):
@@ -75,23 +76,24 @@ class _Block(NamedTuple):
 # --- prompts ------------------------------------------------------------------------------------
 
 
-def messages_from_turns(
-    turns: Sequence[tuple[str, str | None]], system: str, live: Sequence[str]
-) -> list[Message]:
+def messages_from_turns(turns: Sequence[Turn], system: str, live: Sequence[str]) -> list[Message]:
     """Returns messages of `[(user, assistant), ..., (user, None)]`.
 
     Raises: ChatError where the last turn is answered or another is not.
     """
-    if not turns or turns[-1][1] is not None or any(answer is None for _, answer in turns[:-1]):
-        raise ChatError(
-            "a prompt needs turns [(user, assistant), ..., (user, None)], only the last without an "
-            f"answer: got {[(user[:20], answer and answer[:20]) for user, answer in turns[-3:]]}"
-        )
     messages = [Message("system", system, live)]
-    for user, answer in turns:
+    for i, (user, answer) in enumerate(turns):
+        if user is None or (answer is None) != (i == len(turns) - 1):
+            raise ChatError(
+                "a prompt needs turns (user, assistant), ..., (user, None), only the last without "
+                f"an answer: got {(user and user[:40], answer and answer[:40])} as turn {i + 1} of "
+                f"{len(turns)}"
+            )
         messages.append(Message("user", user, live))
         if answer is not None:
             messages.append(Message("assistant", answer, live))
+    if len(messages) == 1:
+        raise ChatError("a prompt needs at least one turn: got none, expected [(user, None)]")
     return messages
 
 

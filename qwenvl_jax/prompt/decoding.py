@@ -3,7 +3,7 @@
 import codecs
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 
 class TextDecoder:
@@ -30,10 +30,10 @@ class TextDecoder:
         self._span: list[int] | None = None  # ids since an open <img>
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, ids: int | Iterable[int]) -> str:
+    def push(self, ids: SupportsIndex | Iterable[SupportsIndex]) -> str:
         """Returns the text that is certain after these ids (one id, a list or an array)."""
         # One call for a device array: walking it would fetch its elements one by one.
-        values: Any = ids.tolist() if hasattr(ids, "tolist") else ids
+        values: Any = getattr(ids, "tolist", lambda: ids)()
         if not isinstance(values, Iterable):
             values = (values,)
         return self._utf8.decode(b"".join(self._take(operator.index(i)) for i in values))

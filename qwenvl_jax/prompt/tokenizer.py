@@ -12,10 +12,12 @@ token, pictures' paths are not written into the slots, and decoding never raises
 """
 
 import itertools
+import operator
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import SupportsIndex
 
 import tiktoken
 
@@ -181,17 +183,17 @@ class Tokenizer:
         """
         return _cut_images(text)[1::2]
 
-    def image_starts(self, ids: Sequence[int]) -> list[int]:
+    def image_starts(self, ids: Iterable[SupportsIndex]) -> list[int]:
         """Returns the index of the first slot of every picture in `ids`, in order.
 
         Raises: TokenizerError where an `<img>` is not followed by its slots and `</img>`, as in ids
         that were cut inside a picture.
         """
-        span = self.image_ids()
+        span, tokens = self.image_ids(), [operator.index(i) for i in ids]
         starts = []
-        for i, token in enumerate(ids):
+        for i, token in enumerate(tokens):
             if token == self.image_start_id:
-                if list(ids[i : i + len(span)]) != span:
+                if tokens[i : i + len(span)] != span:
                     raise TokenizerError(
                         f"the picture at position {i} is not whole: expected <img>, {self.slots} "
                         "slots and </img>; the ids were cut, or come from another tokenizer"
@@ -223,7 +225,7 @@ class Tokenizer:
     # --- to text --------------------------------------------------------------------------------
 
     def decode(
-        self, ids: Iterable[int], skip_special: bool = False, keep: Sequence[str] = ()
+        self, ids: Iterable[SupportsIndex], skip_special: bool = False, keep: Sequence[str] = ()
     ) -> str:
         """Returns the text of any ids; never raises on a number.
 
@@ -255,7 +257,7 @@ class Tokenizer:
 
     def chat_ids(
         self,
-        turns: Sequence[tuple[str, str | None]],
+        turns: Sequence[chat.Turn],
         system: str = chat.DEFAULT_SYSTEM,
         max_window: int = chat.RELEASED_WINDOW,
         raw: bool = False,
