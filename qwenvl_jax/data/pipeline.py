@@ -36,6 +36,7 @@ def batches(
     """
     # grain imports jax: not at the top, so that tokenising and drawing never do
     import grain
+    from absl import flags
 
     check_config(config, slots)
     tokenizer = load_tokenizer(config.tokenizer, slots=slots)
@@ -44,6 +45,8 @@ def batches(
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)
     dataset = steps.to_iter_dataset(ahead)
     if config.num_workers:
+        if not flags.FLAGS.is_parsed():  # grain reads its own absl flags when a worker starts
+            flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(workers)
     return iter(dataset)

@@ -8,9 +8,9 @@ train split no sentence pairs a shape with a colour of `HELD_OUT_PAIRS`, not eve
 import random
 from typing import NamedTuple
 
+from qwenvl_jax.data.sources.drawing import SHAPES
 from qwenvl_jax.data.sources.scenes import (
     COLOURS,
-    SHAPES,
     Scene,
     Split,
     Thing,

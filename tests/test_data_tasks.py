@@ -1,0 +1,186 @@
+"""The sample formats, byte for byte, with the loss on the marked spans and nowhere else."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from qwenvl_jax.data import tasks
+from qwenvl_jax.data.example import DataError, Example
+from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
+from qwenvl_jax.data.vocabulary import scene_sentences, train_bpe
+from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
+
+NANO = "qwenvl_jax/assets/nano"
+SLOTS = 3
+IMG = "<img></img>"
+EOS = "<|endoftext|>"
+PICTURE = np.zeros((28, 28, 3), np.uint8)
+BOX, OTHER_BOX = (661, 612, 833, 812), (120, 555, 265, 770)
+QUAD = ((568, 121), (625, 131), (624, 182), (567, 172))
+
+
+@pytest.fixture(scope="module")
+def tok() -> Tokenizer:
+    return load_tokenizer(NANO, slots=SLOTS)
+
+
+def marked(example: Example, tok: Tokenizer) -> str:
+    """Returns the sample's text with what is learnt between ⟦ and ⟧."""
+    text = ""
+    runs = itertools.groupby(
+        zip(example.ids.tolist(), example.is_target.tolist(), strict=True), lambda pair: pair[1]
+    )
+    for is_target, run in runs:
+        piece = tok.decode([token for token, _ in run])
+        text += f"⟦{piece}⟧" if is_target else piece
+    return text
+
+
+FORMATS = {
+    "caption": (
+        tasks.caption("the beautiful flowers for design."),
+        f"{IMG}Generate the caption in English:⟦ the beautiful flowers for design.{EOS}⟧",
+    ),
+    "vqa": (
+        tasks.vqa("Does it have a colour?", "No, it is white."),
+        f"{IMG} Does it have a colour? Answer:⟦ No, it is white.{EOS}⟧",
+    ),
+    "ocr_vqa": (
+        tasks.ocr_vqa("What is the title of this book?", "Asi Se Dice!, Volume 2"),
+        f"{IMG} What is the title of this book? Answer:⟦ Asi Se Dice!, Volume 2⟧{EOS}",
+    ),
+    "grounded_caption": (
+        tasks.grounded_caption(
+            [
+                tasks.Phrase("Beautiful shot of"),
+                tasks.Phrase(" bees", (BOX, OTHER_BOX)),
+                tasks.Phrase(" gathering nectars"),
+            ]
+        ),
+        f"{IMG}Generate the caption in English with grounding:⟦ Beautiful shot of<ref> bees</ref>"
+        "<box>(661,612),(833,812)</box><box>(120,555),(265,770)</box> gathering nectars"
+        f"{EOS}⟧",
+    ),
+    "grounded_caption_phrase_first": (
+        tasks.grounded_caption([tasks.Phrase("Woman", (BOX,)), tasks.Phrase(" alone")]),
+        f"{IMG}Generate the caption in English with grounding:⟦<ref> Woman</ref>"
+        f"<box>(661,612),(833,812)</box> alone{EOS}⟧",
+    ),
+    "ref_grounding": (
+        tasks.ref_grounding("the ear on a giraffe", [BOX]),
+        f"{IMG}<ref>the ear on a giraffe</ref>⟦<box>(661,612),(833,812)</box>{EOS}⟧",
+    ),
+    "grounded_captioning": (
+        tasks.grounded_captioning(BOX, "Yellow gloves"),
+        f"{IMG}<ref>This</ref><box>(661,612),(833,812)</box> is⟦ Yellow gloves{EOS}⟧",
+    ),
+    "ocr": (
+        tasks.ocr([("It is managed", QUAD), ("by 2", QUAD)]),
+        f"{IMG}OCR with grounding:⟦ <ref>It is managed</ref>"
+        "<quad>(568,121),(625,131),(624,182),(567,172)</quad><ref>by 2</ref>"
+        f"<quad>(568,121),(625,131),(624,182),(567,172)</quad>{EOS}⟧",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_format_and_loss_borders(name, tok):
+    segments, expected = FORMATS[name]
+    example = tasks.to_example(segments, [PICTURE], tok, name, "row 7")
+    assert marked(example, tok) == expected
+    assert example.ids.dtype == np.int32
+    assert (example.task, example.key) == (name, "row 7")
+
+
+def test_plain_text_is_learnt_whole(tok):
+    example = tasks.to_example(tasks.plain_text("a tree"), [], tok, "text", "row 1")
+    assert marked(example, tok) == f"⟦a tree{EOS}⟧"
+    assert example.is_target.all()
+
+
+def test_chat_has_the_released_mask(tok):
+    turns = [(f"Picture 1: {IMG}\nWhat is it?", "a star"), ("Where?", "<box>(1,2),(3,4)</box>")]
+    example = tasks.chat_example(turns, [PICTURE], tok, "row 3")
+    end = "<|im_end|>\n"
+    assert marked(example, tok) == (
+        f"⟦<|im_start|>⟧system\nYou are a helpful assistant.⟦{end}<|im_start|>⟧user\n"
+        f"Picture 1: {IMG}\nWhat is it?⟦{end}<|im_start|>⟧assistant\n⟦a star{end}"
+        f"<|im_start|>⟧user\nWhere?⟦{end}<|im_start|>⟧assistant\n⟦<box>(1,2),(3,4)</box>{end}⟧"
+    )
+    assert tok.box_start_id in example.ids
+
+
+def test_slots_carry_no_loss(tok):
+    example = tasks.to_example(tasks.caption("a star"), [PICTURE], tok, "caption", "row 1")
+    is_picture = np.isin(example.ids, tok.image_ids())
+    assert is_picture.sum() == SLOTS + 2
+    assert not example.is_target[is_picture].any()
+
+
+def test_wrong_number_of_pictures_names_the_row(tok):
+    with pytest.raises(DataError, match=r"row 41.*marks 1 pictures.*got 2"):
+        tasks.to_example(tasks.caption("a star"), [PICTURE] * 2, tok, "caption", "row 41")
+    with pytest.raises(DataError, match=r"row 42.*marks 0 pictures.*got 1"):
+        tasks.chat_example([("Hello", "Hello")], [PICTURE], tok, "row 42")
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("has_picture", [True, False])
+def test_scene_samples_of_every_task(task, has_picture, tok):
+    for key in range(40):
+        example = scene_example(task, key, "train", 28, tok, has_picture)
+        again = scene_example(task, key, "train", 28, tok, has_picture)
+        assert np.array_equal(example.ids, again.ids)
+        assert example.task == task
+        assert f"/{key}/{task}" in example.key
+        assert len(example.images) == int(has_picture and task != "text")
+        text = marked(example, tok)
+        assert (IMG in text) == bool(example.images)
+        assert text.endswith("<|im_end|>\n⟧" if task == "chat" else f"{EOS}⟧") or task == "ocr_vqa"
+        assert "\ufffd" not in text
+
+
+def test_text_only_samples_hold_the_answer_in_their_inventory(tok):
+    for key in range(60):
+        example = scene_example("ref_grounding", key, "train", 28, tok, has_picture=False)
+        before, _, target = marked(example, tok).partition("⟦")
+        box = target.partition("</box>")[0]
+        assert before.count(box) == 1
+
+
+def test_unknown_task_is_refused(tok):
+    with pytest.raises(ValueError, match=r"unknown task.*'captoin'"):
+        scene_example("captoin", 1, "train", 28, tok)
+
+
+# --- the vocabulary -------------------------------------------------------------------------------
+
+
+def test_bpe_merges_the_most_frequent_pair_first():
+    learnt = train_bpe(["low low low lower", "no 11 11"], 4)
+    assert learnt[:256] == [bytes([byte]) for byte in range(256)]
+    # " low" occurs 3 times and "low" once: l+o 4, o+w 4; the smaller bytes win the tie.
+    assert learnt[256:259] == [b"lo", b"low", b" low"]
+    assert b"11" not in learnt  # digits are pieces of their own
+
+
+def test_bpe_stops_where_nothing_repeats():
+    assert len(train_bpe(["ab"], 9)) == 256
+    assert train_bpe(["aab aab"], 1)[-1] == b"aa"
+
+
+def test_shipped_vocabulary_is_small_and_suits_the_scenes(tok):
+    assert tok.vocab_size < 768
+    assert len(tok.encode("1234567890")) == 10
+    words = "What colour is the small triangle? a purple diamond above an orange heart"
+    assert len(tok.encode(words)) == len(words.replace("?", " ?").split())
+    assert len(tok.encode(" TREE")) == 5  # drawn words are spelled
+    assert tok.decode(tok.encode("Ünïcode 猫")) == "Ünïcode 猫"
+
+
+def test_vocabulary_corpus_has_no_drawn_words():
+    corpus = list(scene_sentences(180))
+    letters = [piece for text in corpus for piece in text.split() if piece.isupper()]
+    assert set(letters) <= {"OCR"}
+    assert any("colour" in text for text in corpus)
