@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file
 
-import tiny
 from qwenvl_jax.config import ModelConfig, OptimizerConfig, TrainConfig
 from qwenvl_jax.conversion.config import model_config_from_released
 from qwenvl_jax.conversion.rules import qwen_vl_rules

@@ -1,6 +1,8 @@
 """`python train.py CONFIG [--a.b=c ...]`: starts a training run, or goes on with it."""
 
+import contextlib
 import importlib.util
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -43,8 +45,8 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Returns the TrainConfig of a config file, with `--a.b=c` overrides applied.
 
     Raises:
-        ConfigError: no such file, or no get_config() in it that returns a TrainConfig.
-        SystemExit: an override that does not fit; tyro has then printed which, and what is near.
+        ConfigError: no such file, no get_config() in it that returns a TrainConfig, or an override
+            that does not fit (with the nearest name).
     """
     import tyro
 
@@ -65,7 +67,24 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(
             f"{path} has no get_config() that returns a TrainConfig: got {type(config).__name__}"
         )
-    return tyro.cli(TrainConfig, default=config, args=list(overrides), prog=f"train.py {path}")
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            return tyro.cli(
+                TrainConfig, default=config, args=list(overrides), prog=f"train.py {path}"
+            )
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise ConfigError(_unboxed(told.getvalue())) from None
+
+
+def _unboxed(text: str) -> str:
+    """Returns what tyro put into a box as one line, like every other error of a command."""
+    parts = [" ".join(line.strip("\u2502 ").split()) for line in text.splitlines()]
+    parts = ["; " if set(part) == {"\u2500"} else f"{part} " for part in parts if part]
+    inside = [part for part in parts if part[0] not in "\u256d\u2570"]  # not the title, the bottom
+    return "".join(inside).replace(" ; ", "; ").strip() or text.strip()
 
 
 def _join_cluster() -> None:
