@@ -178,14 +178,17 @@ def read_weights_config(path: str | Path) -> ModelConfig:
         WeightsError: the file is missing, is not JSON, or does not describe a model.
     """
     file = Path(path) / "config.json"
-    fields = _read_json(file)
+    return model_config_from_dict(_read_json(file), file)
+
+
+def model_config_from_dict(fields: dict[str, Any], where: str | Path) -> ModelConfig:
+    """Returns the config that `config.to_dict` made these fields of; `where` is for errors."""
     parts = {"vision": VisionConfig, "adapter": AdapterConfig, "decoder": DecoderConfig}
     try:
-        for name, part in parts.items():
-            fields[name] = _from_dict(part, fields.get(name, {}))
-        return _from_dict(ModelConfig, fields)
+        made = {name: _from_dict(kind, fields.get(name)) for name, kind in parts.items()}
+        return _from_dict(ModelConfig, fields | made)
     except (ConfigError, TypeError) as error:
-        raise WeightsError(f"{file} does not describe a model: {error}") from error
+        raise WeightsError(f"{where} does not describe a model: {error}") from error
 
 
 def open_weights(path: str | Path) -> dict[str, Leaf]:
@@ -292,6 +295,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _from_dict(kind: type, fields: Any) -> Any:
+    if not isinstance(fields, dict):
+        raise ConfigError(f"no {kind.__name__} in it")
     names = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(fields) - names)
     if unknown:

@@ -7,15 +7,18 @@ no intermediate folder is written.
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from qwenvl_jax.checkpoint.leaves import Leaf
+from qwenvl_jax.checkpoint.store import restore_weights
 from qwenvl_jax.checkpoint.weights import (
     WeightsError,
     fill,
     is_weights_folder,
     load_weights_folder,
+    model_config_from_dict,
     read_weights_config,
 )
 from qwenvl_jax.config import ModelConfig
@@ -28,7 +31,7 @@ from qwenvl_jax.sharding import named_variables
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """Returns the sizes of the model in a folder, released or ours.
+    """Returns the sizes of the model in a folder: released, ours, or a training run's.
 
     Raises:
         ConversionError, WeightsError: there is no folder, or its `config.json` is of no use.
@@ -38,22 +41,27 @@ def read_config(path: str | Path) -> ModelConfig:
         raise ConversionError(path, ["no such folder; name one that holds config.json and weights"])
     if is_weights_folder(path):
         return read_weights_config(path)
+    if is_run(path):
+        fields = read_json(path / "config.json").get("model", {})
+        return model_config_from_dict(fields, path / "config.json")
     return model_config_from_released(read_json(path / "config.json"), path / "config.json")
 
 
 def load_weights(path: str | Path, abstract: nnx.State, *, verify: bool = True) -> nnx.State:
-    """Returns the model's state from a folder, released or ours, placed and cast as `abstract` is.
+    """Returns the model's state from any such folder, placed and cast as `abstract` is.
 
     `abstract` is `model.qwenvl.abstract_state(config, mesh)[1]`, with `config` as `read_config`
     gives it (dtypes may differ). `verify` looks for damage: every array's sha256 in a folder of
-    ours, NaN and infinity in a released one.
+    ours, NaN and infinity in a released one. A run's newest good checkpoint is always verified.
 
     Raises:
-        ConversionError, WeightsError: naming everything that is wrong.
+        ConversionError, WeightsError, CheckpointError: naming everything that is wrong.
     """
     path = Path(path)
     if is_weights_folder(path):
         return load_weights_folder(path, abstract, verify=verify)
+    if is_run(path):
+        return fill(abstract, _restore_run(path, abstract))
     rules = qwen_vl_rules(read_config(path))
     with ReleasedFolder(path) as folder:
         check_released(folder, rules, values=verify)
@@ -68,6 +76,23 @@ def load_weights(path: str | Path, abstract: nnx.State, *, verify: bool = True) 
                 )
             arrays[name] = _place(leaves[name], wanted)
     return fill(abstract, arrays)
+
+
+def is_run(path: Path) -> bool:
+    """Returns whether `path` is the directory of a training run."""
+    return (path / "checkpoints").is_dir()
+
+
+def _restore_run(path: Path, abstract: nnx.State) -> dict[str, jax.Array]:
+    """Returns a run's weights by dotted path; they are saved in the run's own `param_dtype`."""
+    saved_dtype = jnp.dtype(read_config(path).param_dtype)
+    wanted = {name: variable.get_value() for name, variable in named_variables(abstract).items()}
+    saved = {
+        name: jax.ShapeDtypeStruct(array.shape, saved_dtype, sharding=array.sharding)
+        for name, array in wanted.items()
+    }
+    restored = restore_weights(path, saved)
+    return {name: array.astype(wanted[name].dtype) for name, array in restored.items()}
 
 
 def _place(leaf: Leaf, wanted: jax.ShapeDtypeStruct) -> jax.Array:

@@ -112,7 +112,8 @@ def read_json(path: Path) -> dict:
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConversionError(path.parent, [f"{path.name} is missing"]) from error
+        missing = path.name if path.parent.is_dir() else "the folder itself"
+        raise ConversionError(path.parent, [f"{missing} is missing"]) from error
     except ValueError as error:
         raise ConversionError(path, [f"is not JSON: {error}"]) from error
     if not isinstance(contents, dict):

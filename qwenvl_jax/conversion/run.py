@@ -1,4 +1,4 @@
-"""The three conversions: a released folder to ours, two starting points to ours, ours to released.
+"""The conversions: released folders, starting points and runs to our folder, and ours to released.
 
     released files -> reader -> rules, transforms -> slices -> weights folder        import
     weights folder -> slices -> rules, transforms -> safetensors shards              export
@@ -10,7 +10,8 @@ in a folder beside the wanted one, which takes its name only when it is complete
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from qwenvl_jax.checkpoint.weights import (
     new_folder,
     open_weights,
     read_weights_config,
+    save_weights,
     verify_weights,
     write_weights,
 )
@@ -36,6 +38,7 @@ from qwenvl_jax.conversion.config import (
     model_config_from_released,
     released_config,
 )
+from qwenvl_jax.conversion.load import load_weights, read_config
 from qwenvl_jax.conversion.placement import (
     check_released,
     in_released_order,
@@ -53,18 +56,20 @@ from qwenvl_jax.conversion.rules import (
 from qwenvl_jax.conversion.safetensors_file import write_safetensors
 from qwenvl_jax.conversion.slots import ConversionError
 from qwenvl_jax.model.adapter import Adapter
-from qwenvl_jax.sharding import named_variables
+from qwenvl_jax.model.qwenvl import abstract_state
+from qwenvl_jax.sharding import make_mesh, named_variables, with_shardings
 
-Watch = Callable[[str, int], OnBytes]  # (what is being done, bytes of all of it) -> callback
+# (what is being done, bytes of all of it) -> a context that gives the callback
+Watch = Callable[[str, int], AbstractContextManager[OnBytes]]
 ExportDType = Literal["keep", "bfloat16", "float16", "float32"]
 SHARD_BYTES = 2_000_000_000
 OPENCLIP_CONFIG = "open_clip_config.json"
 
 
-def no_watch(stage: str, num_bytes: int) -> OnBytes:
-    """The progress of those who do not watch."""
+def no_watch(stage: str, num_bytes: int) -> AbstractContextManager[OnBytes]:
+    """Returns the context of those who do not watch."""
     del stage, num_bytes
-    return unwatched
+    return nullcontext(unwatched)
 
 
 def import_released(source: str | Path, target: str | Path, watch: Watch = no_watch) -> ModelConfig:
@@ -77,11 +82,29 @@ def import_released(source: str | Path, target: str | Path, watch: Watch = no_wa
     config = model_config_from_released(read_json(source / "config.json"), source / "config.json")
     rules = qwen_vl_rules(config)
     with new_folder(target) as folder, ReleasedFolder(source) as released:
-        size = _num_bytes(released)
-        check_released(released, rules, on_bytes=watch("check", size))
-        leaves = released_leaves(released, rules)
-        write_weights(folder, config, leaves, watch("import", size))
+        size = _num_bytes(released, rules)
+        with watch("check", size) as on_bytes:
+            check_released(released, rules, on_bytes=on_bytes)
+        with watch("import", size) as on_bytes:
+            write_weights(folder, config, released_leaves(released, rules), on_bytes)
         _copy_tokenizer(source, folder)
+    return config
+
+
+def import_run(source: str | Path, target: str | Path) -> ModelConfig:
+    """Writes our folder from a training run's newest good checkpoint, in the run's dtypes.
+
+    Unlike the others, this holds the whole model in memory.
+
+    Raises:
+        CheckpointError: the run has no checkpoint that is whole.
+    """
+    source = Path(source)
+    config = read_config(source)
+    state = load_weights(source, with_shardings(abstract_state(config)[1], make_mesh()))
+    vocabulary = Path(read_json(source / "config.json").get("data", {}).get("tokenizer", ""))
+    file = vocabulary / TOKENIZER if vocabulary.is_dir() else vocabulary
+    save_weights(target, config, state, file if file.is_file() else None)
     return config
 
 
@@ -107,15 +130,15 @@ def import_parts(
     config = _parts_config(vit, llm, image_start_id, num_queries)
     tower_rules, text_rules = openclip_rules(config.vision), decoder_rules(config.decoder)
     with new_folder(target) as folder, ReleasedFolder(vit) as tower, ReleasedFolder(llm) as text:
-        sizes = _num_bytes(tower), _num_bytes(text)
-        check_released(
-            tower, tower_rules, OPENCLIP_IGNORED, on_bytes=watch("check tower", sizes[0])
-        )
-        check_released(text, text_rules, on_bytes=watch("check decoder", sizes[1]))
+        with watch("check tower", _num_bytes(tower, tower_rules)) as on_bytes:
+            check_released(tower, tower_rules, OPENCLIP_IGNORED, on_bytes=on_bytes)
+        with watch("check decoder", _num_bytes(text, text_rules)) as on_bytes:
+            check_released(text, text_rules, on_bytes=on_bytes)
         leaves = released_leaves(tower, tower_rules) | released_leaves(text, text_rules)
         leaves |= _new_adapter(config, seed)
         total = sum(leaf.num_bytes for leaf in leaves.values())
-        write_weights(folder, config, leaves, watch("import", total))
+        with watch("import", total) as on_bytes:
+            write_weights(folder, config, leaves, on_bytes)
         _copy_tokenizer(llm, folder)
     return config
 
@@ -147,10 +170,12 @@ def export_released(
     described = released_config(config, torch_dtype)  # may refuse: before any reading
     total = sum(leaf.num_bytes for leaf in leaves.values())
     with new_folder(target) as folder:
-        verify_weights(source, watch("check", total))
+        with watch("check", total) as on_bytes:
+            verify_weights(source, on_bytes)
         check_space(folder, total)
         shards = _plan_shards(rules, leaves, shard_bytes, dtype)
-        _write_shards(folder, shards, leaves, watch("export", total))
+        with watch("export", total) as on_bytes:
+            _write_shards(folder, shards, leaves, on_bytes)
         text = json.dumps(described, indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         _copy_tokenizer(source, folder)
@@ -190,7 +215,7 @@ def _plan_shards(
 def _write_shards(
     folder: Path, shards: list[dict[str, _Entry]], leaves: dict[str, Leaf], on_bytes: OnBytes
 ) -> None:
-    def tensors(shard: dict[str, _Entry]):
+    def tensors(shard: dict[str, _Entry]) -> Iterator[np.ndarray]:
         for entry in shard.values():
             tensor = released_tensor(entry.rule, entry.layer, leaves)
             on_bytes(tensor.nbytes)
@@ -276,8 +301,9 @@ def _most_common_dtype(leaves: dict[str, Leaf]) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _num_bytes(folder: ReleasedFolder) -> int:
-    return sum(slot.num_bytes for slot in folder.slots.values())
+def _num_bytes(folder: ReleasedFolder, rules: tuple[Rule, ...]) -> int:
+    names = {name for rule in rules for name in rule.names()}
+    return sum(slot.num_bytes for name, slot in folder.slots.items() if name in names)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

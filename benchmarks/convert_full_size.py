@@ -1,0 +1,156 @@
+"""Time and memory of converting a checkpoint of the real size, both ways.
+
+Writes a synthetic Qwen-VL of 9.66 B parameters (random finite bf16 bits, 10 safetensors shards)
+into a scratch folder, imports it, exports the result, and compares every exported tensor with the
+original, bit for bit. Each conversion is a process of its own whose anonymous memory is sampled.
+It needs 60 GB of disk; what it wrote is removed at the end.
+
+    python benchmarks/convert_full_size.py --scratch build/convert
+"""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import tyro
+
+from qwenvl_jax.config import AdapterConfig, DecoderConfig, ModelConfig, VisionConfig
+from qwenvl_jax.conversion.config import released_config
+from qwenvl_jax.conversion.placement import in_released_order
+from qwenvl_jax.conversion.reader import ReleasedFolder
+from qwenvl_jax.conversion.rules import qwen_vl_rules
+from qwenvl_jax.conversion.safetensors_file import write_safetensors
+
+DOOR = Path(__file__).resolve().parents[1] / "convert.py"
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+POOL_ELEMENTS = 1 << 25  # random bits are drawn once and used from another place each time
+
+
+def full_size() -> ModelConfig:
+    """Returns the released model's sizes (paper 2.1)."""
+    return ModelConfig(
+        vision=VisionConfig(
+            width=1664, num_layers=48, num_heads=16, mlp_dim=8192, patch_size=14, table_side=16
+        ),
+        adapter=AdapterConfig(num_queries=256, num_heads=32),
+        decoder=DecoderConfig(
+            width=4096,
+            num_layers=32,
+            num_heads=32,
+            head_dim=128,
+            mlp_dim=11008,
+            vocab_size=151_936,
+            seq_length=2048,
+            max_positions=8192,
+        ),
+        image_size=448,
+        image_start_id=151_857,
+    )
+
+
+def make_checkpoint(folder: Path, config: ModelConfig, num_shards: int) -> int:
+    """Writes the synthetic released folder and returns the bytes of its tensors."""
+    folder.mkdir(parents=True)
+    shapes = {
+        name: (BFLOAT16, rule.shape) for name, rule, _ in in_released_order(qwen_vl_rules(config))
+    }
+    total = sum(2 * int(np.prod(shape)) for _, shape in shapes.values())
+    pool = np.random.default_rng(0).integers(0, 1 << 16, POOL_ELEMENTS, np.uint16)
+    pool &= 0xBFFF  # without the exponent's top bit no pattern is infinite or NaN
+
+    def tensors(names: list[str]) -> Iterator[np.ndarray]:
+        for name in names:
+            shape = shapes[name][1]
+            start = zlib.crc32(name.encode()) % POOL_ELEMENTS
+            yield np.resize(np.roll(pool, -start), shape).view(BFLOAT16)
+
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, (_, shape) in shapes.items():
+        if filled > total / num_shards * len(shards):
+            shards.append([])
+        shards[-1].append(name)
+        filled += 2 * int(np.prod(shape))
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, {name: shapes[name] for name in names}, tensors(names))
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(released_config(config, "bfloat16")))
+    print(f"made {len(shapes)} tensors, {total:,} bytes, {len(shards)} shards", flush=True)
+    return total
+
+
+def run_measured(*command: str) -> None:
+    """Runs `convert.py` in a process of its own and prints its time and peak anonymous memory."""
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, str(DOOR), *command])
+    while process.poll() is None:
+        peak = max(peak, anonymous_bytes(process.pid))
+        time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"convert.py {command[0]} ended with exit code {process.returncode}")
+    seconds = time.perf_counter() - start
+    print(f"{command[0]}: {seconds:.0f} s, peak anonymous memory {peak / 1e9:.2f} GB", flush=True)
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Returns the memory of a process that no file backs, 0 when it has just ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    lines = [line for line in status.splitlines() if line.startswith("RssAnon:")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+def count_differences(one: Path, other: Path) -> int:
+    """Returns how many tensors of two released folders are not equal bit for bit."""
+    with ReleasedFolder(one) as a, ReleasedFolder(other) as b:
+        differing = set(a.slots) ^ set(b.slots)
+        for name in set(a.slots) & set(b.slots):
+            if not is_same(a.tensor(name), b.tensor(name)):
+                differing.add(name)
+        print(f"compared {len(a.slots)} tensors: {len(differing)} differ", flush=True)
+        return len(differing)
+
+
+def is_same(left: np.ndarray, right: np.ndarray) -> bool:
+    """Returns whether two tensors have the same dtype, shape and bits, 4096 rows at a time."""
+    if (left.dtype, left.shape) != (right.dtype, right.shape):
+        return False
+    left, right = left.view(np.uint16), right.view(np.uint16)
+    starts = range(0, len(left), 4096)
+    return all(np.array_equal(left[i : i + 4096], right[i : i + 4096]) for i in starts)
+
+
+@dataclasses.dataclass
+class Options:
+    scratch: Path  # a new folder, removed at the end
+    num_shards: int = 10
+
+
+def main(options: Options) -> int:
+    scratch = options.scratch
+    scratch.mkdir(parents=True)
+    try:
+        make_checkpoint(scratch / "released", full_size(), options.num_shards)
+        run_measured("import", str(scratch / "released"), str(scratch / "ours"))
+        run_measured("export", str(scratch / "ours"), str(scratch / "again"))
+        return int(count_differences(scratch / "released", scratch / "again") > 0)
+    finally:
+        shutil.rmtree(scratch)
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Options, description=__doc__)))

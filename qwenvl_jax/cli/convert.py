@@ -1,0 +1,170 @@
+"""`python convert.py import|export ...`: released PyTorch folders to ours, and back."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.config import ConfigError
+
+_USAGE = """usage: python convert.py import SRC DST
+       python convert.py import --vit OPENCLIP --llm QWEN_7B DST [--num-queries N] [--seed N]
+       python convert.py export SRC DST [--shard-size 2GB] [--dtype keep]
+
+import writes our weights folder DST from SRC: a released Qwen-VL or Qwen-VL-Chat folder (.bin or
+safetensors files, read without PyTorch and without running what is in them), or the directory of a
+training run, whose newest checkpoint it takes. With --vit and --llm it joins the two models that
+stage 1 starts from. export writes a folder that the released PyTorch code loads.
+
+Neither needs more memory than one layer (a run: the whole model). DST must be new; it appears
+when it is complete, and a conversion that fails leaves nothing behind.
+
+example:
+  python convert.py import Qwen-VL-Chat weights/chat
+  python convert.py export weights/chat Qwen-VL-Chat-again --shard-size 5GB
+
+exit codes: 0 done; 2 a wrong command or something wrong with SRC, all of it named; 130 interrupted
+"""
+LINES = 10  # of progress at most, where there is no terminal
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the command."""
+    return run_command("convert", _run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return SUCCESS if argv else USAGE_ERROR
+    # Nothing here computes: an accelerator would only be held, and its memory taken.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # A terminated conversion cleans up as an interrupted one does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        commands = {"import": import_, "export": export}
+        tyro.extras.subcommand_cli_from_dict(commands, prog="convert.py", args=list(argv))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return SUCCESS
+
+
+def import_(
+    folders: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="[SRC] DST")],
+    /,
+    vit: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
+    llm: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
+    num_queries: int = 256,
+    seed: int = 0,
+) -> None:
+    """Writes our weights folder. Example: convert.py import Qwen-VL-Chat weights/chat
+
+    Args:
+        folders: the source and the new folder; with --vit and --llm the new folder alone
+        vit: an OpenCLIP folder with its tower (ViT-bigG-14) and open_clip_config.json
+        llm: a Qwen-7B folder
+        num_queries: picture embeddings of the new adapter, a square number
+        seed: of the new adapter's random weights
+    """
+    from qwenvl_jax.conversion.load import is_run
+    from qwenvl_jax.conversion.run import import_parts, import_released, import_run
+    from qwenvl_jax.prompt.tokenizer import load_tokenizer
+
+    if (vit is None) != (llm is None):
+        raise ConfigError("--vit and --llm go together: got only one of them")
+    wanted = 2 if vit is None else 1
+    if len(folders) != wanted:
+        raise ConfigError(
+            f"import takes {'SRC and DST' if wanted == 2 else 'DST alone with --vit and --llm'}: "
+            f"got {len(folders)} folders"
+        )
+    target = folders[-1]
+    if vit is not None and llm is not None:
+        config = import_parts(
+            vit,
+            llm,
+            target,
+            image_start_id=load_tokenizer(llm).image_start_id,
+            num_queries=num_queries,
+            seed=seed,
+            watch=watch,
+        )
+    elif is_run(folders[0]):
+        config = import_run(folders[0], target)
+    else:
+        config = import_released(folders[0], target, watch)
+    print(f"{target}: {config.vision.num_layers} + {config.decoder.num_layers} layers, ready")
+
+
+def export(
+    source: Annotated[Path, tyro.conf.arg(metavar="SRC")],
+    target: Annotated[Path, tyro.conf.arg(metavar="DST")],
+    /,
+    shard_size: str = "2GB",
+    dtype: Literal["keep", "bfloat16", "float16", "float32"] = "keep",
+) -> None:
+    """Writes a released folder. Example: convert.py export weights/chat Chat --shard-size 5GB
+
+    Args:
+        source: a weights folder of ours
+        target: the new folder
+        shard_size: of one safetensors file, as 500MB or 2GB
+        dtype: of the tensors; keep gives back the bits that were imported
+    """
+    from qwenvl_jax.conversion.run import export_released
+
+    num_shards = export_released(
+        source, target, shard_bytes=num_bytes(shard_size), dtype=dtype, watch=watch
+    )
+    print(f"{target}: {num_shards} file{'s' if num_shards > 1 else ''}, ready")
+
+
+def num_bytes(text: str) -> int:
+    """Returns the bytes of a size as people write it.
+
+    >>> num_bytes("2GB")
+    2000000000
+    """
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in _UNITS or not number.strip().isdecimal() or int(number) == 0:
+        raise ConfigError(f"a size is a whole number and KB, MB or GB: got {text!r}, e.g. 2GB")
+    return int(number) * _UNITS[unit]
+
+
+@contextmanager
+def watch(stage: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields the callback that shows how far a stage is: a bar on a terminal, else a few lines."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        columns = (TextColumn("{task.description:>14}"), BarColumn(), DownloadColumn())
+        with Progress(
+            *columns, TransferSpeedColumn(), TimeRemainingColumn(), console=console
+        ) as bar:
+            task = bar.add_task(stage, total=total)
+            yield lambda done: bar.advance(task, done)
+        return
+    seen, part = 0, max(total // LINES, 10**9)
+
+    def line(done: int) -> None:
+        nonlocal seen
+        before, seen = seen, seen + done
+        if before // part != seen // part or seen == total:
+            print(f"{stage}: {seen / 1e6:.0f} of {total / 1e6:.0f} MB", file=sys.stderr, flush=True)
+
+    yield line
