@@ -19,8 +19,7 @@ from pathlib import Path
 import regex
 
 from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
-from qwenvl_jax.prompt.tokenizer import _SPLIT as SPLIT_PATTERN
-from qwenvl_jax.prompt.tokenizer import Tokenizer
+from qwenvl_jax.prompt.tokenizer import SPLIT_PATTERN, Tokenizer
 
 Pair = tuple[bytes, bytes]
 

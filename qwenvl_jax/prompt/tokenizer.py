@@ -25,7 +25,7 @@ from qwenvl_jax.prompt import chat
 from qwenvl_jax.prompt.decoding import TextDecoder
 from qwenvl_jax.prompt.vocabulary import TokenizerError, find_vocabulary, read_ranks
 
-_SPLIT = (
+SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -111,7 +111,7 @@ class Tokenizer:
         self._pieces = sorted(ranks, key=ranks.__getitem__)
         self._missing = {byte for byte in range(256) if bytes([byte]) not in ranks}
         self._bpe = tiktoken.Encoding(
-            "qwen", pat_str=_SPLIT, mergeable_ranks=ranks, special_tokens=self.special_ids
+            "qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_ids
         )
         ids = self.special_ids
         self.endoftext_id = ids["<|endoftext|>"]  # separator, end of generation and padding
