@@ -102,6 +102,11 @@ def writing_mask(text: str, pixels: int, degrees: float) -> tuple[Image.Image, l
         )
         for dx, dy in ((-half_w, -half_h), (half_w, -half_h), (half_w, half_h), (-half_w, half_h))
     ]
-    whole = Image.new("L", tuple(-(-n // SUPERSAMPLE) * SUPERSAMPLE for n in ink.size))
+    whole = Image.new("L", (_whole_pixels(ink.width), _whole_pixels(ink.height)))
     whole.paste(ink, (0, 0))
     return whole.reduce(SUPERSAMPLE), corners
+
+
+def _whole_pixels(fine: int) -> int:
+    """Returns a length rounded up to a multiple of `SUPERSAMPLE`."""
+    return -(-fine // SUPERSAMPLE) * SUPERSAMPLE
