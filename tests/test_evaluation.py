@@ -6,9 +6,10 @@ import types
 import numpy as np
 import pytest
 
+from qwenvl_jax.cli.opening import SHIPPED_MODEL
 from qwenvl_jax.data import tasks
-from qwenvl_jax.data.sources.scene_rows import scene_example
-from qwenvl_jax.data.sources.scenes import HELD_OUT_PAIRS, HELD_OUT_WORDS
+from qwenvl_jax.data.sources.scene_rows import scene_example, scene_of
+from qwenvl_jax.data.sources.scenes import HELD_OUT_PAIRS, HELD_OUT_WORDS, scene
 from qwenvl_jax.evaluation import report
 from qwenvl_jax.evaluation.scenes import (
     FORMS,
@@ -21,15 +22,18 @@ from qwenvl_jax.evaluation.scenes import (
     sit,
     summarise,
 )
+from qwenvl_jax.evaluation.sheet import Exchange, Sitting, draw_sheet, wrap
 from qwenvl_jax.prompt.boxes import format_box
-from qwenvl_jax.prompt.tokenizer import Tokenizer
+from qwenvl_jax.prompt.tokenizer import load_tokenizer
 
 SIDE = 56
+TASK_OF = {"caption": "caption", "question": "vqa", "locate": "ref_grounding", "read": "ocr_vqa"}
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer({bytes([byte]): byte for byte in range(256)}, slots=4)
+    """The shipped vocabulary, so that right answers have the length they will have."""
+    return load_tokenizer(SHIPPED_MODEL, slots=4)
 
 
 def right_answer(paper):
@@ -68,24 +72,24 @@ def test_the_same_seed_sets_the_same_papers_and_another_seed_others(tokenizer):
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_task_prompts_open_training_rows(tokenizer, subject):
     """The prompt of a paper is what stands before the loss in a training row of that task."""
-    task = {"caption": "caption", "question": "vqa", "locate": "ref_grounding", "read": "ocr_vqa"}
-    row = scene_example(task[subject], 7, "heldout", SIDE, tokenizer)
+    row = scene_example(TASK_OF[subject], 7, "heldout", SIDE, tokenizer)
     first_target = int(np.argmax(row.is_target))
-    paper = set_paper(subject, "task", 7, tokenizer, SIDE)
+    drawn = scene_of(TASK_OF[subject], 7, "heldout", SIDE)
+    paper = set_paper(subject, "task", drawn, tokenizer)
     np.testing.assert_array_equal(paper.image_IYXC[0], row.images[0])
     picture = tokenizer.image_ids()
     assert paper.tokens[: len(picture)] == picture
     if subject == "caption":
         assert paper.tokens == row.ids[:first_target].tolist()
-    # The words differ by chance; how the prompt begins and ends around them must not.
-    words = 2
-    assert paper.tokens[-words:] == row.ids[first_target - words : first_target].tolist()
+    # What is asked differs by chance; how the prompt ends behind it must not.
+    assert paper.tokens[-1] == row.ids[first_target - 1]
     assert tokenizer.decode(paper.tokens).count("<img></img>") == 1
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_chat_prompts_are_those_of_chat_training(tokenizer, subject):
-    paper = set_paper(subject, "chat", 7, tokenizer, SIDE)
+    drawn = scene_of(TASK_OF[subject], 7, "heldout", SIDE)
+    paper = set_paper(subject, "chat", drawn, tokenizer)
     turn = f"Picture 1: {tasks.PICTURE}\n{paper.asked}"
     row = tasks.chat_example([(turn, "yes")], [paper.scene.image], tokenizer, "row")
     assert row.ids[: len(paper.tokens)].tolist() == paper.tokens
@@ -113,11 +117,9 @@ def test_a_silent_model_scores_nothing(tokenizer):
 
 
 def test_captions_are_marked_by_what_they_name(tokenizer):
-    paper = next(
-        p
-        for p in (set_paper("caption", "task", key, tokenizer, SIDE) for key in range(50))
-        if len(p.scene.things) == 2
-    )
+    drawn = (scene(key, "heldout", SIDE, has_writing=False) for key in range(50))
+    two_things = next(one for one in drawn if len(one.things) == 2)
+    paper = set_paper("caption", "task", two_things, tokenizer)
     first, second = paper.scene.things
     wrong = "ring" if "ring" not in (first.shape, second.shape) else "cross"
     answer = f"a {first.colour} {first.shape} and a {second.colour} {wrong}"
@@ -139,7 +141,7 @@ def test_pairs_are_whole_words():
 )
 def test_a_box_hits_from_one_half_overlap(tokenizer, shift, hit):
     """Moving a box by a share s of its width leaves (1 - s) / (1 + s) overlap: one half at 1/3."""
-    paper = set_paper("locate", "task", 3, tokenizer, SIDE)
+    paper = set_paper("locate", "task", scene(3, "heldout", SIDE, has_writing=False), tokenizer)
     x1, y1, x2, y2 = paper.box
     move = int((x2 - x1) * shift)
     move = move if x2 + move <= 999 else -move
@@ -152,13 +154,13 @@ def test_a_box_hits_from_one_half_overlap(tokenizer, shift, hit):
 def test_new_facts_are_those_training_never_showed(tokenizer):
     papers = examination(tokenizer, SIDE, 60, seed=1)
     for paper in papers:
-        if paper.subject == "read":
+        if paper.kind == "word":
             assert paper.is_new == (paper.expected[0] in HELD_OUT_WORDS)
-        else:
-            pairs = {(thing.shape, thing.colour) for thing in paper.scene.things}
-            named = named_pairs(paper.asked)
-            if paper.is_new:
-                assert (pairs | named) & HELD_OUT_PAIRS
+        elif paper.is_new:
+            shown = {(thing.shape, thing.colour) for thing in paper.scene.things}
+            assert (shown | named_pairs(paper.asked)) & HELD_OUT_PAIRS
+        elif paper.subject == "locate":
+            assert not named_pairs(paper.asked) & HELD_OUT_PAIRS
     assert 0 < sum(paper.is_new for paper in papers) < len(papers) / 2
 
 
@@ -198,13 +200,12 @@ def test_answers_return_to_their_own_papers(tokenizer):
 
 
 def test_the_eval_command_prints_the_table(tokenizer, monkeypatch, capsys, tmp_path):
-    import qwenvl_jax
     from qwenvl_jax.cli import eval as command
 
     papers = examination(tokenizer, SIDE, 3, seed=5)
     model = ModelThatKnows(tokenizer, papers)
     model.config = types.SimpleNamespace(image_size=SIDE)
-    monkeypatch.setattr(qwenvl_jax, "from_pretrained", lambda *_, **__: model, raising=False)
+    monkeypatch.setattr(command, "open_model", lambda _: model)
     argv = ["--num-scenes", "3", "--seed", "5", "--form", "task", "--output", str(tmp_path)]
     assert command.main(argv) == 0
     assert "100.0 %" in capsys.readouterr().out
@@ -223,3 +224,58 @@ def test_wrong_input_is_one_line_and_exit_code_2(argv, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+# --- the sheet and the demo ---------------------------------------------------------------------
+
+
+def test_lines_are_no_wider_than_asked_and_lose_nothing():
+    text = "a small red circle, a blue star and an orange ring with the word TREE"
+    lines = wrap(text, 200)
+    assert len(lines) > 2
+    assert " ".join(lines) == text
+    assert wrap("unbreakable" * 9, 200) == ["unbreakable" * 9]
+
+
+def test_the_sheet_draws_boxes_and_grows_with_its_text(tokenizer):
+    drawn = scene(3, "heldout", SIDE, has_writing=False)
+    paper = set_paper("locate", "chat", drawn, tokenizer)
+    right = Exchange(paper.asked, f"<ref>it</ref>{format_box(paper.box)}", True, "")
+    plain = draw_sheet("title", [Sitting(drawn.image, [right._replace(answer="it")])])
+    boxed = draw_sheet("title", [Sitting(drawn.image, [right])])
+    assert plain.size == boxed.size
+    assert np.any(np.asarray(plain) != np.asarray(boxed))
+    wrong = Exchange(paper.asked, "word " * 500, False, "it")
+    longer = draw_sheet("title", [Sitting(drawn.image, [wrong] * 9)])
+    assert longer.height > boxed.height
+    assert longer.width == boxed.width
+
+
+@pytest.mark.parametrize(("knows", "verdict"), [(True, "right"), (False, "wrong")])
+def test_the_demo_says_which_answers_are_right(
+    knows, verdict, tokenizer, monkeypatch, capsys, tmp_path
+):
+    from qwenvl_jax.cli import demo
+
+    options = demo.DemoOptions(scenes=3, seed=2)
+    vl = types.SimpleNamespace(tokenizer=tokenizer, config=types.SimpleNamespace(image_size=SIDE))
+    scenes = list(demo.draw_scenes(options, SIDE))
+    assert [one.writing is not None for one in scenes] == [False, False, True]
+    papers = [paper for one in scenes for paper in demo.papers_of(one, vl)]
+    answers = {p.asked + str(p.scene.image.tobytes()): right_answer(p) for p in papers}
+
+    def chat(text, images, temperature, max_new_tokens):
+        assert temperature == 0.0
+        answer = answers[text + str(images[0].tobytes())] if knows else ""
+        return types.SimpleNamespace(text=answer)
+
+    vl.chat = chat
+    monkeypatch.setattr(demo, "open_model", lambda _: vl)
+    sheet = tmp_path / "demo.png"
+    argv = ["--scenes", "3", "--seed", "2", "--output", str(sheet), "--pictures", str(tmp_path)]
+    assert demo.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"({verdict})") == len(papers) == 9
+    assert "python infer.py --image" in printed
+    assert sheet.stat().st_size > 0
+    assert len(list(tmp_path.glob("scene_*.png"))) == 3

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, open_model
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
     from qwenvl_jax.evaluation.scenes import Form, Paper
     from qwenvl_jax.inference.vl import VL
-
-SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "nano"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,14 +33,10 @@ class EvalOptions:
     """Which held-out scenes; the same seed always draws the same ones."""
     form: Literal["task", "chat", "both"] = "both"
     """Prompts of the multi-task stage, chat turns, or both, one table each."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of weights and arithmetic."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of weights and arithmetic; float32 for the shipped model, bfloat16 for others."""
     output: Path | None = None
     """A folder for the tables as Markdown, and all scores and answers as JSON."""
-
-    def __post_init__(self):
-        if self.num_scenes <= 0:
-            raise ConfigError(f"--num-scenes must be positive: got {self.num_scenes}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,15 +48,16 @@ def _run(argv: Sequence[str]) -> int:
     import tyro
 
     options = tyro.cli(EvalOptions, args=list(argv), prog="qwenvl eval", description=__doc__)
+    if options.num_scenes <= 0:
+        raise ConfigError(f"--num-scenes must be positive: got {options.num_scenes}")
 
     from rich.console import Console
 
-    from qwenvl_jax import from_pretrained
     from qwenvl_jax.evaluation import report
     from qwenvl_jax.evaluation.scenes import FORMS, examination, summarise
 
     folder = options.model or SHIPPED_MODEL
-    vl = from_pretrained(folder, dtype=options.dtype)
+    vl = open_model(AnswerOptions(model=options.model, dtype=options.dtype))
     console = Console()
     forms = FORMS if options.form == "both" else (options.form,)
     for form in forms:

@@ -92,22 +92,28 @@ def examination(
     """Returns one paper a scene for every subject; a pure function of its arguments."""
     first = seed * 1_000_003  # streams of different seeds do not overlap in practice
     return [
-        set_paper(subject, form, first + i, tokenizer, side)
+        set_paper(
+            subject, form, scene_of(_SCENE_TASK[subject], first + i, "heldout", side), tokenizer
+        )
         for subject in SUBJECTS
         for i in range(num_scenes)
     ]
 
 
-def set_paper(subject: Subject, form: Form, key: int, tokenizer: Tokenizer, side: int) -> Paper:
-    """Returns the paper of a subject about the held-out scene of a key."""
-    scene = scene_of(_SCENE_TASK[subject], key, "heldout", side)
-    rng = random.Random(f"exam/{key}/{subject}")
+def set_paper(subject: Subject, form: Form, scene: Scene, tokenizer: Tokenizer) -> Paper:
+    """Returns the paper of a subject about a scene.
+
+    Raises: ValueError where the scene has no writing to read, or nothing to locate.
+    """
+    rng = random.Random(f"exam/{scene.key}/{subject}")
     kind, box, is_new = "", None, False
     if subject == "caption":
         asked, expected = rng.choice(language.CAPTION_REQUESTS), captions(scene)
         prompt = tasks.caption("")
         is_new = any(_is_new_pair(thing.shape, thing.colour) for thing in scene.things)
     elif subject == "locate":
+        if not scene.things:
+            raise ValueError(f"{scene.key} holds no shape: there is nothing to locate")
         thing = rng.choice(scene.things)
         phrase = language.phrase(scene, thing, rng)
         asked, expected = rng.choice(language.LOCATE_REQUESTS).format(phrase), ()
@@ -141,7 +147,7 @@ def _question(subject: Subject, scene: Scene, rng: random.Random) -> language.Qu
         return language.question(scene, "heldout", rng)
     question = language.reading_question(scene, rng)
     if question is None:
-        raise AssertionError(f"{scene.key} was drawn for reading and has no writing")
+        raise ValueError(f"{scene.key} holds no writing: there is nothing to read")
     return question
 
 
@@ -206,20 +212,39 @@ def named_pairs(text: str) -> set[tuple[str, str]]:
     return {(shape, colour) for colour, shape in _NAMED_PAIR.findall(text.lower())}
 
 
+def is_right(paper: Paper, answer: str) -> bool:
+    """Returns whether an answer is right: its text exactly, ends trimmed, or its first box."""
+    return (
+        answer.strip() in paper.expected if paper.box is None else overlap(paper, answer) >= HIT_IOU
+    )
+
+
+def overlap(paper: Paper, answer: str) -> float:
+    """Returns the IoU of the answer's first box and the thing to locate; 0 where there is none."""
+    boxes = [item["box"] for item in parse_boxes(answer) if "box" in item]
+    if not boxes or paper.box is None:
+        return 0.0
+    corners = np.array(boxes[0]).reshape(2, 2)
+    return box_iou(np.concatenate([corners.min(0), corners.max(0)]), np.array(paper.box))
+
+
 def marks(paper: Paper, answer: str) -> list[Mark]:
-    """Returns what an answer earns; texts count when they match exactly, ends trimmed."""
-    is_right = float(answer.strip() in paper.expected)
+    """Returns what an answer earns."""
+    right = float(is_right(paper, answer))
     if paper.subject == "caption":
-        return [*_caption_marks(paper, answer), Mark("caption: exact", is_right, paper.is_new)]
+        return [*_caption_marks(paper, answer), Mark("caption: exact", right, paper.is_new)]
     if paper.subject == "locate":
-        return _box_marks(paper, answer)
+        return [
+            Mark(f"locate: IoU at {HIT_IOU}", right, paper.is_new),
+            Mark("locate: mean IoU", overlap(paper, answer), paper.is_new),
+        ]
     if paper.subject == "question":
         return [
-            Mark("question: all", is_right, paper.is_new),
-            Mark(f"question: {paper.kind}", is_right, paper.is_new),
+            Mark("question: all", right, paper.is_new),
+            Mark(f"question: {paper.kind}", right, paper.is_new),
         ]
     return [
-        Mark(f"read: {paper.kind} exact", is_right, paper.is_new),
+        Mark(f"read: {paper.kind} exact", right, paper.is_new),
         Mark("read: ANLS", anls(answer.strip(), list(paper.expected)), paper.is_new),
     ]
 
@@ -236,21 +261,6 @@ def _caption_marks(paper: Paper, answer: str) -> list[Mark]:
         for pair in sorted(said)
     ]
     return found
-
-
-def _box_marks(paper: Paper, answer: str) -> list[Mark]:
-    """Marks the first box of the answer; no box is no overlap."""
-    boxes = [item["box"] for item in parse_boxes(answer) if "box" in item]
-    assert paper.box is not None
-    overlap = 0.0
-    if boxes:
-        x1, y1, x2, y2 = boxes[0]
-        ordered = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-        overlap = box_iou(ordered, paper.box)
-    return [
-        Mark(f"locate: IoU at {HIT_IOU}", float(overlap >= HIT_IOU), paper.is_new),
-        Mark("locate: mean IoU", overlap, paper.is_new),
-    ]
 
 
 def summarise(papers: Sequence[Paper], answers: Sequence[str]) -> list[Score]:
