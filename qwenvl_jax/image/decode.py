@@ -77,7 +77,7 @@ OTHER_KINDS = (
 )
 
 
-def decode(stream: io.BufferedIOBase, name: str, max_pixels: int) -> np.ndarray:
+def decode(stream: io.BufferedReader | io.BytesIO, name: str, max_pixels: int) -> np.ndarray:
     """Upright RGB pixels, uint8[Y, X, 3], of the encoded picture in a seekable binary stream.
 
     Of an animation the first frame is read. `name` says in messages which picture is meant.
