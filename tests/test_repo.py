@@ -6,6 +6,7 @@ end can show every one of them catching a planted fault.
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import re
 import subprocess
@@ -29,6 +30,7 @@ MATHS = BASE | {"sharding", "model"}
 ALLOWED = {
     "axes": set(),
     "config": {"axes"},
+    "presets": BASE,
     "sharding": BASE,
     "model": BASE | {"sharding"},
     "prompt": BASE,
@@ -57,6 +59,16 @@ def package_files() -> list[Path]:
 def python_files() -> list[Path]:
     folders = [PACKAGE, ROOT / "tests", ROOT / "configs", ROOT / "benchmarks"]
     return sorted([*ROOT.glob("*.py"), *(path for f in folders for path in f.rglob("*.py"))])
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def attributes_read_outside_config() -> set[str]:
+    return attributes_read([tree_of(path) for path in package_files() if path.stem != "config"])
 
 
 def name_of(path: Path) -> str:
@@ -189,7 +201,7 @@ def make_targets() -> set[str]:
 def test_imports_go_one_way(path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     assert room in ALLOWED, f"{room} is a new room: say in tests/test_repo.py what it may import"
-    assert wrong_imports(room, ast.parse(path.read_text())) == []
+    assert wrong_imports(room, tree_of(path)) == []
 
 
 HIDE_ACCELERATORS = """
@@ -228,20 +240,18 @@ def config_classes() -> list[type]:
 
 @pytest.mark.parametrize("kind", config_classes(), ids=lambda kind: kind.__name__)
 def test_every_setting_is_read_somewhere(kind):
-    trees = [ast.parse(path.read_text()) for path in package_files() if path.stem != "config"]
-    read = attributes_read(trees)
+    read = attributes_read_outside_config()
     dead = [field.name for field in dataclasses.fields(kind) if field.name not in read]
     assert dead == [], f"{kind.__name__} has settings that nothing outside config.py reads"
 
 
 @pytest.mark.parametrize("path", python_files(), ids=name_of)
 def test_files_and_functions_stay_readable(path):
-    text = path.read_text()
-    tree = ast.parse(text)
+    tree = tree_of(path)
     assert long_functions(tree) == []
     assert path.stem not in GRAB_BAGS
     if not path.is_relative_to(ROOT / "tests"):  # tables of cases may be long
-        assert len(text.splitlines()) <= MAX_FILE_LINES
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
         assert stubs(tree) == []
 
 
@@ -306,8 +316,7 @@ def test_no_line_belongs_to_one_machine(path):
 
 
 def third_party_imports() -> set[str]:
-    trees = [ast.parse(path.read_text()) for path in package_files()]
-    roots = {name.split(".")[0] for tree in trees for name in imported(tree)}
+    roots = {name.split(".")[0] for path in package_files() for name in imported(tree_of(path))}
     return roots - set(sys.stdlib_module_names) - {"qwenvl_jax"}
 
 
