@@ -22,7 +22,8 @@ check: $(VENV)/.installed-check
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
-bench: $(VENV)/.installed-bench
+# Hours and tens of gigabytes of disk at full size: each script's first lines say what it takes.
+bench: $(VENV)/.installed-core
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python $$script || exit 1; done
 
 clean:
