@@ -1,5 +1,6 @@
 """The golden checkpoint as a released folder, loaded the way users load one, and its answers."""
 
+import base64
 import functools
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ import qwenvl_jax
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ("text_short", "text_long", "one_image", "two_images", "image_long")
+NUM_RANKS = 206  # what puts <img> at the id that the checkpoint expects
 PICTURES_OF = {"one_image": [0], "two_images": [1, 0], "image_long": [1]}
 
 
@@ -32,13 +34,20 @@ def greedy(case: str) -> list[int]:
     return outputs()[f"{case}.greedy"].tolist()
 
 
+def write_folder(folder: Path, *, with_tokenizer: bool = False) -> None:
+    """Writes a released folder; its vocabulary has one id for each byte below 206, so ASCII."""
+    shutil.copyfile(GOLDEN / "tiny.config.json", folder / "config.json")
+    shutil.copyfile(GOLDEN / "tiny.weights.safetensors", folder / "model.safetensors")
+    if with_tokenizer:
+        lines = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(NUM_RANKS)]
+        (folder / "qwen.tiktoken").write_text("\n".join(lines) + "\n")
+
+
 def load(mesh=None, dtype="float32"):
     """Returns a new VL of the golden weights; it has compiled nothing yet."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        shutil.copyfile(GOLDEN / "tiny.config.json", folder / "config.json")
-        shutil.copyfile(GOLDEN / "tiny.weights.safetensors", folder / "model.safetensors")
-        return qwenvl_jax.from_pretrained(folder, dtype=dtype, mesh=mesh)
+        write_folder(Path(name))
+        return qwenvl_jax.from_pretrained(name, dtype=dtype, mesh=mesh)
 
 
 @functools.cache

@@ -58,7 +58,7 @@ class Generator:
 
     def __init__(self, config: ModelConfig, graphdef: nnx.GraphDef, state: nnx.State, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        self._state = state
+        self._graphdef, self._state = graphdef, state
         fixed = (graphdef, config, mesh)
         self._start = jax.jit(partial(start, *fixed), static_argnames="answer_slots")
         self._decode = jax.jit(partial(decode, *fixed), donate_argnames="decoding")

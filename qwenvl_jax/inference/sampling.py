@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from qwenvl_jax.inference.errors import InputError
 
@@ -56,7 +56,7 @@ class SamplingArrays(NamedTuple):
     top_k_B: Int[Array, "B"]
     top_p_B: Float[Array, "B"]
     repetition_penalty_B: Float[Array, "B"]
-    seed_B2: Int[Array, "B 2"]  # uint32: the two halves of the seed
+    seed_B2: UInt32[Array, "B 2"]  # the upper and the lower half of the seed
 
 
 def stack(rows: Sequence[Sampling]) -> SamplingArrays:
@@ -119,7 +119,4 @@ def keep_likely(logits_BV: Float[Array, "B V"], sampling: SamplingArrays) -> Flo
 
 def _row_key(seed_2: jax.Array, step: jax.Array) -> jax.Array:
     # threefry is named, because its draws are the same on every backend and for every sharding.
-    key = jax.random.key(0, impl="threefry2x32")
-    for part in (seed_2[0], seed_2[1], step):
-        key = jax.random.fold_in(key, part)
-    return key
+    return jax.random.fold_in(jax.random.wrap_key_data(seed_2, impl="threefry2x32"), step)

@@ -162,7 +162,7 @@ def chat_stream(
 
     def finish(answer: str, tokens: list[int], is_complete: bool) -> Reply:
         turn = Turn(text, squares, answer, options.live)
-        boxes = parse_boxes(answer)
+        boxes = parse_boxes(answer, inherit_ref=True)
         return Reply(answer, boxes, (*turns, turn), tokens, is_complete, prompt.dropped_turns)
 
     stop_tokens = (tok.im_end_id, tok.im_start_id, tok.endoftext_id)
@@ -193,7 +193,7 @@ def complete_stream(
 
     def finish(answer: str, tokens: list[int], is_complete: bool) -> Reply:
         phrase = _OPEN_PHRASE.search(text)
-        boxes = parse_boxes((phrase.group() if phrase else "") + answer)
+        boxes = parse_boxes((phrase.group() if phrase else "") + answer, inherit_ref=True)
         return Reply(answer, boxes, (), tokens, is_complete)
 
     prompt = Rendered(ids, [False] * len(ids), list(squares))

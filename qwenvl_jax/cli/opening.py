@@ -1,0 +1,98 @@
+"""What `infer` and `chat` share: which model, its pictures, and how answers are drawn."""
+
+import dataclasses
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qwenvl_jax.config import ConfigError, MeshConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qwenvl_jax.inference.vl import VL
+
+SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "nano"
+DRAWN_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """Which model answers, and how it chooses its words."""
+
+    model: Path | None = None
+    """A folder with a released model or one of ours; the small shipped model if left out."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of weights and arithmetic; float32 for the shipped model, bfloat16 for others."""
+    tensor: int = 1
+    """Devices to spread the model over."""
+    max_new_tokens: int | None = None
+    """Longest answer; 512, or half of a shorter context."""
+    temperature: float | None = None
+    """0 takes the likeliest word, higher varies more; 1 in a chat, 0 elsewhere."""
+    top_k: int | None = None
+    """Choose among so many likeliest words; all."""
+    top_p: float | None = None
+    """Choose among the likeliest words that hold this probability; 0.3 in a chat."""
+    repetition_penalty: float | None = None
+    """Above 1 avoids words that were used; 1."""
+    seed: int = 0
+    """The same seed gives the same answer."""
+
+    def choice(self) -> dict[str, Any]:
+        """Returns the options that were given, as `VL.chat` and `VL.complete` take them."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+        given = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def open_model(options: AnswerOptions) -> "VL":
+    """Returns the model; says on a terminal that it is being loaded.
+
+    Raises:
+        ConfigError: there is no such folder, or more devices are asked for than there are.
+    """
+    folder = options.model or SHIPPED_MODEL
+    if not folder.is_dir():
+        raise ConfigError(f"--model is not a folder: got {str(folder)!r}; name one with weights")
+    if options.model is None and not (folder / "config.json").is_file():
+        raise ConfigError("this copy of the package has no shipped model; name one with --model")
+    import jax
+
+    from qwenvl_jax import from_pretrained
+    from qwenvl_jax.sharding import make_mesh
+
+    devices = jax.devices()
+    if not 1 <= options.tensor <= len(devices):
+        raise ConfigError(f"--tensor must lie in 1 .. {len(devices)} here: got {options.tensor}")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=options.tensor), devices[: options.tensor])
+    dtype = options.dtype or ("float32" if options.model is None else "bfloat16")
+    with waiting(f"loading {folder.name}"):
+        return from_pretrained(folder, dtype=dtype, mesh=mesh)
+
+
+def waiting(what: str) -> AbstractContextManager:
+    """Returns a spinner on a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(what)
+
+
+def check_output(path: Path) -> None:
+    """Raises ConfigError when no picture can be written there; asked before the model runs."""
+    if path.suffix.lower() not in DRAWN_FORMATS:
+        raise ConfigError(
+            f"the picture's name must end in one of {', '.join(DRAWN_FORMATS)}: got {str(path)!r}"
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(f"no folder for the picture: got {str(path)!r}; make {path.parent} first")
+
+
+def save_drawn(image_YXC: "np.ndarray", boxes: list[dict[str, Any]], path: Path) -> None:
+    """Writes the picture with its boxes."""
+    from qwenvl_jax.prompt.draw import draw_boxes
+
+    draw_boxes(image_YXC, boxes).save(path)

@@ -1,0 +1,206 @@
+"""Dialogues and completions: the prompts they make, what they return, and the history they keep."""
+
+import numpy as np
+import pytest
+from golden_model import write_folder
+from PIL import Image
+
+import qwenvl_jax
+from qwenvl_jax.inference.errors import InputError
+from qwenvl_jax.inference.session import Turn
+from qwenvl_jax.inference.vl import VL
+
+BOX_ANSWER = "<ref>a cat</ref><box>(1,2),(30,40)</box><box>(5,5),(9,9)</box>"
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden")
+    write_folder(folder, with_tokenizer=True)
+    return qwenvl_jax.from_pretrained(folder, dtype="float32")
+
+
+@pytest.fixture
+def scripted(golden, monkeypatch):
+    """The golden model, whose answers are scripted; what it was asked is in `.asked`."""
+    asked, script = [], []
+
+    def stream(vl, tokens, images, **options):
+        asked.append({"ids": list(tokens), "images": list(images), **options})
+        for text in script.pop(0) if script else ["ok"]:
+            yield golden.tokenizer.encode_raw(text)
+
+    monkeypatch.setattr(VL, "stream", stream)
+    golden.asked, golden.script = asked, script
+    return golden
+
+
+def picture(shade: int, side: int = 40) -> np.ndarray:
+    return np.full((side, side + 5, 3), shade, np.uint8)
+
+
+def said(vl, ids) -> str:
+    return vl.tokenizer.decode(ids)
+
+
+def test_a_first_turn_is_the_released_prompt(scripted):
+    reply = scripted.chat("What?", images=[picture(9)])
+    [asked] = scripted.asked
+    expected = scripted.tokenizer.chat_ids([("Picture 1: <img>x</img>\nWhat?", None)], raw=True)
+    assert asked["ids"] == expected
+    assert [image.shape for image in asked["images"]] == [(224, 224, 3)]
+    assert (asked["temperature"], asked["top_p"], asked["top_k"]) == (1.0, 0.3, 0)
+    assert asked["max_new_tokens"] == 512
+    tok = scripted.tokenizer
+    assert set(asked["stop_tokens"]) == {tok.im_end_id, tok.im_start_id, tok.endoftext_id}
+    assert (reply.text, reply.boxes, reply.is_complete) == ("ok", [], True)
+    assert reply.tokens == tok.encode("ok")
+
+
+def test_pictures_are_numbered_and_kept_through_the_dialogue(scripted):
+    first = scripted.chat("One?", images=[picture(1), picture(2)])
+    second = scripted.chat("Two?", images=[picture(3)], history=first.history)
+    text = said(scripted, scripted.asked[1]["ids"])
+    marks = [text.index(f"Picture {k}: <img>") for k in (1, 2, 3)]
+    assert marks == sorted(marks)
+    assert marks[1] < text.index("One?") < text.index("ok") < marks[2] < text.index("Two?")
+    assert [int(image[0, 0, 0]) for image in scripted.asked[1]["images"]] == [1, 2, 3]
+    assert len(first.history) == 1  # not changed by the second call
+    assert [turn.text for turn in second.history] == ["One?", "Two?"]
+    assert [len(turn.images) for turn in second.history] == [2, 1]
+
+
+def test_boxes_come_out_and_go_back_in_as_tags(scripted):
+    scripted.script.append([BOX_ANSWER[:20], BOX_ANSWER[20:]])
+    reply = scripted.chat("Find the cat.", images=[picture(1)])
+    assert reply.text == BOX_ANSWER
+    assert reply.boxes == [
+        {"ref": "a cat", "box": (1, 2, 30, 40)},
+        {"ref": "a cat", "box": (5, 5, 9, 9)},
+    ]
+    scripted.chat("And?", history=reply.history)
+    ids = scripted.asked[1]["ids"]
+    assert ids.count(scripted.tokenizer.box_start_id) == 2
+
+
+def test_user_text_is_never_special_unless_places_are_made_live(scripted):
+    tok = scripted.tokenizer
+    text = "<|im_end|><img>x</img><|endoftext|><box>(1,1),(2,2)</box>"
+    plain = scripted.chat(text)
+    live = scripted.chat(text, live_tags=True)
+    for asked in scripted.asked:
+        assert tok.image_start_id not in asked["ids"]
+        assert tok.endoftext_id not in asked["ids"]
+        assert asked["ids"].count(tok.im_end_id) == 2  # system and user
+    assert [asked["ids"].count(tok.box_start_id) for asked in scripted.asked] == [0, 1]
+    scripted.chat("Next", history=live.history)
+    scripted.chat("Next", history=plain.history)
+    again = [asked["ids"].count(tok.box_start_id) for asked in scripted.asked[2:]]
+    assert again == [1, 0]  # a turn stays what it was
+
+
+def test_plain_pairs_serve_as_history(scripted):
+    scripted.chat("B?", history=[("A?", "a")])
+    expected = scripted.tokenizer.chat_ids([("A?", "a"), ("B?", None)])
+    assert scripted.asked[0]["ids"] == expected
+
+
+def test_turns_that_do_not_fit_are_dropped_with_their_pictures(scripted):
+    history = [Turn("old " * 30, (picture(1),), "a"), Turn("new", (picture(2),), "b")]
+    reply = scripted.chat("Now?", history=history, max_window=150)
+    assert reply.dropped_turns == 1
+    assert [int(image[0, 0, 0]) for image in scripted.asked[0]["images"]] == [2]
+    assert len(reply.history) == 3  # the caller's to keep; the window may be larger next time
+
+
+def test_a_message_beyond_the_context_names_the_numbers(scripted):
+    with pytest.raises(ValueError, match=r"too long: .* takes \d+ ids, 7680 are left"):
+        scripted.chat("x" * 8000)
+
+
+def test_a_stream_gives_text_as_it_comes_and_the_reply_at_the_end(scripted):
+    scripted.script.append(["one ", "two", " three"])
+    stream = scripted.chat_stream("Count.")
+    assert list(stream) == ["one ", "two", " three"]
+    assert stream.reply.text == "one two three"
+    assert stream.reply.history[-1] == Turn("Count.", (), "one two three")
+    cut = scripted.chat("Count.", max_new_tokens=2)
+    assert not cut.is_complete  # the script's two tokens are all that was allowed
+
+
+def test_completion_has_pictures_then_text_and_no_roles(scripted):
+    tok = scripted.tokenizer
+    scripted.script.append(["<box>(3,4),(5,6)</box>"])
+    reply = scripted.complete("<ref>the cup</ref>", [picture(1)], live_tags=True)
+    [asked] = scripted.asked
+    text = [tok.ref_start_id, *tok.encode("the cup"), tok.ref_end_id]
+    assert asked["ids"] == tok.image_ids() + text
+    assert asked["stop_tokens"] == (tok.endoftext_id,)
+    assert asked["temperature"] == 0
+    assert reply.boxes == [{"ref": "the cup", "box": (3, 4, 5, 6)}]
+    assert reply.history == ()
+
+
+def test_raw_completion_takes_every_tag(scripted):
+    scripted.complete("a<img></img>b<|im_end|>", [picture(1)], raw=True)
+    tok = scripted.tokenizer
+    expected = [*tok.encode("a"), *tok.image_ids(), *tok.encode("b"), tok.im_end_id]
+    assert scripted.asked[0]["ids"] == expected
+    with pytest.raises(InputError, match="the prompt is empty"):
+        scripted.complete("")
+
+
+def test_unknown_options_and_unreadable_pictures_are_refused(scripted):
+    with pytest.raises(TypeError, match="temprature"):
+        scripted.chat("x", temprature=1)
+    with pytest.raises(ValueError, match=r"nowhere\.png"):
+        scripted.chat("x", images=["nowhere.png"])
+    with pytest.raises(ValueError, match="fetching is off"):
+        scripted.chat("x", images=["https://example.com/a.png"])
+
+
+def test_a_folder_without_vocabulary_serves_ids_and_says_so_for_text(tmp_path):
+    write_folder(tmp_path)
+    vl = qwenvl_jax.from_pretrained(tmp_path, dtype="float32")
+    assert vl.config.dtype == vl.config.param_dtype == "float32"
+    assert vl.generate([5, 6], max_new_tokens=0) == []
+    with pytest.raises(ValueError, match=r"qwen\.tiktoken"):
+        vl.chat("Hello")
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path):
+    write_folder(tmp_path, with_tokenizer=True)
+    file = tmp_path / "qwen.tiktoken"
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]))
+    vl = qwenvl_jax.from_pretrained(tmp_path, dtype="float32")
+    with pytest.raises(ValueError, match="does not belong to this model"):
+        vl.chat("Hello")
+
+
+def test_two_real_turns_encode_the_picture_once(golden, monkeypatch, tmp_path):
+    calls = []
+    encode = golden._forward.encode
+    monkeypatch.setattr(
+        golden._features, "_encode", lambda images: calls.append(len(images)) or encode(images)
+    )
+    Image.fromarray(picture(77)).save(tmp_path / "a.png")
+    first = golden.chat("Hi", images=[tmp_path / "a.png"], max_new_tokens=6)
+    assert 0 < len(first.tokens) <= 6
+    second = golden.chat("Go", history=first.history, max_new_tokens=6)
+    assert calls == [1]
+    assert len(second.history) == 2
+    same = golden.chat("Hi", images=[str(tmp_path / "a.png")], max_new_tokens=6)
+    assert same.tokens == first.tokens  # the seed decides
+    options = {"temperature": 0.0, "max_new_tokens": 6}
+    prompt = golden.tokenizer.chat_ids([("Picture 1: <img>x</img>\nHi", None)], raw=True)
+    stop = (golden.tokenizer.im_end_id, golden.tokenizer.im_start_id, golden.tokenizer.endoftext_id)
+    greedy = golden.chat("Hi", images=[picture(77)], **options)
+    squares = np.stack(greedy.history[0].images)
+    assert greedy.tokens == golden.generate(prompt, squares, stop_tokens=stop, max_new_tokens=6)
+
+
+def test_the_package_offers_its_public_names():
+    for name in qwenvl_jax.__all__:
+        assert getattr(qwenvl_jax, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = qwenvl_jax.nonsense
