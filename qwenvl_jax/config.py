@@ -24,9 +24,7 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value <= 0:
-            raise ConfigError(
-                f"{type(config).__name__}.{name} must be positive: got {value}"
-            )
+            raise ConfigError(f"{type(config).__name__}.{name} must be positive: got {value}")
 
 
 def _divides(config: Any, part: str, whole: str) -> None:
@@ -98,9 +96,7 @@ class DecoderConfig:
     head_dim: int
     mlp_dim: int  # F, one half of the released `intermediate_size`
     vocab_size: int  # V, rows of the embedding; the tokenizer may use fewer
-    seq_length: (
-        int  # trained length: beyond it NTK and log-n scaling act, in inference only
-    )
+    seq_length: int  # trained length: beyond it NTK and log-n scaling act, in inference only
     max_positions: int  # the longest sequence that is accepted
     rope_base: float = 10_000.0
     norm_eps: float = 1e-6
@@ -119,9 +115,7 @@ class DecoderConfig:
         )
         _positive(self, "seq_length", "max_positions")
         if self.head_dim % 2:
-            raise ConfigError(
-                f"DecoderConfig.head_dim must be even: got {self.head_dim}"
-            )
+            raise ConfigError(f"DecoderConfig.head_dim must be even: got {self.head_dim}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,13 +177,9 @@ class DataConfig:
     def __post_init__(self):
         _positive(self, "length", "image_size", "rows")
         if not self.tasks:
-            raise ConfigError(
-                "DataConfig.tasks is empty: name at least one task and its weight"
-            )
+            raise ConfigError("DataConfig.tasks is empty: name at least one task and its weight")
         if any(weight <= 0 for weight in self.tasks.values()):
-            raise ConfigError(
-                f"DataConfig.tasks must have positive weights: got {self.tasks}"
-            )
+            raise ConfigError(f"DataConfig.tasks must have positive weights: got {self.tasks}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,9 +229,7 @@ class TrainConfig:
     run_dir: str
     steps: int
     seed: int
-    init: (
-        str | None
-    )  # a checkpoint to start from (ours or released); None: random weights
+    init: str | None  # a checkpoint to start from (ours or released); None: random weights
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
@@ -265,9 +253,7 @@ class TrainConfig:
                 f"got {self.optimizer.warmup_steps} of {self.steps}"
             )
         if set(self.freeze) >= {"vit", "adapter", "decoder"}:
-            raise ConfigError(
-                "TrainConfig.freeze names every part: nothing would be trained"
-            )
+            raise ConfigError("TrainConfig.freeze names every part: nothing would be trained")
 
 
 # --- to and from JSON ---------------------------------------------------------------------------
@@ -279,6 +265,4 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def save_json(config: Any, path: str | Path) -> None:
-    Path(path).write_text(
-        json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8"
-    )
+    Path(path).write_text(json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8")

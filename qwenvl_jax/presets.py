@@ -1,4 +1,4 @@
-"""The model sizes that this project trains and loads: the released one, and the small shipped one."""
+"""The model sizes that this project trains and loads: the released and the small shipped one."""
 
 from qwenvl_jax.config import AdapterConfig, DecoderConfig, ModelConfig, VisionConfig
 

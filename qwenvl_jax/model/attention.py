@@ -1,8 +1,8 @@
 """One attention for every part: who may look at whom, and the backends that compute it.
 
 Axes: B rows (pictures, in the tower)  T queries  S keys  N heads  H head dimension.
-All backends obey one contract, tested in `tests/test_attention.py`: causal order, segments, padding,
-rows that may look at nothing (their output is zero), and gradients.
+All backends obey one contract, tested in `tests/test_attention.py`: causal order, segments,
+padding, rows that may look at nothing (their output is zero), and gradients.
 """
 
 from typing import NamedTuple
