@@ -11,7 +11,7 @@ import pathlib
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from qwenvl_jax.evaluation import ptb
 
@@ -22,8 +22,8 @@ ROUGE_BETA = 1.2
 TINY, SMALL = 1e-15, 1e-9  # BLEU's numerators and denominators, so that nothing divides by zero
 
 Tokenizer = Literal["own", "java"]
-Predictions = Mapping[str, str] | Sequence[str]
-References = Mapping[str, Sequence[str]] | Sequence[Sequence[str]]
+Predictions = Mapping[Any, str] | Sequence[str]
+References = Mapping[Any, Sequence[str]] | Sequence[Sequence[str]]
 Counts = collections.Counter[tuple[str, ...]]
 
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from qwenvl_jax.evaluation.captions import cider
 
@@ -57,6 +56,8 @@ CONTRACTIONS = {"somebody'd": "somebodyd"} | {
     for at in range(len(form))
     if form[at] == "'"
 }
+
+Box = Sequence | np.ndarray  # x1, y1, x2, y2
 
 ANLS_THRESHOLD = 0.5
 RELAXED_TOLERANCE = 0.05
@@ -214,7 +215,7 @@ def gqa_normalize(answer: str) -> str:
 # --- boxes --------------------------------------------------------------------------------------
 
 
-def grounding_iou(answer: str, gold_box: ArrayLike, *, height: int, width: int) -> float:
+def grounding_iou(answer: str, gold_box: Box, *, height: int, width: int) -> float:
     """Overlap, in 0..1, of the first box in an answer with the gold box (x1, y1, x2, y2 in pixels).
 
     A prediction counts as right from 0.5 on. Text without a box that can be read counts as the box
@@ -222,9 +223,9 @@ def grounding_iou(answer: str, gold_box: ArrayLike, *, height: int, width: int) 
 
     Source: released `eval_mm/evaluate_grounding.py`.
     """
-    # float32 throughout, as in the script: near one half the last bit decides
-    box = np.asarray(_first_box(answer), np.float32) / np.float32(BOX_SCALE)
-    return box_iou(box * np.array([width, height] * 2, np.float32), gold_box)
+    with np.errstate(over="ignore"):  # a model may write any number
+        box = np.array(_first_box(answer)).astype(np.float32) / np.float32(BOX_SCALE)
+        return box_iou(box * np.array([width, height] * 2, np.float32), gold_box)
 
 
 def _first_box(answer: str) -> tuple[float, ...]:
@@ -238,7 +239,7 @@ def _first_box(answer: str) -> tuple[float, ...]:
         return (0.0, 0.0, 0.0, 0.0)
 
 
-def box_iou(a: ArrayLike, b: ArrayLike) -> float:
+def box_iou(a: Box, b: Box) -> float:
     """Intersection over union, in 0..1, of two boxes x1, y1, x2, y2 in the same unit.
 
     >>> box_iou((0, 0, 2, 2), (1, 0, 3, 2))
@@ -250,15 +251,17 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> float:
 
     Source: released `eval_mm/evaluate_grounding.py`.
     """
+    # float32 throughout: near one half, where right and wrong part, the last bit decides
     first, second = np.asarray(a, np.float32), np.asarray(b, np.float32)
     if first.shape != (4,) or second.shape != (4,):
         raise ValueError(
             f"a box is four numbers x1, y1, x2, y2: got shapes {first.shape} and {second.shape}"
         )
-    sides = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
-    inner = np.prod(np.maximum(sides, np.float32(0)))
-    union = np.prod(first[2:] - first[:2]) + np.prod(second[2:] - second[:2]) - inner
-    iou = inner / union if union else np.float32(0)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        sides = np.minimum(first[2:], second[2:]) - np.maximum(first[:2], second[:2])
+        inner = np.prod(np.maximum(sides, np.float32(0)))
+        union = np.prod(first[2:] - first[:2]) + np.prod(second[2:] - second[:2]) - inner
+        iou = inner / union
     return float(iou) if np.isfinite(iou) else 0.0
 
 

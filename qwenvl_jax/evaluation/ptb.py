@@ -125,8 +125,11 @@ def tokenize(captions: Sequence[str]) -> list[list[str]]:
     lines: list[list[str]] = [[]]
     at = 0
     while at < len(text):
-        if text[at] == "\n":
-            lines.append([])
+        if text[at] in " \n":
+            if text[at] == "\n":
+                lines.append([])
+            at += 1
+            continue
         length, token = _next_token(text, at)
         at += max(1, length)  # a character that begins no form is dropped
         if token and token not in PUNCTUATION:
