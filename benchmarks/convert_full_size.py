@@ -10,6 +10,7 @@ It needs 60 GB of disk; what it wrote is removed at the end.
 
 import dataclasses
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -92,8 +93,9 @@ def make_checkpoint(folder: Path, config: ModelConfig, num_shards: int) -> int:
 
 
 def run_measured(*command: str) -> None:
-    """Runs `convert.py` in a process of its own and prints its time and peak anonymous memory."""
+    """Runs `convert.py` in a process of its own and prints its times and peak anonymous memory."""
     start, peak = time.perf_counter(), 0
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen([sys.executable, str(DOOR), *command])
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
@@ -101,7 +103,13 @@ def run_measured(*command: str) -> None:
     if process.returncode:
         sys.exit(f"convert.py {command[0]} ended with exit code {process.returncode}")
     seconds = time.perf_counter() - start
-    print(f"{command[0]}: {seconds:.0f} s, peak anonymous memory {peak / 1e9:.2f} GB", flush=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(
+        f"{command[0]}: {seconds:.0f} s, {cpu:.0f} s of CPU time, "
+        f"peak anonymous memory {peak / 1e9:.2f} GB",
+        flush=True,
+    )
 
 
 def anonymous_bytes(pid: int) -> int:

@@ -44,10 +44,11 @@ def model_config_from_released(
          "output_dim"),
         "visual.",
     )  # fmt: skip
-    if not problems and visual["output_dim"] != released.get("hidden_size"):
+    problems += _decoder_problems(released)
+    if not problems and visual["output_dim"] != released["hidden_size"]:
         problems.append(
             f"visual.output_dim must equal hidden_size: got {visual['output_dim']} and "
-            f"{released.get('hidden_size')}"
+            f"{released['hidden_size']}"
         )
     if problems:
         raise ConversionError(where, problems)
@@ -80,13 +81,7 @@ def decoder_config_from_released(
     released: dict[str, Any], where: str | Path = "config.json"
 ) -> DecoderConfig:
     """Returns the language model's sizes, from the file of Qwen-VL or of Qwen-7B."""
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    problems = _bad_sizes(released, (*sizes, "intermediate_size", "seq_length"))
-    problems += [
-        f"{name} must be {value}: got {released[name]}"
-        for name, value in FIXED.items()
-        if released.get(name, value) != value
-    ]
+    problems = _decoder_problems(released)
     if problems:
         raise ConversionError(where, problems)
     try:
@@ -186,6 +181,15 @@ def _unreleasable(config: ModelConfig) -> list[str]:
         f"{name} must be {expected}: got {got}; keep this model in its own format"
         for name, got, expected in rules
         if got != expected
+    ]
+
+
+def _decoder_problems(released: dict[str, Any]) -> list[str]:
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    return _bad_sizes(released, (*sizes, "intermediate_size", "seq_length")) + [
+        f"{name} must be {value}: got {released[name]}"
+        for name, value in FIXED.items()
+        if released.get(name, value) != value
     ]
 
 

@@ -30,7 +30,7 @@ def check_released(
     `values` reads every tensor once, looking for NaN and infinity; headers tell the rest.
     """
     shapes = {name: slot.shape for name, slot in folder.slots.items()}
-    problems = [*folder.problems, *name_problems(rules, shapes, ignored)]
+    problems = [*folder.problems, *name_problems(rules, shapes, ignored, folder.may_hold)]
     problems += _dtype_problems(folder, rules)
     if values:
         for name in sorted({name for rule in rules for name in rule.names()} & set(shapes)):
@@ -112,6 +112,7 @@ def _dtype_problems(folder: ReleasedFolder, rules: tuple[Rule, ...]) -> list[str
 
 def _all_finite(tensor: np.ndarray, on_bytes: OnBytes) -> bool:
     """Returns whether the tensor is free of NaN and infinity, looking at a part at a time."""
+    tensor = np.atleast_1d(tensor)
     rows = max(1, SCAN_BYTES // max(1, tensor.nbytes // max(1, len(tensor))))
     found = True
     for start in range(0, len(tensor), rows):

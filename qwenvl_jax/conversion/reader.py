@@ -6,7 +6,6 @@ only. What is wrong is collected, so that one error can name all of it.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +38,8 @@ class ReleasedFolder:
         self.slots: dict[str, Slot] = {}
         self.problems: list[str] = []
         self._files = MappedFiles()
+        self._weight_map: dict[str, str] = {}  # released name -> file name, where an index says
+        self._unread: set[str] = set()  # file names
         if not self.path.exists():
             raise ConversionError(path, ["no such file or folder"])
         files = [self.path] if self.path.is_file() else self._weight_files()
@@ -51,9 +52,11 @@ class ReleasedFolder:
         """Returns a read-only view of one tensor; nothing is read until its elements are."""
         return self._files.view(self.slots[name])
 
-    def config(self) -> dict:
-        """Returns `config.json` as it is. Raises: ConversionError if it is missing or not JSON."""
-        return read_json(self.path / "config.json")
+    def may_hold(self, name: str) -> bool:
+        """Returns whether a name that was not found may be in a file that could not be read."""
+        if self._weight_map:
+            return self._weight_map.get(name) in self._unread
+        return bool(self._unread)
 
     def close(self) -> None:
         self._files.close()
@@ -80,9 +83,11 @@ class ReleasedFolder:
             slots = read(file)
         except FileError as error:
             self.problems.append(str(error))
+            self._unread.add(file.name)
             return
         except OSError as error:
             self.problems.append(f"{file.name}: cannot be read: {error.strerror}")
+            self._unread.add(file.name)
             return
         for name, slot in slots.items():
             if name in self.slots:
@@ -95,16 +100,11 @@ class ReleasedFolder:
         """Collects where the index, if there is one, and the files disagree."""
         suffix = Path(self._pattern).suffix
         for file in sorted(self.path.glob(f"*{suffix}.index.json")):
-            present = {slot.file.name for slot in self.slots.values()}
-            for name, shard in _weight_map(file):
+            self._weight_map |= _weight_map(file)
+            for shard in sorted(set(self._weight_map.values())):
                 if not (self.path / shard).is_file():
-                    problem = f"{shard}: is named by {file.name} but is not there"
-                elif shard in present and name not in self.slots:
-                    problem = f"{name} is missing: {file.name} says it is in {shard}"
-                else:
-                    continue
-                if problem not in self.problems:
-                    self.problems.append(problem)
+                    self.problems.append(f"{shard} is missing: {file.name} names it")
+                    self._unread.add(shard)
 
 
 def read_json(path: Path) -> dict:
@@ -121,7 +121,7 @@ def read_json(path: Path) -> dict:
     return contents
 
 
-def _weight_map(file: Path) -> Iterator[tuple[str, str]]:
+def _weight_map(file: Path) -> dict[str, str]:
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict):
         raise ConversionError(file, ["has no weight_map"])
@@ -129,4 +129,4 @@ def _weight_map(file: Path) -> Iterator[tuple[str, str]]:
         # Only a plain file name: an index must not point out of its folder.
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ConversionError(file, [f"{name} is in {shard!r}, expected a file name"])
-        yield name, shard
+    return weight_map

@@ -10,7 +10,7 @@ released names.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -202,14 +202,19 @@ def _qkv(module: str, leaf: str) -> tuple[str, str, str]:
 
 
 def name_problems(
-    rules: tuple[Rule, ...], shapes: dict[str, tuple[int, ...]], ignored: tuple[Ignored, ...] = ()
+    rules: tuple[Rule, ...],
+    shapes: dict[str, tuple[int, ...]],
+    ignored: tuple[Ignored, ...] = (),
+    is_excused: Callable[[str], bool] = lambda name: False,
 ) -> list[str]:
     """Returns what keeps the released tensors and the rules from matching one to one.
 
-    `shapes` are those found: released name -> shape.
+    `shapes` are those found: released name -> shape. `is_excused` says which absent names have
+    been complained about already, with the file they are in.
     """
     expected = {name: rule.shape for rule in rules for name in rule.names()}
-    problems = [f"{name} is missing" for name in expected if name not in shapes]
+    absent = [name for name in expected if name not in shapes and not is_excused(name)]
+    problems = [f"{name} is missing" for name in absent]
     for name, shape in shapes.items():
         if name not in expected:
             if not any(re.fullmatch(entry.pattern, name) for entry in ignored):
