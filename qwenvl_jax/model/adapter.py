@@ -79,6 +79,12 @@ class Adapter(nnx.Module):
             dtype=param_dtype,
             rngs=rngs,
         )
+        # Started as the same matrix, so that a query looks first at the patches around its own place:
+        # equal positions then have the largest product. Drawn apart, this has to be learned before
+        # anything can be seen. Differs: the release draws both.
+        self.attn.k_proj.kernel = nnx.Param(
+            self.attn.q_proj.kernel[...], axes=self.attn.k_proj.kernel.axes
+        )
         self.ln_post = LayerNorm(axes.EMBED, width, **norm)
         self.proj = Dense(
             {axes.EMBED: width},

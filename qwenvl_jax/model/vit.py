@@ -134,7 +134,7 @@ class ViT(nnx.Module):
         self.position_embed = param(
             (config.table_side**2, E),
             (axes.VIT_POSITION, axes.VIT_EMBED),
-            E**-0.5,
+            0.5,  # of the size of a patch's own embedding: weaker, and places are learned late
             param_dtype,
             rngs,
         )

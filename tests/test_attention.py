@@ -1,0 +1,126 @@
+"""The one contract that every attention backend obeys, against a sum written out in float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qwenvl_jax.model import attention as room
+from qwenvl_jax.model.attention import AttentionMask, attention
+
+BACKENDS = ("xla", "xla_chunked")
+B, T, N, H = 2, 11, 3, 5
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(room, "CHUNK", 4)  # 11 keys: three chunks, the last one padded
+
+
+def arrays(seed: int, keys: int = T):
+    random = np.random.default_rng(seed)
+
+    def draw(length: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal((B, length, N, H)), jnp.float32)
+
+    return draw(T), draw(keys), draw(keys)
+
+
+def by_hand(q, k, v, keep_BTS):
+    """Returns the sum over allowed keys, one query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    for b, t, n in itertools.product(range(B), range(q.shape[1]), range(N)):
+        seen = np.flatnonzero(keep_BTS[b, t])
+        if len(seen):
+            score = k[b, seen, n] @ q[b, t, n] / np.sqrt(H)
+            weight = np.exp(score - score.max())
+            out[b, t, n] = (weight / weight.sum()) @ v[b, seen, n]
+    return out
+
+
+def packed() -> tuple[AttentionMask, np.ndarray]:
+    """Returns a causal mask of packed rows with padding, and the same rule spelled out."""
+    segment = np.array([[1, 1, 1, 2, 2, 2, 2, 3, 0, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2]])
+    position = np.array([[0, 1, 2, 0, 1, 2, 3, 0, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4, 5, 6, 0, 1]])
+    keep = np.zeros((B, T, T), bool)
+    for b, t, s in itertools.product(range(B), range(T), range(T)):
+        keep[b, t, s] = segment[b, t] == segment[b, s] != 0 and s <= t
+    segment_BT, position_BT = jnp.array(segment), jnp.array(position)
+    return AttentionMask(True, segment_BT, segment_BT, position_BT, position_BT), keep
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_mask_everyone_sees_everyone(backend):
+    q, k, v = arrays(0, keys=9)
+    out = attention(q, k, v, AttentionMask(), backend=backend)
+    np.testing.assert_allclose(out, by_hand(q, k, v, np.ones((B, T, 9), bool)), atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_causal_segments_and_padding(backend):
+    mask, keep = packed()
+    q, k, v = arrays(1)
+    out = attention(q, k, v, mask, backend=backend)
+    np.testing.assert_allclose(out, by_hand(q, k, v, keep), atol=1e-6)
+    assert np.all(np.asarray(out)[0, 8:] == 0), "padding queries must give exact zeros"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_leaks_between_segments(backend):
+    mask, _ = packed()
+    q, k, v = arrays(2)
+    before = np.asarray(attention(q, k, v, mask, backend=backend))
+    k, v = k.at[0, 3:7].set(1e4), v.at[0, 3:7].set(-1e4)  # segment 2 of row 0
+    after = np.asarray(attention(q, k, v, mask, backend=backend))
+    np.testing.assert_array_equal(before[0, :3], after[0, :3])
+    np.testing.assert_array_equal(before[0, 7:], after[0, 7:])
+    np.testing.assert_array_equal(before[1], after[1])
+    assert not np.allclose(before[0, 3:7], after[0, 3:7])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_at_the_end_of_a_cache(backend):
+    """One new token a row: rows of unequal length, with a hole of padding between old and new."""
+    q, k, v = arrays(3, keys=8)
+    kv_segment = jnp.array([[1, 1, 1, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]])
+    kv_position = jnp.array([[0, 1, 2, 3, 3, 0, 0, 0], [0, 1, 2, 3, 4, 0, 0, 0]])
+    mask = AttentionMask(
+        True, jnp.ones((B, 1), int), kv_segment, jnp.array([[3], [4]]), kv_position
+    )
+    out = attention(q[:, :1], k, v, mask, backend=backend)
+    expected = by_hand(q[:, :1], k, v, np.asarray(kv_segment, bool)[:, None])
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients(backend):
+    mask, keep = packed()
+    q, k, v = arrays(4)
+    weight = jnp.asarray(np.random.default_rng(5).standard_normal(q.shape), jnp.float32)
+
+    def simple(q, k, v):
+        score = jnp.einsum("BTNH,BSNH->BNTS", q, k) / np.sqrt(H)
+        top = jnp.exp(score) * keep[:, None]
+        total = top.sum(-1, keepdims=True)
+        share = top / jnp.where(total > 0, total, 1.0)
+        return (jnp.einsum("BNTS,BSNH->BTNH", share, v) * weight).sum()
+
+    def ours(q, k, v):
+        return (attention(q, k, v, mask, backend=backend) * weight).sum()
+
+    expected = jax.grad(simple, (0, 1, 2))(q, k, v)
+    for got, want in zip(jax.grad(ours, (0, 1, 2))(q, k, v), expected, strict=True):
+        assert np.isfinite(np.asarray(got)).all()
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_stays_bfloat16_and_close(backend):
+    mask, keep = packed()
+    q, k, v = arrays(6)
+    out = attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), mask, backend=backend)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), by_hand(q, k, v, keep), atol=3e-2)
