@@ -199,6 +199,13 @@ def test_ids_outside_the_vocabulary_decode_visibly(tok, unused):
     assert tok.decode([*hi, unused, *hi], skip_special=True) == "hihi"
 
 
+def test_half_a_character_at_the_end_is_shown():
+    ids = BYTES_ONLY.encode("a中")
+    assert BYTES_ONLY.decode(ids[:-1]) == "a\ufffd"
+    stream = BYTES_ONLY.stream()
+    assert [stream.push(ids[:-1]), stream.finish(), stream.push(ids)] == ["a", "\ufffd", "a中"]
+
+
 def test_decode_takes_arrays(tok):
     ids = tok.encode("some text")
     assert tok.decode(np.array(ids, np.int32)) == "some text"
@@ -214,6 +221,7 @@ def test_our_picture_ids_decode_and_encode_back(tok):
 def test_broken_picture_spans_decode_as_what_they_are(tok):
     start, end, pad = tok.image_start_id, tok.image_end_id, tok.image_pad_id
     assert tok.decode([start, pad, pad]) == "<img><imgpad><imgpad>"
+    assert tok.decode([start, pad, 64, end]) == "<img><imgpad>a</img>"
     assert tok.decode([start, *tok.encode("hello"), end]) == "<img>hello</img>"
     assert tok.decode([start, 97, start, pad, end]) == "<img>" + tok.decode([97]) + "<img></img>"
     assert tok.decode([start, *[97] * 256, end]) == "<img>" + "a" * 256 + "</img>"

@@ -100,11 +100,11 @@ def test_parsing_is_total_and_the_list_format_loses_nothing(text):
     ids=["boxes", "refs", "images", "points", "brackets", "spaces", "unclosed"],
 )
 def test_long_answers_take_linear_time(text):
-    started = time.perf_counter()
+    started = time.process_time()
     found = parse_boxes(text)
     strip_boxes(text)
     assert len(found) == (20_000 if "</ref>" in text else 0)
-    assert time.perf_counter() - started < 5  # quadratic work would take minutes
+    assert time.process_time() - started < 10  # quadratic work would take minutes
 
 
 def test_strip_leaves_plain_text():
@@ -168,6 +168,7 @@ def test_pixels_survive_coordinates_to_a_thousandth(part, side):
 
 
 def test_the_rule_for_pixels():
+    assert [boxes.coordinate_from_pixel(x, 1000) for x in (0.9, 500.7, 1000)] == [0, 500, 999]
     assert boxes.box_from_pixels((0, 0, 640, 480), 640, 480) == (0, 0, 999, 999)
     assert boxes.box_from_pixels((320, 240, 64, 48), 640, 480) == (100, 100, 500, 500)
     assert boxes.box_from_pixels((-9, 0, 700, 1), 640, 480) == (0, 0, 999, 2)
