@@ -48,7 +48,7 @@ def cider(
     True
 
     Quirks: it is CIDEr-D; word weights come from the references at hand, so scores of different
-      sets of pictures, or of a subset, cannot be compared; "length" counts pairs of words.
+      sets of pictures, or of a subset, cannot be compared.
 
     Source: released `eval_mm/evaluate_caption.py`, which calls pycocoevalcap.
     """
@@ -155,7 +155,7 @@ class _Vector(NamedTuple):
 
     weights: dict[tuple[str, ...], float]
     norms: list[float]
-    length: int  # in pairs of words
+    length: int  # in words
 
 
 def _cider_per_image(captions: list[list[str]], golds: list[list[list[str]]]) -> list[float]:
@@ -180,7 +180,7 @@ def _vector(counts: Counts, rarity: dict[tuple[str, ...], float], unseen: float)
     squares = [0.0] * MAX_NGRAM
     for ngram, weight in weights.items():
         squares[len(ngram) - 1] += weight**2
-    length = sum(count for ngram, count in counts.items() if len(ngram) == 2)
+    length = sum(count for ngram, count in counts.items() if len(ngram) == 1)
     return _Vector(weights, [math.sqrt(square) for square in squares], length)
 
 
