@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import tyro
-
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, is_user_error, one_line, run_command
 from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, save_drawn
+from qwenvl_jax.cli.options import parse_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    options = tyro.cli(TalkOptions, args=list(argv), prog="chat", description=__doc__)
+    options = parse_options(TalkOptions, argv, "chat", __doc__)
     check_output(options.output_dir / "answer-1.png")
     talk = Talk(open_model(options), options)
     is_terminal = sys.stdin.isatty()

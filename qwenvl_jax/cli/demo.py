@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_jax.cli.errors import SUCCESS, run_command
 from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, waiting
+from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    import tyro
-
-    options = tyro.cli(DemoOptions, args=list(argv), prog="qwenvl demo", description=__doc__)
+    options = parse_options(DemoOptions, argv, "qwenvl demo", __doc__)
     if options.scenes <= 0:
         raise ConfigError(f"--scenes must be positive: got {options.scenes}")
     check_output(options.output)

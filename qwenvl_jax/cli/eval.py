@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qwenvl_jax.cli.errors import SUCCESS, run_command
 from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, open_model
+from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -45,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    import tyro
-
-    options = tyro.cli(EvalOptions, args=list(argv), prog="qwenvl eval", description=__doc__)
+    options = parse_options(EvalOptions, argv, "qwenvl eval", __doc__)
     if options.num_scenes <= 0:
         raise ConfigError(f"--num-scenes must be positive: got {options.num_scenes}")
 

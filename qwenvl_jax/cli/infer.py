@@ -16,6 +16,7 @@ import tyro
 
 from qwenvl_jax.cli.errors import SUCCESS, run_command
 from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, save_drawn, waiting
+from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    options = tyro.cli(InferOptions, args=list(argv), prog="infer", description=__doc__)
+    options = parse_options(InferOptions, argv, "infer", __doc__)
     # What can be wrong cheaply is found before the model is loaded.
     from qwenvl_jax.image import load_image
 

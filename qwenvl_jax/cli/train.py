@@ -1,14 +1,13 @@
 """`python train.py CONFIG [--a.b=c ...]`: starts a training run, or goes on with it."""
 
-import contextlib
 import importlib.util
-import io
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError, TrainConfig
 
 _USAGE = """usage: python train.py CONFIG [--a.b=c ...]
@@ -48,8 +47,6 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: no such file, no get_config() in it that returns a TrainConfig, or an override
             that does not fit (with the nearest name).
     """
-    import tyro
-
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"no config file {path}: expected a Python file, e.g. configs/nano/*.py")
@@ -67,24 +64,7 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(
             f"{path} has no get_config() that returns a TrainConfig: got {type(config).__name__}"
         )
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            return tyro.cli(
-                TrainConfig, default=config, args=list(overrides), prog=f"train.py {path}"
-            )
-    except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        raise ConfigError(_unboxed(told.getvalue())) from None
-
-
-def _unboxed(text: str) -> str:
-    """Returns what tyro put into a box as one line, like every other error of a command."""
-    parts = [" ".join(line.strip("\u2502 ").split()) for line in text.splitlines()]
-    parts = ["; " if set(part) == {"\u2500"} else f"{part} " for part in parts if part]
-    inside = [part for part in parts if part[0] not in "\u256d\u2570"]  # not the title, the bottom
-    return "".join(inside).replace(" ; ", "; ").strip() or text.strip()
+    return parse_options(TrainConfig, overrides, prog=f"train.py {path}", default=config)
 
 
 def _join_cluster() -> None:

@@ -264,12 +264,16 @@ def _caption_marks(paper: Paper, answer: str) -> list[Mark]:
 
 
 def summarise(papers: Sequence[Paper], answers: Sequence[str]) -> list[Score]:
-    """Returns one score a measure, in the order in which the papers bring them up."""
+    """Returns one score a measure, by subject and then by name."""
     by_measure: dict[str, list[Mark]] = {}
     for paper, answer in zip(papers, answers, strict=True):
         for mark in marks(paper, answer):
             by_measure.setdefault(mark.measure, []).append(mark)
-    return [_score(measure, group) for measure, group in by_measure.items()]
+
+    def place(measure: str) -> tuple[int, str]:
+        return SUBJECTS.index(measure.split(":")[0]), measure
+
+    return [_score(measure, by_measure[measure]) for measure in sorted(by_measure, key=place)]
 
 
 def _score(measure: str, group: Sequence[Mark]) -> Score:

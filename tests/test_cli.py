@@ -1,0 +1,156 @@
+"""What a person sees at the terminal: help, unknown commands, and errors as one line."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from qwenvl_jax.cli import main as cli
+from qwenvl_jax.cli.errors import INTERRUPTED, SUCCESS, USAGE_ERROR, is_user_error, run_command
+from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.config import ConfigError, MeshConfig
+
+
+@pytest.fixture(autouse=True)
+def _no_debug(monkeypatch):
+    monkeypatch.delenv("QWENVL_DEBUG", raising=False)
+
+
+def failing(error):
+    def command(argv):
+        raise error
+
+    return command
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy():
+    code = (
+        "import sys; from qwenvl_jax.cli.main import main; code = main(['--help']);"
+        "sys.exit(code or len({'jax', 'flax', 'PIL', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, summary in cli.COMMANDS.items():
+        assert f"{name}" in done.stdout
+        assert summary in done.stdout
+    assert "example" in done.stdout
+
+
+def test_no_command_is_help_and_an_error(capsys):
+    assert cli.main([]) == USAGE_ERROR
+    assert "usage: qwenvl COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"), [("infr", "qwenvl infer"), ("trian", "qwenvl train"), ("zzz", "--help")]
+)
+def test_an_unknown_command_names_the_nearest(typed, hint, capsys):
+    assert cli.main([typed]) == USAGE_ERROR
+    error = capsys.readouterr().err
+    assert hint in error
+    assert error.count("\n") == 1
+
+
+def test_a_command_gets_the_words_after_its_name(monkeypatch):
+    taken = []
+    monkeypatch.setattr("qwenvl_jax.cli.eval.main", lambda argv: taken.append(argv) or 7)
+    assert cli.main(["eval", "--seed", "3"]) == 7
+    assert taken == [["--seed", "3"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConfigError("a.b must be positive:\n got -1"), "t: a.b must be positive: got -1\n"),
+        (FileNotFoundError(2, "No such file", "x.png"), "t: No such file: 'x.png'\n"),
+        (FileNotFoundError("no weights in x"), "t: no weights in x\n"),
+    ],
+)
+def test_messages_for_people_are_one_line_and_exit_code_2(error, message, capsys):
+    assert run_command("t", failing(error), []) == USAGE_ERROR
+    assert capsys.readouterr().err == message
+
+
+def module_function(module, body):
+    names = {"__name__": module}
+    exec(f"def command(argv):\n    {body}", names)
+    return names["command"]
+
+
+def test_a_value_error_that_our_own_raise_made_is_for_people(capsys):
+    command = module_function("qwenvl_jax.room", "raise ValueError('got 3, expected 4')")
+    assert run_command("t", command, []) == USAGE_ERROR
+    assert capsys.readouterr().err == "t: got 3, expected 4\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "body"),
+    [
+        ("qwenvl_jax.room", "return int('many')"),
+        ("numpy.room", "raise ValueError('got 3, expected 4')"),
+        ("qwenvl_jax.room", "raise RuntimeError('got 3')"),
+    ],
+)
+def test_other_errors_are_bugs_and_keep_their_traceback(module, body):
+    with pytest.raises((ValueError, RuntimeError)):
+        run_command("t", module_function(module, body), [])
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), ValueError("x")])
+def test_a_bug_keeps_its_traceback(error):
+    assert not is_user_error(error)
+    with pytest.raises(type(error)):
+        run_command("t", failing(error), [])
+
+
+def test_debug_keeps_the_traceback_of_wrong_input_too(monkeypatch):
+    monkeypatch.setenv("QWENVL_DEBUG", "1")
+    with pytest.raises(ConfigError):
+        run_command("t", failing(ConfigError("x")), [])
+
+
+def test_an_interrupt_ends_with_130(capsys):
+    assert run_command("t", failing(KeyboardInterrupt()), []) == INTERRUPTED == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "t: interrupted\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = (
+        "import sys; from qwenvl_jax.cli.errors import run_command\n"
+        "def command(argv):\n"
+        "    for i in range(100000): print('line', i, flush=True)\n"
+        "    return 0\n"
+        "sys.exit(run_command('t', command, []))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, stdout=write, stderr=subprocess.PIPE, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (SUCCESS, "")
+
+
+def test_options_become_fields():
+    assert parse_options(MeshConfig, ["--tensor", "2"], "t") == MeshConfig(tensor=2)
+    start = MeshConfig(data=4)
+    assert parse_options(MeshConfig, ["--fsdp=3"], "t", default=start) == MeshConfig(data=4, fsdp=3)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--tensro", "2"], "--tensor"),
+        (["--tensor", "many"], "'many'"),
+        (["--tensor"], "--tensor"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(words, told):
+    with pytest.raises(ConfigError) as caught:
+        parse_options(MeshConfig, words, "t")
+    text = str(caught.value)
+    assert told in text
+    assert "\n" not in text
+    assert not set(text) & set("│╭╰─")
