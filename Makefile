@@ -13,7 +13,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS)
 demo: $(VENV)/.installed-core
 	$(BIN)/python -m qwenvl_jax.cli.main demo --output demo.png
 
-# Two workers: two model tests never wait for each other, and a laptop keeps its memory.
+# ARGS goes to pytest: make test ARGS="tests/test_prompt.py -k boxes"
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
