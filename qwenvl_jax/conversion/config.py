@@ -103,6 +103,50 @@ def decoder_config_from_released(
         raise ConversionError(where, [str(error)]) from error
 
 
+def model_config_from_parts(
+    openclip: dict[str, Any], qwen_7b: dict[str, Any], *, image_start_id: int, num_queries: int
+) -> ModelConfig:
+    """Returns the sizes of a tower and a language model joined by a new adapter.
+
+    `openclip` is an `open_clip_config.json`, `qwen_7b` a released `config.json`.
+
+    Raises:
+        ConversionError: naming the fields that are missing or impossible.
+    """
+    where = "open_clip_config.json"
+    vision = {"head_width": 64, "mlp_ratio": 4.0}  # what OpenCLIP assumes when they are left out
+    vision |= openclip.get("model_cfg", {}).get("vision_cfg", {})
+    names = ("width", "layers", "head_width", "mlp_ratio", "patch_size", "image_size")
+    problems = _bad_sizes(vision, names, "model_cfg.vision_cfg.")
+    if not problems and vision["width"] % vision["head_width"]:
+        problems.append(
+            "model_cfg.vision_cfg.width must be a multiple of head_width: got "
+            f"{vision['width']} and {vision['head_width']}"
+        )
+    if problems:
+        raise ConversionError(where, problems)
+    decoder = decoder_config_from_released(qwen_7b)
+    try:
+        return ModelConfig(
+            vision=VisionConfig(
+                width=vision["width"],
+                num_layers=vision["layers"],
+                num_heads=vision["width"] // vision["head_width"],
+                mlp_dim=int(vision["width"] * vision["mlp_ratio"]),
+                patch_size=vision["patch_size"],
+                table_side=vision["image_size"] // vision["patch_size"],
+            ),
+            adapter=AdapterConfig(
+                num_queries=num_queries, num_heads=decoder.width // RELEASED_ADAPTER_HEAD_DIM
+            ),
+            decoder=decoder,
+            image_size=vision["image_size"],
+            image_start_id=image_start_id,
+        )
+    except ConfigError as error:
+        raise ConversionError(where, [str(error)]) from error
+
+
 def released_config(config: ModelConfig, torch_dtype: str) -> dict[str, Any]:
     """Returns the `config.json` that the released PyTorch code and our import read back.
 

@@ -32,9 +32,9 @@ from qwenvl_jax.checkpoint.weights import (
     verify_weights,
     write_weights,
 )
-from qwenvl_jax.config import AdapterConfig, ModelConfig, VisionConfig
+from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.conversion.config import (
-    decoder_config_from_released,
+    model_config_from_parts,
     model_config_from_released,
     released_config,
 )
@@ -127,7 +127,12 @@ def import_parts(
         ConversionError: naming everything that is wrong with one of the sources.
     """
     vit, llm = Path(vit), Path(llm)
-    config = _parts_config(vit, llm, image_start_id, num_queries)
+    config = model_config_from_parts(
+        read_json(vit / OPENCLIP_CONFIG),
+        read_json(llm / "config.json"),
+        image_start_id=image_start_id,
+        num_queries=num_queries,
+    )
     tower_rules, text_rules = openclip_rules(config.vision), decoder_rules(config.decoder)
     with new_folder(target) as folder, ReleasedFolder(vit) as tower, ReleasedFolder(llm) as text:
         with watch("check tower", _num_bytes(tower, tower_rules)) as on_bytes:
@@ -249,34 +254,6 @@ def _check_leaves(source: Path, rules: tuple[Rule, ...], leaves: dict[str, Leaf]
             problems.append(f"{path} is misshapen: got {leaf.shape}, expected {expected[path]}")
     if problems:
         raise ConversionError(source, problems)
-
-
-def _parts_config(vit: Path, llm: Path, image_start_id: int, num_queries: int) -> ModelConfig:
-    decoder = decoder_config_from_released(read_json(llm / "config.json"), llm / "config.json")
-    file = vit / OPENCLIP_CONFIG
-    fields = read_json(file).get("model_cfg", {}).get("vision_cfg", {})
-    names = ("width", "layers", "head_width", "mlp_ratio", "patch_size", "image_size")
-    problems = [
-        f"model_cfg.vision_cfg.{name} must be a number: got {fields.get(name, 'nothing')}"
-        for name in names
-        if type(fields.get(name)) not in (int, float)
-    ]
-    if problems:
-        raise ConversionError(file, problems)
-    return ModelConfig(
-        vision=VisionConfig(
-            width=fields["width"],
-            num_layers=fields["layers"],
-            num_heads=fields["width"] // fields["head_width"],
-            mlp_dim=int(fields["width"] * fields["mlp_ratio"]),
-            patch_size=fields["patch_size"],
-            table_side=fields["image_size"] // fields["patch_size"],
-        ),
-        adapter=AdapterConfig(num_queries=num_queries, num_heads=max(1, decoder.width // 128)),
-        decoder=decoder,
-        image_size=fields["image_size"],
-        image_start_id=image_start_id,
-    )
 
 
 def _new_adapter(config: ModelConfig, seed: int) -> dict[str, Leaf]:
