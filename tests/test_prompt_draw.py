@@ -31,6 +31,11 @@ def no_machine_fonts(monkeypatch):
 
 
 @pytest.fixture
+def no_shipped_font(monkeypatch):
+    monkeypatch.setattr(fonts, "_SHIPPED", "/nowhere.ttf")
+
+
+@pytest.fixture
 def accent_font(monkeypatch) -> str:
     """Makes the machine own one font, with accents and without Chinese: matplotlib's."""
     spec = importlib.util.find_spec("matplotlib")
@@ -164,11 +169,19 @@ def test_ascii_needs_no_machine_font(monkeypatch):
     assert fonts.font_for("a dog, 2 cats", 14)[1] == "a dog, 2 cats"
 
 
-def test_without_fonts_accents_are_dropped_and_chinese_is_visible(no_machine_fonts):
+def test_chinese_needs_no_machine_font(no_machine_fonts):
+    font, text = fonts.font_for("两只狗 and a cat", 14)
+    assert text == "两只狗 and a cat"
+    assert font.path == fonts._SHIPPED
+
+
+def test_without_fonts_accents_are_dropped_and_chinese_is_visible(
+    no_machine_fonts, no_shipped_font
+):
     assert fonts.font_for("Café 两只狗 ok", 14)[1] == "Cafe ??? ok"
 
 
-def test_a_machine_font_is_used_for_what_pillow_lacks(accent_font):
+def test_a_machine_font_is_used_for_what_others_lack(accent_font, no_shipped_font):
     font, text = fonts.font_for("Café Жук 狗", 14)
     assert text == "Café Жук ?"
     assert font.path == accent_font
@@ -183,7 +196,7 @@ def test_machine_fonts_are_looked_for_without_failing(monkeypatch):
     fonts._installed.cache_clear()
 
 
-def test_a_damaged_font_file_is_passed_over(tmp_path, monkeypatch):
+def test_a_damaged_font_file_is_passed_over(tmp_path, monkeypatch, no_shipped_font):
     broken = tmp_path / "broken.ttf"
     broken.write_bytes(b"not a font")
     monkeypatch.setattr(fonts, "_installed", lambda: (str(broken),))

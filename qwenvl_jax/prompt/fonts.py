@@ -1,4 +1,4 @@
-"""A font that can write a label: Pillow's own, or one of this machine's that knows more.
+"""A font that can write a label: Pillow's own, the shipped Chinese one, or one of this machine's.
 
 Nothing is downloaded. Where no font has a character it loses its accent or becomes `?`, so a label
 never fails.
@@ -8,11 +8,14 @@ import functools
 import shutil
 import subprocess
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+_SHIPPED = str(Path(__file__).parents[1] / "assets" / "fonts" / "WenQuanYiMicroHei-GB2312.ttf")
 
 # Where Linux distributions, macOS and Windows keep fonts with accents, and with Chinese.
 _LATIN_PATHS = (
@@ -43,11 +46,11 @@ _PROBE_SIZE = 20
 def font_for(text: str, size: int) -> tuple[Font, str]:
     """Returns a font of that size in pixels, and the text as that font can write it.
 
-    The first font that has every character wins: Pillow's own, then the machine's. Failing all,
-    the one that has most of them is used.
+    The first font that has every character wins: Pillow's own, the shipped one, the machine's.
+    Failing all, the one that has most of them is used.
     """
     best: tuple[int, str | None] = (-1, None)
-    for path in (None, *_machine_fonts(text)):
+    for path in (None, *_richer_fonts(text)):
         has = sum(_has_glyph(path, char) for char in text)
         if has > best[0]:
             best = (has, path)
@@ -57,9 +60,10 @@ def font_for(text: str, size: int) -> tuple[Font, str]:
     return _load(path, size), "".join(_writable(path, char) for char in text)
 
 
-def _machine_fonts(text: str) -> tuple[str, ...]:
-    # Pillow's own font is enough for ASCII, and asking the machine takes a process.
-    return () if text.isascii() else _installed()
+def _richer_fonts(text: str) -> Iterator[str]:
+    if not text.isascii():
+        yield _SHIPPED
+        yield from _installed()  # late: asking the machine takes a process
 
 
 @functools.cache
