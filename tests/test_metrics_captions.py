@@ -44,6 +44,7 @@ def test_the_official_programs_tokens():
         ("$5 50% #1 £3", "$ 5 50 % # 1 # 3"),
         ("plan b. The end", "plan b the end"),
         ("plan b. the end", "plan b. the end"),
+        ("plan b. The! end", "plan b. the end"),
         ("wow!! really?!", "wow !! really ?!"),
         ("it’s a café – “good”", "it 's a café good"),
         ("😀 ok", "ok"),

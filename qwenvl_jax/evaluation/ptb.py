@@ -31,21 +31,21 @@ REDUCED = rf"{APOS}(?i:[msd]|re|ve|ll)"
 ABBREVIATIONS = (
     "jan feb mar apr jun jul aug sept? oct nov dec mon tues? wed thu thurs fri "
     "ala ariz calif colo conn ct dak fla ga ind kans? ky md mich minn mo mont neb nev okla penn "
-    "tenn va vt wisc? wyo inc cos? corp pp?t[ye]s? ltd plc rt bancorp bhd assn univ intl sys "
+    "tenn va vt wisc? wyo inc cos? corp pp?t(?-i:[ye])s? ltd plc rt bancorp bhd assn univ intl sys "
     "tel est ext sq jr bros (?:ed|ph)\\.d esq etc al seq bldg"
 ).split()
 TITLES = (
     "mr mrs ms drs? profs? sens? reps? attys? lt col gen messrs govs? adm rev maj sgt cpl pvt capt "
     "ste? ave pres lieut hon brig co?mdr pfc spc supts? det mt ft adj adv asst assoc ens insp mlle "
-    "mme msgr sfc sr vs alex wm jos cie a\\.k\\.a cf treas ph invt elec natl m[ft]g dept blvd rd"
+    "mme msgr sfc sr vs alex wm jos cie a\\.k\\.a cf treas ph invt elec natl m(?-i:[ft])g dept blvd rd"
 ).split()
 CAPITALISED = "Az Ark Del Ill La Mass Miss Ore Pa Tex Wash".split()
 BEFORE_NUMBERS = "ca figs? prop nos? art bldg pp op".split()
 INITIALS = r"(?:[A-Za-z](?:\.[A-Za-z])*|(?i:canada|sino|korean|eu|japan|non)-(?i:u\.s))"
 SENTENCE_STARTS = (
-    "About According Additionally After An A As At But Did During Earlier He Her Here How However "
-    "If In It Last Many More Mr\\. Ms\\. Now Once One Other Our She Since So Some Such That The "
-    "Their Then There These They This We When While What Who Why Yet You"
+    "About According Additionally After An A As At But Earlier He Her Here However If In It Last "
+    "Many More Mr\\. Ms\\. Now Once One Other Our She Since So Some Such That The Their Then There "
+    "These They This We When While What Yet You"
 ).split()
 
 # Two tokens, though no apostrophe shows it.
@@ -247,15 +247,20 @@ def _numbers(digit: str) -> tuple[_Form, ...]:
 
 
 def _abbreviations(digit: str) -> tuple[_Form, ...]:
-    starts = "|".join(SENTENCE_STARTS)
+    starts = "|".join(map(_capitalised, SENTENCE_STARTS))
+    states = "|".join(map(_capitalised, CAPITALISED))
     return (
         # a single letter before a sentence that clearly starts anew is no abbreviation
-        _form("[A-Za-z]", rf"\.{SPACE}+(?:{starts})(?:{SPACE}|[?!])"),
+        _form("[A-Za-z]", rf"\.{SPACE}+(?:{starts}){SPACE}"),
         _form(rf"(?i:{'|'.join(BEFORE_NUMBERS)})\.", rf"{SPACE}?{digit}"),
         # two characters more count, so that "Inc.-1" is not one hyphened word
-        _form(rf"(?:(?i:{'|'.join(ABBREVIATIONS)})|{'|'.join(CAPITALISED)})\.", "(?s:..)?"),
+        _form(rf"(?:(?i:{'|'.join(ABBREVIATIONS)})|{states})\.", "(?s:..)?"),
         _form(rf"(?:(?i:{'|'.join(TITLES)})|{INITIALS})\."),
     )
+
+
+def _capitalised(word: str) -> str:
+    return f"{word[0]}(?i:{word[1:]})"
 
 
 def _marks() -> tuple[_Form, ...]:
