@@ -37,7 +37,8 @@ ABBREVIATIONS = (
 TITLES = (
     "mr mrs ms drs? profs? sens? reps? attys? lt col gen messrs govs? adm rev maj sgt cpl pvt capt "
     "ste? ave pres lieut hon brig co?mdr pfc spc supts? det mt ft adj adv asst assoc ens insp mlle "
-    "mme msgr sfc sr vs alex wm jos cie a\\.k\\.a cf treas ph invt elec natl m(?-i:[ft])g dept blvd rd"
+    "mme msgr sfc sr vs alex wm jos cie a\\.k\\.a cf treas ph invt elec natl m(?-i:[ft])g dept "
+    "blvd rd"
 ).split()
 CAPITALISED = "Az Ark Del Ill La Mass Miss Ore Pa Tex Wash".split()
 BEFORE_NUMBERS = "ca figs? prop nos? art bldg pp op".split()
