@@ -318,6 +318,11 @@ def test_an_interrupted_conversion_leaves_nothing(golden, tmp_path, stop):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_of_ours_is_not_imported_again(golden, tmp_path):
+    with pytest.raises(ConversionError, match="of ours already"):
+        import_released(golden[1], tmp_path / "ours")
+
+
 def test_a_folder_that_is_there_is_not_touched(golden, tmp_path):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "note").write_text("mine")

@@ -117,7 +117,7 @@ def export(
     target: Annotated[Path, tyro.conf.arg(metavar="DST")],
     /,
     shard_size: str = "2GB",
-    dtype: Literal["keep", "bfloat16", "float16", "float32"] = "keep",
+    dtype: Literal["keep", "bfloat16", "float32"] = "keep",
 ) -> None:
     """Writes a released folder. Example: convert.py export weights/chat Chat --shard-size 5GB
 

@@ -57,11 +57,11 @@ from qwenvl_jax.conversion.safetensors_file import write_safetensors
 from qwenvl_jax.conversion.slots import ConversionError
 from qwenvl_jax.model.adapter import Adapter
 from qwenvl_jax.model.qwenvl import abstract_state
-from qwenvl_jax.sharding import make_mesh, named_variables, with_shardings
+from qwenvl_jax.sharding import make_mesh, named_variables
 
 # (what is being done, bytes of all of it) -> a context that gives the callback
 Watch = Callable[[str, int], AbstractContextManager[OnBytes]]
-ExportDType = Literal["keep", "bfloat16", "float16", "float32"]
+ExportDType = Literal["keep", "bfloat16", "float32"]
 SHARD_BYTES = 2_000_000_000
 OPENCLIP_CONFIG = "open_clip_config.json"
 
@@ -79,6 +79,8 @@ def import_released(source: str | Path, target: str | Path, watch: Watch = no_wa
         ConversionError: naming everything that is wrong with the source; nothing is written.
     """
     source = Path(source)
+    if is_weights_folder(source):
+        raise ConversionError(source, ["is a folder of ours already: load it as it is"])
     config = model_config_from_released(read_json(source / "config.json"), source / "config.json")
     rules = qwen_vl_rules(config)
     with new_folder(target) as folder, ReleasedFolder(source) as released:
@@ -101,7 +103,7 @@ def import_run(source: str | Path, target: str | Path) -> ModelConfig:
     """
     source = Path(source)
     config = read_config(source)
-    state = load_weights(source, with_shardings(abstract_state(config)[1], make_mesh()))
+    state = load_weights(source, abstract_state(config, make_mesh())[1])
     vocabulary = Path(read_json(source / "config.json").get("data", {}).get("tokenizer", ""))
     file = vocabulary / TOKENIZER if vocabulary.is_dir() else vocabulary
     save_weights(target, config, state, file if file.is_file() else None)
@@ -177,8 +179,8 @@ def export_released(
     with new_folder(target) as folder:
         with watch("check", total) as on_bytes:
             verify_weights(source, on_bytes)
-        check_space(folder, total)
         shards = _plan_shards(rules, leaves, shard_bytes, dtype)
+        check_space(folder, sum(entry.num_bytes for shard in shards for entry in shard.values()))
         with watch("export", total) as on_bytes:
             _write_shards(folder, shards, leaves, on_bytes)
         text = json.dumps(described, indent=2) + "\n"
