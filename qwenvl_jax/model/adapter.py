@@ -19,6 +19,14 @@ from qwenvl_jax.model.attention import AttentionMask, Projections, attention
 from qwenvl_jax.model.layers import Buffer, Dense, LayerNorm, param
 from qwenvl_jax.model.vit import resize_table
 
+SHORT_WAVE = 0.2  # radians from one query to the next: neighbours differ by more than a little
+NEAR_GAIN = 5.0  # makes the next query's place about exp(-2) as likely as one's own
+
+
+def wave_rates(width: int) -> np.ndarray:
+    """Returns float64 [width / 4]: radians from one place to the next, of each wave of an axis."""
+    return 10_000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width // 4))
+
 
 def sine_table(side: int, width: int) -> np.ndarray:
     """Returns float32 [side * side, width]: half the channels for x, half for y, sines first.
@@ -31,7 +39,7 @@ def sine_table(side: int, width: int) -> np.ndarray:
     """
     if width % 4:
         raise ValueError(f"the adapter's width must be a multiple of 4: got {width}")
-    rate = 10_000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width // 4))
+    rate = wave_rates(width)
     y, x = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
     halves = []
     for place in (x, y):  # the release puts the column first
@@ -79,12 +87,7 @@ class Adapter(nnx.Module):
             dtype=param_dtype,
             rngs=rngs,
         )
-        # Started as the same matrix, so that a query looks first at the patches around its own place:
-        # equal positions then have the largest product. Drawn apart, this has to be learned before
-        # anything can be seen. Differs: the release draws both.
-        self.attn.k_proj.kernel = nnx.Param(
-            self.attn.q_proj.kernel[...], axes=self.attn.k_proj.kernel.axes
-        )
+        self._look_near_first(width)
         self.ln_post = LayerNorm(axes.EMBED, width, **norm)
         self.proj = Dense(
             {axes.EMBED: width},
@@ -93,6 +96,23 @@ class Adapter(nnx.Module):
             dtype=param_dtype,
             rngs=rngs,
         )
+
+    def _look_near_first(self, width: int) -> None:
+        """Sets the initial weights so that a query looks at the patches around its own place.
+
+        Queries and keys start with the same matrix, and with little besides their positions, of
+        which the waves short enough to tell neighbours apart count most. Drawn at random, as in the
+        release, all queries see the same average of the picture and places must first be found:
+        with a few thousand steps to spend, that is most of them. The norm behind the attention
+        takes the small scale of the values out again.
+        """
+        is_short = np.tile(wave_rates(width) > SHORT_WAVE, 4)
+        kernel_DNH = self.attn.q_proj.kernel[...]
+        kernel_DNH *= np.where(is_short, NEAR_GAIN, 1.0)[:, None, None]
+        for norm in (self.ln_q, self.ln_kv):
+            norm.scale = nnx.Param(0.1 * norm.scale[...], axes=norm.scale.axes)
+        for proj in (self.attn.q_proj, self.attn.k_proj):
+            proj.kernel = nnx.Param(kernel_DNH.astype(kernel_DNH.dtype), axes=proj.kernel.axes)
 
     def resample(self, x_IPE: Float[Array, "I P E"], *, backend: AttentionBackend) -> jax.Array:
         """Returns [I, Q, D] after the cross-attention, before the last norm and matrix."""

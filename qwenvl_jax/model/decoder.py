@@ -7,6 +7,7 @@ Everything that depends on the caller's situation is an argument: positions, seg
 scale of each row, the cache. The module holds weights only.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -68,6 +69,11 @@ def rotate(x_BLNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return turned.astype(x_BLNH.dtype)
 
 
+def log_n(position_BL: jax.Array, seq_length: int) -> jax.Array:
+    """Returns what multiplies each query: log(position + 1) in base seq_length, at least 1."""
+    return jnp.maximum(jnp.log(position_BL + 1.0) / jnp.log(float(seq_length)), 1.0)
+
+
 class Block(nnx.Module):
     """Pre-norm block: attention with biases on q, k, v only, and a SwiGLU MLP without biases."""
 
@@ -92,6 +98,11 @@ class Block(nnx.Module):
             up_proj=Dense(width, hidden, use_bias=False, dtype=dtype, rngs=rngs),
             down_proj=Dense(hidden, width, use_bias=False, dtype=dtype, rngs=rngs, scale=out_scale),
         )
+
+    def finish(self, x_BLD: jax.Array, out_BLNH: jax.Array) -> jax.Array:
+        """Returns the block's output, given what its attention found."""
+        x_BLD += self.attn.o_proj(out_BLNH)
+        return x_BLD + self.feed_forward(self.ln_2(x_BLD))
 
     def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
         return self.mlp.down_proj(jax.nn.silu(self.mlp.gate_proj(x_BLD)) * self.mlp.up_proj(x_BLD))
@@ -133,51 +144,56 @@ class Decoder(nnx.Module):
         cos, sin = rotary_angles(position_BL, config.head_dim, config.rope_base, ntk_alpha_B)
         logn_BL11 = None
         if ntk_alpha_B is not None and config.use_logn:
-            logn_BL = jnp.log(position_BL + 1.0) / jnp.log(float(config.seq_length))
-            logn_BL11 = jnp.maximum(logn_BL, 1.0)[..., None, None]
+            logn_BL11 = log_n(position_BL, config.seq_length)[..., None, None]
 
         def project(layer: Block, x_BLD):
-            q, k, v = layer.attn.q_proj(x_BLD), layer.attn.k_proj(x_BLD), layer.attn.v_proj(x_BLD)
+            y_BLD = layer.ln_1(x_BLD)
+            q, k, v = layer.attn.q_proj(y_BLD), layer.attn.k_proj(y_BLD), layer.attn.v_proj(y_BLD)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            if logn_BL11 is not None:
-                q = q * logn_BL11.astype(q.dtype)
-            return q, k, v
+            return q if logn_BL11 is None else q * logn_BL11.astype(q.dtype), k, v
 
-        def finish(layer: Block, x_BLD, out_BLNH):
-            x_BLD += layer.attn.o_proj(out_BLNH)
-            return x_BLD + layer.feed_forward(layer.ln_2(x_BLD))
+        if cache is not None:
+            x_BLD, cache = self._with_cache(x_BLD, position_BL, segment_BL, cache, project, backend)
+            return self.ln_f(x_BLD), cache
 
-        if cache is None:
-            mask = AttentionMask(True, segment_BL, segment_BL, position_BL, position_BL)
+        mask = AttentionMask(True, segment_BL, segment_BL, position_BL, position_BL)
 
-            def step(layer: Block, x_BLD):
-                q, k, v = project(layer, layer.ln_1(x_BLD))
-                return finish(layer, x_BLD, attention(q, k, v, mask, backend=backend))
+        def step(layer: Block, x_BLD):
+            return layer.finish(x_BLD, attention(*project(layer, x_BLD), mask, backend=backend))
 
-            x_BLD = scan_layers(self.blocks, step, x_BLD, remat=remat)
-            return self.ln_f(x_BLD), None
+        return self.ln_f(scan_layers(self.blocks, step, x_BLD, remat=remat)), None
 
+    def _with_cache(
+        self,
+        x_BLD: jax.Array,
+        position_BL: jax.Array,
+        segment_BL: jax.Array,
+        cache: KVCache,
+        project: Callable,
+        backend: AttentionBackend,
+    ) -> tuple[jax.Array, KVCache]:
+        """Returns what left the last block, and the cache with the new tokens written into it."""
         start = cache.length
         segment_BS = jax.lax.dynamic_update_slice(cache.segment_BS, segment_BL, (0, start))
         position_BS = jax.lax.dynamic_update_slice(cache.position_BS, position_BL, (0, start))
         mask = AttentionMask(True, segment_BL, segment_BS, position_BL, position_BS)
 
-        def cached_step(layer: Block, carry, k_index):
+        def step(layer: Block, carry, layer_index):
             # The whole cache is carried, not sliced in and stacked out: the update stays in place.
             x_BLD, k_KBSNH, v_KBSNH = carry
-            q, k, v = project(layer, layer.ln_1(x_BLD))
-            where = (k_index, 0, start, 0, 0)
+            q, k, v = project(layer, x_BLD)
+            where = (layer_index, 0, start, 0, 0)
             k_KBSNH = jax.lax.dynamic_update_slice(k_KBSNH, k[None].astype(k_KBSNH.dtype), where)
             v_KBSNH = jax.lax.dynamic_update_slice(v_KBSNH, v[None].astype(v_KBSNH.dtype), where)
-            out = attention(q, k_KBSNH[k_index], v_KBSNH[k_index], mask, backend=backend)
-            return finish(layer, x_BLD, out), k_KBSNH, v_KBSNH
+            out = attention(q, k_KBSNH[layer_index], v_KBSNH[layer_index], mask, backend=backend)
+            return layer.finish(x_BLD, out), k_KBSNH, v_KBSNH
 
         x_BLD, k_KBSNH, v_KBSNH = scan_layers(
             self.blocks,
-            cached_step,
+            step,
             (x_BLD, cache.k_KBSNH, cache.v_KBSNH),
             remat="none",
-            per_layer=(jnp.arange(config.num_layers),),
+            per_layer=(jnp.arange(self.config.num_layers),),
         )
         length = start + x_BLD.shape[1]
-        return self.ln_f(x_BLD), KVCache(k_KBSNH, v_KBSNH, segment_BS, position_BS, length)
+        return x_BLD, KVCache(k_KBSNH, v_KBSNH, segment_BS, position_BS, length)
