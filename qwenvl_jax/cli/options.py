@@ -30,11 +30,13 @@ def parse_options(
     """
     import tyro
 
-    given = {} if default is None else {"default": default}
+    start = tyro.MISSING_NONPROP if default is None else default
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(kind, args=list(argv), prog=prog, description=description, **given)
+            return tyro.cli(
+                kind, args=list(argv), prog=prog, description=description, default=start
+            )
     except SystemExit as end:
         if not end.code:  # --help
             raise
