@@ -14,7 +14,6 @@ from flax import nnx
 
 from qwenvl_jax import presets
 from qwenvl_jax.config import ConfigError, VisionConfig
-from qwenvl_jax.model.adapter import sine_table
 from qwenvl_jax.model.decoder import ntk_alpha, rotary_angles
 from qwenvl_jax.model.qwenvl import (
     NO_IMAGE,
@@ -24,7 +23,7 @@ from qwenvl_jax.model.qwenvl import (
     merge_images,
     num_parameters,
 )
-from qwenvl_jax.model.vit import ViT, from_windows, resize_table, to_windows
+from qwenvl_jax.model.vit import ViT, from_windows, resize_table, sine_table, to_windows
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training.state import merge_model
 

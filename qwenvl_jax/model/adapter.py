@@ -17,35 +17,10 @@ from qwenvl_jax import axes
 from qwenvl_jax.config import AdapterConfig, AttentionBackend
 from qwenvl_jax.model.attention import AttentionMask, Projections, attention
 from qwenvl_jax.model.layers import Buffer, Dense, LayerNorm, param
-from qwenvl_jax.model.vit import resize_table
+from qwenvl_jax.model.vit import resize_table, sine_table, wave_rates
 
 SHORT_WAVE = 0.2  # radians from one query to the next: neighbours differ by more than a little
 NEAR_GAIN = 5.0  # makes the next query's place about exp(-2) as likely as one's own
-
-
-def wave_rates(width: int) -> np.ndarray:
-    """Returns float64 [width / 4]: radians from one place to the next, of each wave of an axis."""
-    return 10_000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width // 4))
-
-
-def sine_table(side: int, width: int) -> np.ndarray:
-    """Returns float32 [side * side, width]: half the channels for x, half for y, sines first.
-
-    >>> sine_table(2, 4)[1].round(2)  # row 0, column 1: x = 1, y = 0
-    array([0.84, 0.54, 0.  , 1.  ], dtype=float32)
-
-    Raises:
-        ValueError: the width does not split into four equal parts.
-    """
-    if width % 4:
-        raise ValueError(f"the adapter's width must be a multiple of 4: got {width}")
-    rate = wave_rates(width)
-    y, x = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
-    halves = []
-    for place in (x, y):  # the release puts the column first
-        angle = place.reshape(-1, 1) * rate
-        halves += [np.sin(angle), np.cos(angle)]
-    return np.concatenate(halves, axis=1).astype(np.float32)
 
 
 class Adapter(nnx.Module):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, UInt8
 from qwenvl_jax import axes
 from qwenvl_jax.config import AttentionBackend, RematPolicy, VisionConfig
 from qwenvl_jax.model.attention import AttentionMask, Projections, attention
-from qwenvl_jax.model.layers import Dense, LayerNorm, param, scan_layers, stack_layers
+from qwenvl_jax.model.layers import Dense, LayerNorm, scan_layers, stack_layers
 
 # Mean and deviation of RGB that CLIP was trained with.
 PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -46,6 +46,31 @@ def to_patches(image_IYXC: jax.Array, patch_size: int) -> jax.Array:
     G = Y // patch_size
     grid = image_IYXC.reshape(I, G, patch_size, G, patch_size, C).swapaxes(2, 3)
     return grid.reshape(I, G * G, patch_size * patch_size * C)
+
+
+def wave_rates(width: int) -> np.ndarray:
+    """Returns float64 [width / 4]: radians from one place to the next, of each wave of an axis."""
+    return 10_000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width // 4))
+
+
+def sine_table(side: int, width: int) -> np.ndarray:
+    """Returns float32 [side * side, width]: half the channels for x, half for y, sines first.
+
+    >>> sine_table(2, 4)[1].round(2)  # row 0, column 1: x = 1, y = 0
+    array([0.84, 0.54, 0.  , 1.  ], dtype=float32)
+
+    Raises:
+        ValueError: the width does not split into four equal parts.
+    """
+    if width % 4:
+        raise ValueError(f"the width of a sine table must be a multiple of 4: got {width}")
+    rate = wave_rates(width)
+    y, x = np.meshgrid(np.arange(side), np.arange(side), indexing="ij")
+    halves = []
+    for place in (x, y):  # the release puts the column first
+        angle = place.reshape(-1, 1) * rate
+        halves += [np.sin(angle), np.cos(angle)]
+    return np.concatenate(halves, axis=1).astype(np.float32)
 
 
 def resize_table(table_PE: jax.Array, num_patches: int) -> jax.Array:
@@ -131,12 +156,11 @@ class ViT(nnx.Module):
         self.patch_embed = Dense(
             {axes.PATCH: R}, {axes.VIT_EMBED: E}, use_bias=False, dtype=param_dtype, rngs=rngs
         )
-        self.position_embed = param(
-            (config.table_side**2, E),
-            (axes.VIT_POSITION, axes.VIT_EMBED),
-            0.5,  # of the size of a patch's own embedding: weaker, and places are learned late
-            param_dtype,
-            rngs,
+        # Trained from here on. Started as waves, places are told apart and ordered from the first
+        # step, at every picture size; twice as strong, they are not drowned by the pixels.
+        self.position_embed = nnx.Param(
+            jnp.asarray(2 * sine_table(config.table_side, E), param_dtype),
+            axes=(axes.VIT_POSITION, axes.VIT_EMBED),
         )
         self.ln_pre = LayerNorm(axes.VIT_EMBED, E, eps=config.norm_eps, dtype=param_dtype)
         self.blocks = stack_layers(

@@ -1,0 +1,31 @@
+"""Stage 1 of the small model: pictures and captions, the decoder frozen (paper 3.1).
+
+The tower and the adapter learn to say what is in a picture in a form that the decoder of stage 0
+already understands.
+
+    python train.py configs/nano/stage1.py
+"""
+
+from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
+from qwenvl_jax.presets import nano
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        run_dir="runs/nano/stage1",
+        steps=250,
+        seed=1,
+        init="runs/nano/stage0",
+        model=nano(),
+        data=DataConfig(
+            source="scenes",
+            tasks={"caption": 1.0},
+            length=112,
+            max_images=3,
+            image_size=112,
+            rows=8,
+            tokenizer="qwenvl_jax/assets/nano",
+        ),
+        optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=2e-4, warmup_steps=50),
+        freeze=("decoder",),
+    )
