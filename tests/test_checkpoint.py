@@ -1,0 +1,238 @@
+"""Nothing damaged is ever used, and nothing good is ever lost."""
+
+import os
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qwenvl_jax.checkpoint.digest import digests
+from qwenvl_jax.checkpoint.store import (
+    CheckpointError,
+    CheckpointStore,
+    abstract_item,
+    restore_weights,
+)
+from qwenvl_jax.config import MeshConfig
+from qwenvl_jax.sharding import make_mesh
+
+
+def weights(step: int) -> dict[str, jax.Array]:
+    key = jax.random.key(step)
+    return {
+        "vit.blocks.kernel": jax.random.normal(key, (3, 16, 24)),
+        "decoder.embed.embedding": jax.random.normal(key, (56, 8), jnp.bfloat16),
+        "decoder.ln_f.scale": jnp.full((8,), float(step)),
+    }
+
+
+def items(step: int) -> dict[str, dict[str, jax.Array]]:
+    return {"weights": weights(step), "optimizer": {"step": jnp.int32(step)}}
+
+
+def saved_run(path, *steps: int) -> CheckpointStore:
+    store = CheckpointStore(path, keep=3)
+    for step in steps:
+        store.save(step, items(step))
+    store.wait()
+    return store
+
+
+def wanted() -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    return {name: abstract_item(arrays) for name, arrays in items(0).items()}
+
+
+def assert_same(found: dict[str, jax.Array], expected: dict[str, jax.Array]) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(array), err_msg=name)
+
+
+# --- digests ------------------------------------------------------------------------------------
+
+
+def test_digest_does_not_depend_on_the_split():
+    array = weights(1)["vit.blocks.kernel"]
+    whole = digests({"a": array})
+    for data, fsdp, tensor in ((1, 8, 1), (2, 2, 2), (8, 1, 1)):
+        mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+        split = NamedSharding(mesh, PartitionSpec(None, ("fsdp", "tensor"), None))
+        assert digests({"a": jax.device_put(array, split)}) == whole
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8])
+def test_digest_sees_every_single_bit(dtype):
+    array = np.asarray(jnp.arange(5 * 3).reshape(5, 3).astype(dtype))
+    before = digests({"a": jnp.asarray(array)})["a"]
+    num_bytes = array.nbytes
+    for bit in range(8 * num_bytes):
+        raw = bytearray(array.tobytes())
+        raw[bit // 8] ^= 1 << bit % 8
+        changed = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
+        assert digests({"a": jnp.asarray(changed)})["a"] != before, bit
+
+
+def test_digest_sees_order_and_shape():
+    array = jnp.arange(6.0).reshape(2, 3)
+    variants = {"a": array, "b": array[::-1], "c": array[:, ::-1], "d": jnp.zeros((2, 3))}
+    assert len(set(digests(variants).values())) == 4
+
+
+# --- store --------------------------------------------------------------------------------------
+
+
+def test_newest_step_comes_back_bit_equal(tmp_path):
+    saved_run(tmp_path, 1, 2, 3, 4).close()
+    store = CheckpointStore(tmp_path, keep=3)
+    assert store.steps() == [2, 3, 4]
+    step, found = store.restore_newest(wanted())
+    assert step == 4
+    assert_same(found["weights"], weights(4))
+    assert int(found["optimizer"]["step"]) == 4
+    store.close()
+
+
+def test_arrays_may_be_donated_while_they_are_saved(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    overwrite = jax.jit(lambda x: jax.tree.map(jnp.zeros_like, x), donate_argnums=0)
+    for step in range(1, 5):
+        arrays = items(step)
+        store.save(step, arrays)
+        overwrite(arrays)
+    store.wait()
+    step, found = store.restore_newest(wanted())
+    assert step == 4
+    assert_same(found["weights"], weights(4))
+    store.close()
+
+
+def test_empty_run_has_nothing_to_restore(tmp_path):
+    store = CheckpointStore(tmp_path)
+    assert store.restore_newest(wanted()) is None
+    store.close()
+
+
+def test_one_flipped_bit_anywhere_is_never_used(tmp_path, capsys):
+    saved_run(tmp_path / "good", 1, 2).close()
+    newest = tmp_path / "good" / "checkpoints" / "2"
+    files = sorted(p.relative_to(newest) for p in newest.rglob("*") if p.is_file())
+    choose = random.Random(0)
+    num_refused = 0
+    for name in files:
+        raw = bytearray((newest / name).read_bytes())
+        if not raw:
+            continue
+        good, bit = bytes(raw), choose.randrange(8 * len(raw))
+        raw[bit // 8] ^= 1 << bit % 8
+        (newest / name).write_bytes(raw)
+        store = CheckpointStore(tmp_path / "good")
+        step, found = store.restore_newest(wanted())
+        store.close()
+        assert_same(found["weights"], weights(step))
+        assert int(found["optimizer"]["step"]) == step
+        aside = newest.with_name("2.corrupt")
+        if step == 1:
+            num_refused += 1
+            assert "renamed to 2.corrupt" in capsys.readouterr().out
+            aside.rename(newest)
+        (newest / name).write_bytes(good)
+    assert num_refused >= 3  # at least the data files of both items, and the digest record
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "remove"])
+def test_files_that_lost_their_content(tmp_path, damage):
+    saved_run(tmp_path, 1, 2).close()
+    newest = tmp_path / "checkpoints" / "2"
+    largest = max(
+        (p for p in newest.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size
+    )
+    if damage == "remove":
+        largest.unlink()
+    else:
+        os.truncate(largest, 0 if damage == "empty" else largest.stat().st_size // 2)
+    store = CheckpointStore(tmp_path)
+    step, found = store.restore_newest(wanted())
+    store.close()
+    assert step == 1
+    assert_same(found["weights"], weights(1))
+    assert newest.with_name("2.corrupt").is_dir()
+
+
+def damage_all(run_dir) -> None:
+    for record in run_dir.glob("checkpoints/*/digest/metadata"):
+        record.write_text(record.read_text().replace("0", "1"))
+
+
+def test_no_good_step_left_is_an_error_and_stays_one(tmp_path):
+    saved_run(tmp_path, 1, 2).close()
+    damage_all(tmp_path)
+    for _ in range(2):  # the second start finds no step, and must not take that for a new run
+        store = CheckpointStore(tmp_path)
+        with pytest.raises(CheckpointError, match="no good checkpoint is left"):
+            store.restore_newest(wanted())
+        store.close()
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["1.corrupt", "2.corrupt"]
+
+
+def test_another_model_is_not_taken_for_damage(tmp_path):
+    saved_run(tmp_path, 5).close()
+    other = wanted()
+    other["weights"]["decoder.ln_f.scale"] = jax.ShapeDtypeStruct(
+        (9,), jnp.float32, sharding=other["weights"]["decoder.ln_f.scale"].sharding
+    )
+    del other["weights"]["vit.blocks.kernel"]
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match=r"ln_f.scale: got shape \(8,\), expected \(9,\)"):
+        store.restore_newest(other)
+    assert store.steps() == [5]
+    store.close()
+
+
+def test_left_over_of_a_killed_save_is_removed(tmp_path):
+    saved_run(tmp_path, 1).close()
+    stale = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    stale.mkdir()
+    store = CheckpointStore(tmp_path)
+    assert store.steps() == [1]
+    assert not stale.exists()
+    store.close()
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_restore_onto_another_mesh(tmp_path, shape):
+    saved_run(tmp_path, 3).close()
+    data, fsdp, tensor = shape
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    spec = PartitionSpec(None, "fsdp", "tensor")
+    sharding = {3: NamedSharding(mesh, spec), 2: NamedSharding(mesh, PartitionSpec("tensor"))}
+    whole = NamedSharding(mesh, PartitionSpec())
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.get(x.ndim, whole))
+        for name, x in weights(3).items()
+    }
+    found = restore_weights(tmp_path, abstract)
+    assert_same(found, weights(3))
+    for name, array in found.items():
+        assert array.sharding.is_equivalent_to(abstract[name].sharding, array.ndim), name
+
+
+def test_reading_weights_changes_nothing_in_the_run(tmp_path):
+    saved_run(tmp_path, 1, 2).close()
+    record = tmp_path / "checkpoints" / "2" / "digest" / "metadata"
+    record.write_text(record.read_text().replace("0", "1"))
+    found = restore_weights(tmp_path, wanted()["weights"])
+    assert_same(found, weights(1))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_no_checkpoint_to_take_weights_from(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoints in"):
+        restore_weights(tmp_path, wanted()["weights"])
+    CheckpointStore(tmp_path).close()
+    with pytest.raises(CheckpointError, match="no finished checkpoint"):
+        restore_weights(tmp_path, wanted()["weights"])
