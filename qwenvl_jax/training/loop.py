@@ -21,8 +21,9 @@ from typing import Any, Self
 
 import jax
 
-from qwenvl_jax.checkpoint.store import CheckpointStore, restore_weights
+from qwenvl_jax.checkpoint.store import CheckpointStore
 from qwenvl_jax.config import ConfigError, TrainConfig
+from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data.example import Batch
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training.feed import Feed
@@ -171,10 +172,6 @@ def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
     """
     if config.init is None:
         return random_weights(config, layout.mesh)
-    if (Path(config.init) / "checkpoints").is_dir():
-        return restore_weights(config.init, layout.abstract.frozen | layout.abstract.trainable)
-    from qwenvl_jax.conversion.load import load_weights
-
     state = load_weights(config.init, layout.model_state)
     return {path: variable.get_value() for path, variable in named_variables(state).items()}
 
