@@ -8,6 +8,7 @@ splits heads, MLPs and the vocabulary. Activations follow from these by XLA's pr
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,9 +40,7 @@ AXIS_TABLE: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(
-    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh `data x fsdp x tensor` over `devices` (default: all of this job).
 
     `config=None` is the 1x1x1 mesh of the first device.

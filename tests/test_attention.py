@@ -124,3 +124,12 @@ def test_bfloat16_stays_bfloat16_and_close(backend):
     out = attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), mask, backend=backend)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(out, np.float32), by_hand(q, k, v, keep), atol=3e-2)
+
+
+def test_a_causal_mask_without_positions_is_refused():
+    q, k, v = arrays(7)
+    with pytest.raises(ValueError, match=r"causal mask needs .* got no segments"):
+        attention(q, k, v, AttentionMask(True), backend="xla")
+    ones = jnp.ones((B, T), int)
+    with pytest.raises(ValueError, match=r"causal mask needs .* got no positions"):
+        attention(q, k, v, AttentionMask(True, ones, ones), backend="xla")

@@ -48,7 +48,8 @@ EXPECTED = {
 def test_mesh_uses_every_device(sizes):
     data, fsdp, tensor = sizes
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-    assert mesh.size == 8 and mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.size == 8
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
 
@@ -102,7 +103,8 @@ def test_a_dimension_that_does_not_divide_is_replicated_and_said():
     mesh = make_mesh(MeshConfig(tensor=8, fsdp=1))
     assert partition_spec(("vocab", "embed"), (739, 256), mesh) == P(None, "fsdp")
     text = describe(abstract_state(presets.nano())[1], mesh)
-    assert "decoder.lm_head.kernel" in text and "vocab=739 over tensor" in text
+    assert "decoder.lm_head.kernel" in text
+    assert "vocab=739 over tensor" in text
     assert "total" in text.splitlines()[-1]
 
 

@@ -37,10 +37,14 @@ class AttentionMask(NamedTuple):
     def keep_BTS(self) -> jax.Array | None:
         """Returns bool [B, T, S], True where a query may look, or None when it always may."""
         if self.q_segment_BT is None or self.kv_segment_BS is None:
+            if self.is_causal:
+                raise ValueError("a causal mask needs segments and positions: got no segments")
             return None
         q_segment, kv_segment = self.q_segment_BT[:, :, None], self.kv_segment_BS[:, None, :]
         keep = (q_segment == kv_segment) & (q_segment > 0)
         if self.is_causal:
+            if self.q_position_BT is None or self.kv_position_BS is None:
+                raise ValueError("a causal mask needs segments and positions: got no positions")
             keep &= self.kv_position_BS[:, None, :] <= self.q_position_BT[:, :, None]
         return keep
 

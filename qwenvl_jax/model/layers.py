@@ -9,6 +9,7 @@ code starts well at any width (Differs: the release draws everything with std 0.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from flax import nnx
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import RematPolicy
+
+Carry = TypeVar("Carry")  # an array, or a tuple of them
 
 
 class Buffer(nnx.Variable):
@@ -85,7 +88,7 @@ class Dense(nnx.Module):
             self.bias = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+        y: Any = matmul(x, self.kernel[...].astype(x.dtype), self.num_inputs)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y
@@ -148,11 +151,11 @@ def stack_layers(
 def scan_layers(
     stacked: nnx.Module,
     step: Callable,
-    carry: jax.Array | tuple,
+    carry: Carry,
     *,
     remat: RematPolicy,
     per_layer: tuple = (),
-) -> jax.Array | tuple:
+) -> Carry:
     """Returns the carry after `step(layer, carry, *per_layer[k])` for every stacked layer k.
 
     `remat` says what the backward pass finds stored: `none` everything, `dots` the results of
