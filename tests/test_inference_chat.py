@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from golden_model import write_folder
+from golden_model import model, write_folder
 from PIL import Image
 
 import qwenvl_jax
@@ -13,17 +13,10 @@ from qwenvl_jax.inference.vl import VL
 BOX_ANSWER = "<ref>a cat</ref><box>(1,2),(30,40)</box><box>(5,5),(9,9)</box>"
 
 
-@pytest.fixture(scope="module")
-def golden(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("golden")
-    write_folder(folder, with_tokenizer=True)
-    return qwenvl_jax.from_pretrained(folder, dtype="float32")
-
-
 @pytest.fixture
-def scripted(golden, monkeypatch):
+def scripted(monkeypatch):
     """The golden model, whose answers are scripted; what it was asked is in `.asked`."""
-    asked, script = [], []
+    golden, asked, script = model(), [], []
 
     def stream(vl, tokens, images, **options):
         asked.append({"ids": list(tokens), "images": list(images), **options})
@@ -31,7 +24,8 @@ def scripted(golden, monkeypatch):
             yield golden.tokenizer.encode_raw(text)
 
     monkeypatch.setattr(VL, "stream", stream)
-    golden.asked, golden.script = asked, script
+    monkeypatch.setattr(golden, "asked", asked, raising=False)
+    monkeypatch.setattr(golden, "script", script, raising=False)
     return golden
 
 
@@ -177,26 +171,28 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path):
         vl.chat("Hello")
 
 
-def test_two_real_turns_encode_the_picture_once(golden, monkeypatch, tmp_path):
-    calls = []
-    encode = golden._forward.encode
+def test_a_real_picture_is_encoded_once_in_a_dialogue(monkeypatch, tmp_path):
+    vl, calls = model(), []
+    encode = vl._forward.encode
     monkeypatch.setattr(
-        golden._features, "_encode", lambda images: calls.append(len(images)) or encode(images)
+        vl._features, "_encode", lambda images: calls.append(len(images)) or encode(images)
     )
     Image.fromarray(picture(77)).save(tmp_path / "a.png")
-    first = golden.chat("Hi", images=[tmp_path / "a.png"], max_new_tokens=6)
+    first = vl.chat("Hi", images=[tmp_path / "a.png"], max_new_tokens=6)
     assert 0 < len(first.tokens) <= 6
-    second = golden.chat("Go", history=first.history, max_new_tokens=6)
-    assert calls == [1]
-    assert len(second.history) == 2
-    same = golden.chat("Hi", images=[str(tmp_path / "a.png")], max_new_tokens=6)
+    same = vl.chat("Hi", images=[str(tmp_path / "a.png")], max_new_tokens=6)
     assert same.tokens == first.tokens  # the seed decides
-    options = {"temperature": 0.0, "max_new_tokens": 6}
-    prompt = golden.tokenizer.chat_ids([("Picture 1: <img>x</img>\nHi", None)], raw=True)
-    stop = (golden.tokenizer.im_end_id, golden.tokenizer.im_start_id, golden.tokenizer.endoftext_id)
-    greedy = golden.chat("Hi", images=[picture(77)], **options)
+    history = [first.history[0]._replace(answer="ok")]
+    second = vl.chat("Go", images=[picture(78)], history=history, max_new_tokens=0)
+    assert calls == [1, 1]  # the second turn encodes its own picture only
+    assert len(second.history) == 2
+
+    tok = vl.tokenizer
+    greedy = vl.chat("Hi", images=[picture(77)], temperature=0.0, max_new_tokens=6)
+    prompt = tok.chat_ids([("Picture 1: <img>x</img>\nHi", None)], raw=True)
+    stop = (tok.im_end_id, tok.im_start_id, tok.endoftext_id)
     squares = np.stack(greedy.history[0].images)
-    assert greedy.tokens == golden.generate(prompt, squares, stop_tokens=stop, max_new_tokens=6)
+    assert greedy.tokens == vl.generate(prompt, squares, stop_tokens=stop, max_new_tokens=6)
 
 
 def test_the_package_offers_its_public_names():

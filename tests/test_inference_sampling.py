@@ -29,8 +29,9 @@ def kept(logits_V: np.ndarray, top_k: int, top_p: float, temperature: float) -> 
 
 
 def test_temperature_zero_takes_the_likeliest():
-    logits_BV = logits_of(5)
-    rows = [Sampling(), Sampling(top_k=3), Sampling(top_p=0.1), Sampling(seed=9), Sampling()]
+    logits_BV = logits_of(6)
+    rows = [Sampling(), Sampling(top_k=3), Sampling(top_p=0.1), Sampling(seed=9)]
+    rows += [Sampling(temperature=1e-3), Sampling(temperature=1e-3, seed=7)]
     assert choose_all(logits_BV, rows) == logits_BV.argmax(axis=-1).tolist()
 
 
@@ -50,8 +51,8 @@ def test_filters_keep_what_sorting_keeps(top_k, top_p, temperature):
 
 
 def test_a_tiny_top_p_still_leaves_the_likeliest():
-    logits_BV = logits_of(4, seed=2)
-    rows = [Sampling(temperature=1.0, top_p=1e-6, seed=b) for b in range(4)]
+    logits_BV = logits_of(6, seed=2)
+    rows = [Sampling(temperature=1.0, top_p=1e-6, seed=b) for b in range(6)]
     assert choose_all(logits_BV, rows) == logits_BV.argmax(axis=-1).tolist()
 
 
@@ -78,21 +79,25 @@ def test_a_row_draws_the_same_alone_and_in_company():
 
 
 def test_seed_and_step_both_change_the_draw():
-    logits_BV = np.zeros((40, V), np.float32)
-    rows = [Sampling(temperature=1.0, seed=5)] * 40
+    logits_BV = np.zeros((6, V), np.float32)
+    rows = [Sampling(temperature=1.0, seed=5)] * 6
     assert len(set(choose_all(logits_BV, rows))) == 1
-    assert len({choose_all(logits_BV[:1], rows[:1], step=step)[0] for step in range(40)}) > 10
-    other = [Sampling(temperature=1.0, seed=b << 32) for b in range(40)]  # the upper half counts
-    assert len(set(choose_all(logits_BV, other))) > 10
+
+    def draw(seed: int, step: int) -> int:
+        return choose_all(logits_BV[:1], [Sampling(temperature=1.0, seed=seed)], step=step)[0]
+
+    assert len({draw(5, step) for step in range(40)}) > 10
+    assert len({draw(seed, 0) for seed in range(40)}) > 10
+    assert len({draw(seed << 32, 0) for seed in range(40)}) > 10  # the upper half counts
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_scores():
-    logits_BV = np.full((3, V), -9.0, np.float32)
+    logits_BV = np.full((6, V), -9.0, np.float32)
     logits_BV[:, 4], logits_BV[:, 8] = 3.0, 2.0
-    seen_BV = np.zeros((3, V), bool)
+    seen_BV = np.zeros((6, V), bool)
     seen_BV[1:, 4] = True
-    rows = [Sampling(repetition_penalty=1.6)] * 2 + [Sampling(repetition_penalty=1.4)]
-    assert choose_all(logits_BV, rows, seen_BV) == [4, 8, 4]  # 3 / 1.6 < 2 < 3 / 1.4
+    rows = [Sampling(repetition_penalty=1.6)] * 5 + [Sampling(repetition_penalty=1.4)]
+    assert choose_all(logits_BV, rows, seen_BV) == [4, 8, 8, 8, 8, 4]  # 3 / 1.6 < 2 < 3 / 1.4
     logits_BV = np.full((1, V), -4.0, np.float32)
     logits_BV[:, 6], seen_BV = -3.0, np.arange(V)[None] == 6
     assert choose_all(logits_BV, rows[:1], seen_BV) == [0]  # -3 * 1.6 < -4

@@ -76,6 +76,9 @@ class Turn(NamedTuple):
     live: tuple[str, ...] = ()  # tags that the question meant as tags
 
 
+History = Sequence[Turn | tuple[str, str]]  # plain pairs are a question and its answer
+
+
 class Reply(NamedTuple):
     text: str  # with ref, box and quad tags, without other special tokens
     boxes: list[dict[str, Any]]  # see `parse_boxes`; coordinates 0..999 of the last picture
@@ -137,13 +140,13 @@ def chat_stream(
     vl: "VL",
     text: str,
     images: Sequence[Any],
-    history: Sequence[Turn | tuple[str, str]],
+    history: History,
     options: ChatOptions,
 ) -> TextStream:
     """Returns the stream of the answer to one message of a dialogue.
 
-    Pictures are numbered through the dialogue, `Picture 1:` first. Turns may also be plain
-    (question, answer) pairs. The history that was given is not changed.
+    Pictures are numbered through the dialogue, `Picture 1:` first. The history that was given is
+    not changed.
 
     Raises:
         ImageError: a picture that cannot be read.
@@ -201,10 +204,20 @@ def complete_stream(
 
 
 def max_new_tokens(vl: "VL", options: TextOptions) -> int:
-    """Returns the asked or the default length of an answer."""
-    if options.max_new_tokens is not None:
-        return options.max_new_tokens
-    return min(RELEASED_ANSWER, vl.config.decoder.max_positions // 2)
+    """Returns the asked or the default length of an answer.
+
+    Raises:
+        InputError: it leaves no room for a prompt.
+    """
+    context = vl.config.decoder.max_positions
+    if options.max_new_tokens is None:
+        return min(RELEASED_ANSWER, context // 2)
+    if not 0 <= options.max_new_tokens < context:
+        raise InputError(
+            f"max_new_tokens must lie in 0 .. {context - 1}, within the model's context: "
+            f"got {options.max_new_tokens}"
+        )
+    return options.max_new_tokens
 
 
 def _question(text: str, images: Sequence[np.ndarray], live: Sequence[str]) -> Message:

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -30,13 +31,16 @@ from qwenvl_jax.inference.forward import Forward
 from qwenvl_jax.inference.generate import Generator
 from qwenvl_jax.inference.pictures import PictureFeatures
 from qwenvl_jax.inference.prompts import LongContext, Prompts
-from qwenvl_jax.inference.sampling import Sampling
-from qwenvl_jax.inference.session import Reply, TextStream, Turn
+from qwenvl_jax.inference.sampling import GREEDY, Sampling
+from qwenvl_jax.inference.session import History, Reply, TextStream
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from qwenvl_jax.sharding import make_mesh
 
 DTYPES = ("bfloat16", "float32")
+
+Tokens = Sequence[int] | np.ndarray | jax.Array  # int [L]
+Images = Sequence[np.ndarray] | np.ndarray | jax.Array | None  # uint8 [n, Y, X, 3]
 
 
 def from_pretrained(
@@ -91,7 +95,7 @@ class VL:
             self.folder or "", self.config.adapter.num_queries, self.config.image_start_id
         )
 
-    def encode_images(self, images: np.ndarray) -> np.ndarray:
+    def encode_images(self, images: Images) -> np.ndarray:
         """Returns what the adapter makes of uint8 pictures [n, Y, X, 3]: float32 [n, Q, D].
 
         Raises:
@@ -100,9 +104,7 @@ class VL:
         checked = prompts_lib.check_images(images, self.config, "encode_images")
         return self._features(checked).astype(np.float32)  # bf16 is no NumPy citizen
 
-    def logits(
-        self, tokens: Sequence[int], images: np.ndarray | None = None, train: bool = False
-    ) -> np.ndarray:
+    def logits(self, tokens: Tokens, images: Images = None, train: bool = False) -> np.ndarray:
         """Returns the scores of the next token at every position: float32 [L, V].
 
         `images` uint8 [n, Y, X, 3] in reading order, one for each `<img>` span of the tokens.
@@ -116,10 +118,11 @@ class VL:
 
     def generate(
         self,
-        tokens: Sequence[int],
-        images: np.ndarray | None = None,
-        *,
+        tokens: Tokens,
+        images: Images = None,
         max_new_tokens: int = 512,
+        temperature: float = GREEDY,
+        *,
         stop_tokens: Sequence[int] = (),
         long_context: LongContext = "row",
         **sampling: Any,
@@ -127,9 +130,9 @@ class VL:
         """Returns the new tokens only.
 
         Ends after `max_new_tokens`, or before a token of `stop_tokens`, which is left out: an
-        answer shorter than `max_new_tokens` was stopped. `sampling` takes the fields of
-        `sampling.Sampling`: temperature (0, the default, is greedy), top_k, top_p,
-        repetition_penalty, seed. `long_context`: see `prompts.LongContext`.
+        answer shorter than `max_new_tokens` was stopped. `sampling` takes the other fields of
+        `sampling.Sampling`: top_k, top_p, repetition_penalty, seed. `long_context`: see
+        `prompts.LongContext`.
 
             >>> vl.generate(ids, images, max_new_tokens=24)  # doctest: +SKIP
 
@@ -140,6 +143,7 @@ class VL:
             [tokens],
             [images],
             max_new_tokens=max_new_tokens,
+            temperature=temperature,
             stop_tokens=stop_tokens,
             long_context=long_context,
             **sampling,
@@ -148,8 +152,8 @@ class VL:
 
     def generate_batch(
         self,
-        tokens: Sequence[Sequence[int]],
-        images: Sequence[np.ndarray | None] | None = None,
+        tokens: Sequence[Tokens],
+        images: Sequence[Images] | None = None,
         *,
         max_new_tokens: int = 512,
         stop_tokens: Sequence[int] = (),
@@ -162,7 +166,7 @@ class VL:
         Row b draws with `seed + b`. Other arguments as in `generate`; `images[b]` are the pictures
         of row b, or None.
         """
-        if not tokens:
+        if len(tokens) == 0:
             return []
         choices = [Sampling(seed=seed + b, **sampling) for b in range(len(tokens))]
         limits = [max_new_tokens] * len(tokens)
@@ -173,8 +177,8 @@ class VL:
 
     def stream(
         self,
-        tokens: Sequence[int],
-        images: np.ndarray | None = None,
+        tokens: Tokens,
+        images: Images = None,
         *,
         max_new_tokens: int = 512,
         stop_tokens: Sequence[int] = (),
@@ -201,7 +205,11 @@ class VL:
                 num_sent = len(answer)
 
     def chat(
-        self, text: str, images: Sequence[Any] = (), history: Sequence[Turn] = (), **options: Any
+        self,
+        text: str,
+        images: Sequence[Any] | None = None,
+        history: History | None = None,
+        **options: Any,
     ) -> Reply:
         """Returns the answer to one message, its boxes, and the history to pass next time.
 
@@ -214,13 +222,19 @@ class VL:
         return self.chat_stream(text, images, history, **options).reply
 
     def chat_stream(
-        self, text: str, images: Sequence[Any] = (), history: Sequence[Turn] = (), **options: Any
+        self,
+        text: str,
+        images: Sequence[Any] | None = None,
+        history: History | None = None,
+        **options: Any,
     ) -> TextStream:
         """Returns an iterator over pieces of the answer's text; at its end `.reply` is whole."""
-        return session.chat_stream(self, text, images, history, session.ChatOptions(**options))
+        return session.chat_stream(
+            self, text, images or (), history or (), session.ChatOptions(**options)
+        )
 
     def complete(
-        self, text: str, images: Sequence[Any] = (), raw: bool = False, **options: Any
+        self, text: str, images: Sequence[Any] | None = None, raw: bool = False, **options: Any
     ) -> Reply:
         """Returns what follows pictures and text, as the base model was trained: no roles.
 
@@ -229,10 +243,16 @@ class VL:
             >>> vl.complete("Generate the caption in English:", ["park.jpg"])  # doctest: +SKIP
         """
         return session.complete_stream(
-            self, text, images, session.TextOptions(**options), raw=raw
+            self, text, images or (), session.TextOptions(**options), raw=raw
         ).reply
 
-    def _batch(self, tokens, images, limits: Sequence[int], long_context: LongContext) -> Prompts:
+    def _batch(
+        self,
+        tokens: Sequence[Tokens],
+        images: Sequence[Images] | None,
+        limits: Sequence[int],
+        long_context: LongContext,
+    ) -> Prompts:
         images = [None] * len(tokens) if images is None else images
         if len(images) != len(tokens):
             raise InputError(
@@ -247,8 +267,8 @@ class VL:
 
     def _lay_out(
         self,
-        tokens: Sequence[Sequence[int]],
-        images: Sequence[Any],
+        tokens: Sequence[Tokens],
+        images: Sequence[Images],
         limits: Sequence[int],
         *,
         rows: int,
