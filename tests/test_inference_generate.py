@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from golden_model import greedy, ids, load, model, outputs, pictures
 
-from qwenvl_jax.inference import generate
+from qwenvl_jax.inference import forward, generate
 from qwenvl_jax.inference.errors import InputError
 from qwenvl_jax.inference.sampling import Sampling, stack
 from qwenvl_jax.model.decoder import ntk_alpha
@@ -22,17 +22,18 @@ def step_by_step(cases: list[str], long_context: str = "row"):
     vl, rows = model(), len(cases)
     images = [pictures(case) for case in cases]
     prompts = vl._batch([ids(case) for case in cases], images, [STEPS] * rows, long_context)
-    limits = generate.Limits(
+    request = generate.Request(
+        sampling=stack([Sampling()] * rows),
         max_new_B=np.full(rows, STEPS, np.int32),
         stop_BX=np.full((rows, generate.SMALLEST_STOP_LIST), generate.NO_TOKEN, np.int32),
     )
-    generator, sampling = vl._generator, stack([Sampling()] * rows)
-    prompts, sampling, limits = generate.place((prompts, sampling, limits), vl.mesh)
-    decoding = generator._start(generator._state, prompts, sampling, limits, answer_slots=32)
+    generator = vl._generator
+    prompts, request = generate.place((prompts, request), vl.mesh)
+    decoding = generator._start(generator._state, prompts, request, answer_slots=32)
     logits = [np.asarray(decoding.logits_BV)]
     for until in range(2, STEPS + 1):
         decoding = generator._decode(
-            generator._state, sampling, limits, decoding=decoding, until=np.int32(until)
+            generator._state, request, decoding=decoding, until=np.int32(until)
         )
         logits.append(np.asarray(decoding.logits_BV))
     return np.stack(logits, axis=1), np.asarray(decoding.answer_BT)[:, :STEPS]
@@ -50,6 +51,12 @@ def test_cached_decoding_equals_the_full_forward_pass():
     short = ids("text_short")
     whole = model().logits(short + greedy("text_short")[:STEPS])
     np.testing.assert_allclose(logits[0], whole[len(short) - 1 : -1], atol=1e-4)
+
+
+def test_long_logits_are_made_in_pieces_that_join(monkeypatch):
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", 80)  # 150 positions: 80 and 70
+    ours = model().logits(ids("text_long"))
+    np.testing.assert_allclose(ours, outputs()["text_long.logits"], atol=1e-3)
 
 
 def test_reference_mode_equals_left_padding():

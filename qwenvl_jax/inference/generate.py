@@ -32,9 +32,10 @@ SMALLEST_STOP_LIST = 8  # stop ids a row, padded, so that one more does not comp
 NO_TOKEN = -1
 
 
-class Limits(NamedTuple):
-    """When a row ends."""
+class Request(NamedTuple):
+    """What each row asks for besides its prompt."""
 
+    sampling: SamplingArrays
     max_new_B: Int[Array, "B"]
     stop_BX: Int[Array, "B X"]  # ids that end the row and are left out of the answer; or NO_TOKEN
 
@@ -88,21 +89,19 @@ class Generator:
         """Yields all new tokens of each row so far, again and again, `every` tokens apart."""
         rows, num_rows = len(sampling), len(prompts.tokens_BL)
         spare = num_rows - rows  # rows that only fill the bucket: done before they begin
-        limits = Limits(
+        request = Request(
+            sampling=sampling_lib.stack([*sampling, *[Sampling()] * spare]),
             max_new_B=np.array([*max_new_tokens, *[0] * spare], np.int32),
             stop_BX=_stop_table([*stop_tokens, *[()] * spare]),
         )
-        arrays = sampling_lib.stack([*sampling, *[Sampling()] * spare])
-        prompts, arrays, limits = place((prompts, arrays, limits), self.mesh)
+        prompts, request = place((prompts, request), self.mesh)
         answer_slots = bucket(max(1, *max_new_tokens), SMALLEST_ANSWER)
-        decoding = self._start(self._state, prompts, arrays, limits, answer_slots=answer_slots)
+        decoding = self._start(self._state, prompts, request, answer_slots=answer_slots)
         until = 0
         is_done = False
         while not is_done:
             until += every
-            decoding = self._decode(
-                self._state, arrays, limits, decoding=decoding, until=np.int32(until)
-            )
+            decoding = self._decode(self._state, request, decoding=decoding, until=np.int32(until))
             answer_BT, count_B, done_B = jax.device_get(
                 (decoding.answer_BT, decoding.count_B, decoding.is_done_B)
             )
@@ -116,8 +115,7 @@ def start(
     mesh: Mesh,
     state: nnx.State,
     prompts: Prompts,
-    sampling: SamplingArrays,
-    limits: Limits,
+    request: Request,
     *,
     answer_slots: int,
 ) -> Decoding:
@@ -154,11 +152,11 @@ def start(
         position_B=prompts.position_start_B + prompts.length_B - 1,
         answer_BT=jnp.zeros((B, answer_slots), jnp.int32),
         count_B=jnp.zeros(B, jnp.int32),
-        is_done_B=limits.max_new_B <= 0,
+        is_done_B=request.max_new_B <= 0,
         seen_BV=seen_BV,
         logits_BV=model.logits(last_B1D)[:, 0],
     )
-    return _pin(_choose(decoding, sampling, limits), mesh)
+    return _pin(_choose(decoding, request), mesh)
 
 
 def decode(
@@ -166,8 +164,7 @@ def decode(
     config: ModelConfig,
     mesh: Mesh,
     state: nnx.State,
-    sampling: SamplingArrays,
-    limits: Limits,
+    request: Request,
     *,
     decoding: Decoding,
     until: Int[Array, ""],
@@ -193,17 +190,17 @@ def decode(
         # The next token overwrites the slots of the fillers.
         cache = cache._replace(length=cache.length - (width - 1))
         logits_BV = model.logits(hidden_BWD)[:, 0]
-        return _choose(decoding._replace(cache=cache, logits_BV=logits_BV), sampling, limits)
+        return _choose(decoding._replace(cache=cache, logits_BV=logits_BV), request)
 
     return _pin(jax.lax.while_loop(is_unfinished, step, decoding), mesh)
 
 
-def _choose(decoding: Decoding, sampling: SamplingArrays, limits: Limits) -> Decoding:
+def _choose(decoding: Decoding, request: Request) -> Decoding:
     """Returns the state with every row's next token chosen from `logits_BV` and written down."""
     B = len(decoding.count_B)
     step_B = jnp.broadcast_to(decoding.step, B)
-    token_B = sampling_lib.choose(decoding.logits_BV, decoding.seen_BV, sampling, step_B)
-    is_stop_B = jnp.any(token_B[:, None] == limits.stop_BX, axis=1)
+    token_B = sampling_lib.choose(decoding.logits_BV, decoding.seen_BV, request.sampling, step_B)
+    is_stop_B = jnp.any(token_B[:, None] == request.stop_BX, axis=1)
     is_done_B = decoding.is_done_B | is_stop_B
     count_B = decoding.count_B + ~is_done_B
     return decoding._replace(
@@ -213,7 +210,7 @@ def _choose(decoding: Decoding, sampling: SamplingArrays, limits: Limits) -> Dec
             decoding.answer_BT, token_B[:, None], decoding.step, axis=1
         ),
         count_B=count_B,
-        is_done_B=is_done_B | (count_B >= limits.max_new_B),
+        is_done_B=is_done_B | (count_B >= request.max_new_B),
         seen_BV=decoding.seen_BV.at[jnp.arange(B), token_B].set(True),
     )
 
