@@ -133,9 +133,20 @@ def test_stopped_and_killed_run_equals_the_uninterrupted(tmp_path, compiled):
 # --- run directory ------------------------------------------------------------------------------
 
 
-def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
-    config = tiny.train_config(tmp_path)
+def begin(config) -> None:
+    """Makes a run directory look as after the first step."""
     assert open_run(config, ["train.py"]) == []
+    (Path(config.run_dir) / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+
+
+def test_a_start_that_failed_at_once_may_be_mended(tmp_path):
+    open_run(tiny.train_config(tmp_path), ["train.py"])
+    assert open_run(tiny.train_config(tmp_path, seed=8), ["train.py"]) == []
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 8
+
+
+def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
+    begin(tiny.train_config(tmp_path))
     other = tiny.train_config(
         tmp_path,
         seed=8,
@@ -152,7 +163,7 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
 
 
 def test_speed_settings_may_change_and_are_told(tmp_path):
-    open_run(tiny.train_config(tmp_path), ["train.py"])
+    begin(tiny.train_config(tmp_path))
     notes = open_run(tiny.train_config(tmp_path, micro_batches=2, log_every=5), ["train.py"])
     assert notes == [
         "changed since the last start: log_every: was 1, now 5",
@@ -167,7 +178,7 @@ def test_another_tokenizer_under_the_same_name_is_refused(tmp_path):
     data = type(data)(**{**vars(data), "tokenizer": str(vocabulary)})
     config = tiny.train_config(tmp_path / "run", data=data)
     vocabulary.write_text("IQ== 0\n")
-    open_run(config, [])
+    begin(config)
     vocabulary.write_text("IQ== 0\nIg== 1\n")
     with pytest.raises(ConfigError, match="tokenizer file is not the one"):
         open_run(config, [])

@@ -67,7 +67,9 @@ class CheckpointStore:
         """
         record = {name: _describe(arrays) for name, arrays in items.items()}
         payload = {"format": FORMAT, "items": record, "sha256": _sha256(record)}
-        parts = {name: ocp.args.StandardSave(dict(arrays)) for name, arrays in items.items()}
+        parts: dict[str, Any] = {
+            name: ocp.args.StandardSave(dict(arrays)) for name, arrays in items.items()
+        }
         parts[_DIGEST] = ocp.args.JsonSave(payload)
         self._manager.save(step, args=ocp.args.Composite(**parts))
 

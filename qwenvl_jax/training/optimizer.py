@@ -8,6 +8,7 @@ K: stacked layers.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,14 +105,15 @@ def make_optimizer(
     a step whose update was dropped must not shift the schedule.
     """
 
-    def scale_by_rates(updates: dict[str, jax.Array], _) -> dict[str, jax.Array]:
+    def scale_by_rates(updates: Any, _: Any) -> dict[str, jax.Array]:
         return {name: u * plan[name].rate_for(u.shape) for name, u in updates.items()}
+
+    def decays(parameters: Any) -> dict[str, bool]:
+        return {name: plan[name].decays for name in parameters}
 
     return optax.chain(
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
-        optax.add_decayed_weights(
-            config.weight_decay, mask=lambda tree: {name: plan[name].decays for name in tree}
-        ),
+        optax.add_decayed_weights(config.weight_decay, mask=decays),
         optax.stateless(scale_by_rates),
     )
 

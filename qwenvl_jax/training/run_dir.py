@@ -48,7 +48,7 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> list[str]:
     record, notes = _describe_start(config, command), []
     manifest_path, config_path = run_dir / "manifest.json", run_dir / "config.json"
     starts = []
-    if config_path.exists():
+    if config_path.exists() and _has_begun(run_dir):
         changed = differences(_read(config_path), to_dict(config))
         wrong = [text for path, text in changed.items() if not _may_change(path)]
         if wrong:
@@ -57,7 +57,7 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> list[str]:
                 "give these back their old values, or choose another run_dir"
             )
         notes += [f"changed since the last start: {text}" for text in changed.values()]
-    if manifest_path.exists():
+    if manifest_path.exists() and _has_begun(run_dir):
         starts = _read(manifest_path)["starts"]
         _check_data(starts[-1], record, run_dir)
         for name, version in starts[-1]["versions"].items():
@@ -103,6 +103,13 @@ def truncate_metrics(path: Path, last_step: int) -> int:
     if dropped:
         _write_atomically(path, "".join(kept))
     return dropped
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Returns whether there is something to go on with; a failed first start binds no one."""
+    metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+    has_lines = metrics.exists() and metrics.stat().st_size > 0
+    return has_lines or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def _may_change(path: str) -> bool:

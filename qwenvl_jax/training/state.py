@@ -20,13 +20,16 @@ Weights = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that a step reads and writes; `step` counts finished steps, applied or not."""
+    """All that a step reads and writes; `step` counts finished steps, applied or not.
 
-    step: jax.Array  # int32 scalar
+    In an abstract state every leaf is a ShapeDtypeStruct.
+    """
+
+    step: Any  # int32 scalar
     trainable: Weights
     frozen: Weights
     optimizer: Any  # of optax: two moments of every trained parameter
-    skipped: jax.Array  # int32 scalar: steps whose update was not finite, so not applied
+    skipped: Any  # int32 scalar: steps whose update was not finite, so not applied
 
 
 class Layout(NamedTuple):
@@ -55,7 +58,7 @@ def make_layout(config: TrainConfig, mesh: Mesh) -> Layout:
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # A moment lies where its parameter lies; both are found under the same dict key.
-        parameter = trainable.get(getattr(path[-1], "key", None))
+        parameter = trainable.get(getattr(path[-1], "key", ""))
         sharding = parameter.sharding if parameter is not None else replicated
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

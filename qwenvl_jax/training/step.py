@@ -5,6 +5,7 @@ Axes: B batch rows, L text length, I pictures of a row, Y X C pixels, Q queries,
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
         clipped, norm = clip_by_norm(gradients, config.optimizer.clip_norm)
 
         lr = learning_rate(state.step, config.optimizer, config.steps)
+        updates: Any
         updates, moments = optimizer.update(clipped, state.optimizer, state.trainable)
         trainable = {n: p - (lr * updates[n]).astype(p.dtype) for n, p in state.trainable.items()}
 
@@ -133,18 +135,19 @@ def batch_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (summed loss, summed weights) of a batch in training mode: no NTK, no log-n."""
     model = merge_model(graphdef, weights)
-    num_rows, num_images = batch.image_start.shape
+    tokens, targets, weight, segment, position, images, image_start = map(jnp.asarray, batch)
+    num_rows, num_images = image_start.shape
     visual_BIQD = None
     if num_images:
-        images_IYXC = batch.images.reshape(-1, *batch.images.shape[2:])
+        images_IYXC = images.reshape(-1, *images.shape[2:])
         visual_IQD = model.encode_images(images_IYXC)
         visual_BIQD = visual_IQD.reshape(num_rows, num_images, *visual_IQD.shape[1:])
     hidden_BLD, _ = model(
-        batch.tokens,
+        tokens,
         visual_BIQD=visual_BIQD,
-        image_start_BI=batch.image_start if num_images else None,
-        position_BL=batch.position,
-        segment_BL=batch.segment,
+        image_start_BI=image_start if num_images else None,
+        position_BL=position,
+        segment_BL=segment,
     )
     lm_head_DV = model.decoder.lm_head.kernel[...]
-    return next_token_loss(hidden_BLD, lm_head_DV, batch.targets, batch.loss_weight, chunk)
+    return next_token_loss(hidden_BLD, lm_head_DV, targets, weight, chunk)

@@ -1,0 +1,310 @@
+"""The step: loss, plan, schedule, accumulation, meshes, and updates that must not happen."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from qwenvl_jax.config import ConfigError, MeshConfig, OptimizerConfig
+from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
+from qwenvl_jax.training import optimizer
+from qwenvl_jax.training.loss import next_token_loss
+from qwenvl_jax.training.optimizer import describe_plan, learning_rate
+from qwenvl_jax.training.state import (
+    TrainState,
+    from_items,
+    make_layout,
+    random_weights,
+    start_state,
+    to_items,
+)
+from qwenvl_jax.training.step import make_train_step
+
+# --- loss ---------------------------------------------------------------------------------------
+
+
+def loss_inputs(rows=3, length=11, width=7, vocab=13):
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (rows, length, width))
+    head = jax.random.normal(keys[1], (width, vocab))
+    targets = jax.random.randint(keys[2], (rows, length), 0, vocab)
+    weight = jax.random.bernoulli(keys[3], 0.6, (rows, length)).astype(jnp.float32)
+    return hidden, head, targets, weight
+
+
+def reference_loss(hidden, head, targets, weight):
+    losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ head, targets)
+    return (losses * weight).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 9, 33, 1000])
+def test_chunked_loss_and_its_gradients(chunk):
+    hidden, head, targets, weight = loss_inputs()
+    total, count = next_token_loss(hidden, head, targets, weight, chunk)
+    assert total == pytest.approx(float(reference_loss(hidden, head, targets, weight)), rel=1e-5)
+    assert count == weight.sum()
+
+    chunked = jax.grad(lambda h, w: next_token_loss(h, w, targets, weight, chunk)[0], (0, 1))
+    whole = jax.grad(lambda h, w: reference_loss(h, w, targets, weight), (0, 1))
+    for got, expected in zip(chunked(hidden, head), whole(hidden, head), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_loss_never_holds_all_logits():
+    hidden, head, targets, weight = loss_inputs(rows=2, length=512, width=8, vocab=4096)
+
+    def peak(chunk: int) -> int:
+        grad = jax.grad(lambda h, w: next_token_loss(h, w, targets, weight, chunk)[0], (0, 1))
+        compiled = jax.jit(grad).lower(hidden, head).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    all_logits = 2 * 512 * 4096 * 4
+    assert peak(64) < all_logits / 4 < all_logits <= peak(1024)
+
+
+def test_loss_is_float32_from_bfloat16_states():
+    hidden, head, targets, weight = loss_inputs()
+    total, _ = next_token_loss(hidden.astype(jnp.bfloat16), head, targets, weight, 8)
+    assert total.dtype == jnp.float32
+    assert total == pytest.approx(float(reference_loss(hidden, head, targets, weight)), rel=2e-2)
+
+
+# --- plan and schedule --------------------------------------------------------------------------
+
+
+def layout_of(config):
+    sizes = config.mesh
+    devices = jax.devices()[: sizes.data * sizes.fsdp * sizes.tensor]
+    return make_layout(config, make_mesh(sizes, devices))
+
+
+def test_weight_decay_follows_the_released_dimensions():
+    layout = layout_of(tiny.train_config())
+    decayed = {path for path, row in layout.plan.items() if row.decays}
+    assert {
+        "vit.patch_embed.kernel",
+        "vit.position_embed",
+        "vit.blocks.attn.q_proj.kernel",
+        "adapter.query",
+        "adapter.proj.kernel",
+        "decoder.embed.embedding",
+        "decoder.blocks.mlp.gate_proj.kernel",
+        "decoder.lm_head.kernel",
+    } <= decayed
+    # Two or three dimensions here, one in the released layout.
+    assert not decayed & {
+        "vit.blocks.attn.q_proj.bias",
+        "vit.blocks.ln_1.scale",
+        "adapter.attn.k_proj.bias",
+        "decoder.blocks.attn.v_proj.bias",
+        "decoder.blocks.ln_1.scale",
+        "decoder.ln_f.scale",
+    }
+
+
+def test_layer_decay_of_the_tower_only():
+    plan = layout_of(tiny.train_config()).plan
+    assert plan["vit.blocks.mlp.up_proj.bias"].rate == pytest.approx((0.9**3, 0.9**2, 0.9))
+    for path in ("vit.patch_embed.kernel", "vit.position_embed", "vit.ln_pre.scale"):
+        assert plan[path].rate == pytest.approx((0.9**4,))
+    for path in ("adapter.query", "adapter.ln_post.bias", "decoder.blocks.ln_1.scale"):
+        assert plan[path].rate == (1.0,)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "trained_parts"),
+    [(("decoder",), {"vit", "adapter"}), (("vit",), {"adapter", "decoder"})],
+)
+def test_frozen_parts_have_no_optimizer_memory(freeze, trained_parts):
+    layout = layout_of(tiny.train_config(freeze=freeze))
+    assert {path.split(".")[0] for path in layout.abstract.trainable} == trained_parts
+    assert "adapter.position_embed" in layout.abstract.frozen
+    moments = sum(leaf.size for leaf in jax.tree.leaves(layout.abstract.optimizer))
+    trained = sum(leaf.size for leaf in layout.abstract.trainable.values())
+    assert moments == 2 * trained + 1  # and the count of updates
+
+
+def test_freezing_saves_compiled_memory():
+    def temporary_bytes(freeze) -> int:
+        config = tiny.train_config(freeze=freeze)
+        layout = layout_of(config)
+        lowered = make_train_step(config, layout).lower(layout.abstract, tiny.batch(config, 0))
+        memory = lowered.compile().memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+    everything = temporary_bytes(())
+    assert temporary_bytes(("vit",)) < everything
+    assert temporary_bytes(("vit", "decoder")) < temporary_bytes(("vit",))
+
+
+def test_table_of_what_trains():
+    config = tiny.train_config(freeze=("decoder",))
+    layout = layout_of(config)
+    table = describe_plan(layout.model_state, layout.plan)
+    sizes = {path: v.get_value().size for path, v in named_variables(layout.model_state).items()}
+    trained = sum(size for path, size in sizes.items() if layout.plan[path].is_trained)
+    assert f"{trained:,}" in table.splitlines()[-1]
+    assert f"{sum(sizes.values()) - trained:,}" in table.splitlines()[-1]
+    assert "frozen" in next(line for line in table.splitlines() if line.startswith("decoder"))
+
+
+def test_a_parameter_without_a_decay_rule_is_refused(monkeypatch):
+    monkeypatch.delitem(optimizer.DECAYS, "query")
+    with pytest.raises(ConfigError, match=r"adapter\.query.*DECAYS"):
+        layout_of(tiny.train_config())
+
+
+def test_schedule():
+    config = OptimizerConfig(peak_lr=1.0, end_lr=0.2, warmup_steps=4)
+    rates = [float(learning_rate(jnp.int32(step), config, 12)) for step in range(14)]
+    assert rates[:5] == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+    assert rates[8] == pytest.approx(0.6)  # half way down the cosine
+    assert rates[12] == pytest.approx(0.2)
+    assert rates[13] == pytest.approx(0.2)
+    assert (
+        float(
+            learning_rate(jnp.int32(0), OptimizerConfig(peak_lr=1.0, end_lr=1.0, warmup_steps=0), 5)
+        )
+        == 1.0
+    )
+
+
+# --- step ---------------------------------------------------------------------------------------
+
+
+def run(config, steps=4):
+    """Returns (metrics of every step, final state) of a few steps on the test batches."""
+    layout = layout_of(config)
+    weights = random_weights(config, layout.mesh)
+    state = start_state(config, layout, weights)
+    step = make_train_step(config, layout)
+    place = batch_sharding(layout.mesh)
+    history = []
+    for i in range(steps):
+        state, metrics = step(state, jax.device_put(tiny.batch(config, i), place))
+        history.append({name: float(value) for name, value in metrics.items()})
+    assert step._cache_size() == 1, "one compilation a run"
+    return history, state
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return run(tiny.train_config())
+
+
+def assert_same_run(found, expected, rtol):
+    for name in ("loss", "grad_norm", "lr", "scored_tokens", "tokens", "images"):
+        np.testing.assert_allclose(
+            [m[name] for m in found], [m[name] for m in expected], rtol=rtol, err_msg=name
+        )
+
+
+def test_loss_starts_near_that_of_guessing(one_device):
+    history, state = one_device
+    vocabulary = tiny.model_config().decoder.vocab_size
+    assert history[0]["loss"] == pytest.approx(math.log(vocabulary), rel=0.2)
+    assert history[0]["images"] == 8
+    assert history[0]["tokens"] == 8 * 18  # the last column of the test batch is padding
+    assert int(state.step) == 4
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+def test_micro_batches_change_nothing(one_device, micro_batches):
+    found, _ = run(tiny.train_config(micro_batches=micro_batches))
+    assert_same_run(found, one_device[0], rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "micro_batches"),
+    [((8, 1, 1), 1), ((1, 1, 4), 1), ((2, 2, 2), 2)],
+)
+def test_meshes_change_nothing(one_device, shape, micro_batches):
+    data, fsdp, tensor = shape
+    mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    config = tiny.train_config(mesh=mesh, micro_batches=micro_batches)
+    found, state = run(config)
+    assert_same_run(found, one_device[0], rtol=2e-5)
+    expected = layout_of(config).shardings
+    for path, array in state.trainable.items():
+        assert array.sharding.is_equivalent_to(expected.trainable[path], array.ndim), path
+    if fsdp > 1:
+        moment = state.optimizer[0].mu["decoder.embed.embedding"]
+        assert moment.addressable_shards[0].data.size * fsdp * tensor == moment.size
+
+
+def test_rows_that_do_not_divide_are_refused():
+    config = tiny.train_config(micro_batches=4, mesh=MeshConfig(data=4, fsdp=1, tensor=2))
+    with pytest.raises(ConfigError, match=r"rows=8, micro_batches=4 .* 4 devices"):
+        make_train_step(config, layout_of(config))
+
+
+def test_frozen_part_keeps_its_weights_and_passes_gradients():
+    config = tiny.train_config(freeze=("decoder",))
+    layout = layout_of(config)
+    before = jax.device_get(random_weights(config, layout.mesh))
+    history, state = run(config)
+    for path, array in state.frozen.items():
+        np.testing.assert_array_equal(array, before[path], err_msg=path)
+    assert all(m["grad_norm"] > 1e-3 for m in history)
+    moved = [p for p, x in state.trainable.items() if not np.array_equal(x, before[p])]
+    assert set(moved) == set(state.trainable)
+
+
+def poisoned(config, batch, kind):
+    if kind == "nothing scored":
+        return batch._replace(loss_weight=np.zeros_like(batch.loss_weight))
+    return batch._replace(loss_weight=batch.loss_weight * np.float32(kind))
+
+
+@pytest.mark.parametrize("kind", ["nan", "inf", "nothing scored"])
+def test_a_step_that_is_not_finite_changes_nothing(kind):
+    config = tiny.train_config()
+    layout = layout_of(config)
+    step = make_train_step(config, layout)
+    state = start_state(config, layout, random_weights(config, layout.mesh))
+    for i in range(2):
+        state, _ = step(state, tiny.batch(config, i))
+    before = jax.device_get(state)
+    state, metrics = step(state, poisoned(config, tiny.batch(config, 2), kind))
+    after = jax.device_get(state)
+    for name in ("trainable", "frozen", "optimizer"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
+    assert (after.step, after.skipped) == (3, 1)
+    assert metrics["skipped"] == 1
+    state, metrics = step(state, tiny.batch(config, 3))
+    assert metrics["skipped"] == 1
+    assert not np.array_equal(
+        state.trainable["decoder.ln_f.scale"], before.trainable["decoder.ln_f.scale"]
+    )
+    # The schedule follows the steps, not the updates.
+    assert metrics["lr"] == pytest.approx(
+        float(learning_rate(jnp.int32(3), config.optimizer, config.steps))
+    )
+
+
+def test_state_survives_its_flat_form(one_device):
+    config = tiny.train_config()
+    _, state = one_device
+    items = to_items(state)
+    assert set(items["weights"]) == set(layout_of(config).plan)
+    again = from_items(items, layout_of(config).abstract)
+    assert isinstance(again, TrainState)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+
+
+def test_text_only_rows(one_device):
+    config = tiny.train_config(freeze=("vit", "adapter"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=0))
+    layout = layout_of(config)
+    state = start_state(config, layout, random_weights(config, layout.mesh))
+    batch = tiny.batch(tiny.train_config(), 0)
+    batch = batch._replace(images=batch.images[:, :0], image_start=batch.image_start[:, :0])
+    _, metrics = make_train_step(config, layout)(state, batch)
+    assert metrics["images"] == 0
+    assert np.isfinite(metrics["loss"])
