@@ -18,7 +18,14 @@ def get_config() -> TrainConfig:
         model=nano(),
         data=DataConfig(
             source="scenes",
-            tasks={"chat": 4.0, "vqa": 2.0, "ref_grounding": 1.5, "caption": 0.5, "ocr": 0.5},
+            tasks={
+                "chat": 3.0,
+                "vqa": 2.0,
+                "ref_grounding": 2.5,
+                "grounded_caption": 0.5,
+                "caption": 0.5,
+                "ocr": 0.5,
+            },
             length=160,
             max_images=3,
             image_size=112,

@@ -57,7 +57,11 @@ def open_model(options: AnswerOptions) -> "VL":
     if not folder.is_dir():
         raise ConfigError(f"--model is not a folder: got {str(folder)!r}; name one with weights")
     if options.model is None and not (folder / "config.json").is_file():
-        raise ConfigError("this copy of the package has no shipped model; name one with --model")
+        raise ConfigError(
+            "this version ships no weights: name a model with --model DIR, a released Qwen-VL "
+            "folder or one that you trained (python train.py configs/nano/stage0_text.py, then stage1.py, "
+            "stage2.py and stage3.py, gives runs/nano/stage3)"
+        )
     import jax
 
     from qwenvl_jax import from_pretrained

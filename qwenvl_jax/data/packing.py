@@ -86,7 +86,7 @@ def pack(
     Raises: DataError, with the sample's key, where a row overflows or a picture and its slots do
     not match.
     """
-    B, L, I = len(rows), length, max_images  # noqa: E741 (the axis key's letters)
+    B, L, I = len(rows), length, max_images
     tokens_BL = np.full((B, L), tokenizer.endoftext_id, np.int32)
     targets_BL = np.full((B, L), tokenizer.endoftext_id, np.int32)
     loss_weight_BL = np.zeros((B, L), np.float32)
