@@ -59,8 +59,8 @@ def open_model(options: AnswerOptions) -> "VL":
     if options.model is None and not (folder / "config.json").is_file():
         raise ConfigError(
             "this version ships no weights: name a model with --model DIR, a released Qwen-VL "
-            "folder or one that you trained (python train.py configs/nano/stage0_text.py, then stage1.py, "
-            "stage2.py and stage3.py, gives runs/nano/stage3)"
+            "folder or one that you trained (python train.py configs/nano/stage0_text.py, then "
+            "stage1.py, stage2.py and stage3.py, gives runs/nano/stage3)"
         )
     import jax
 
