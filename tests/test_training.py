@@ -137,9 +137,7 @@ def test_freezing_saves_compiled_memory():
         memory = lowered.compile().memory_analysis()
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
-    everything = temporary_bytes(())
-    assert temporary_bytes(("vit",)) < everything
-    assert temporary_bytes(("vit", "decoder")) < temporary_bytes(("vit",))
+    assert temporary_bytes(("vit", "decoder")) < 0.8 * temporary_bytes(())
 
 
 def test_table_of_what_trains():
@@ -177,12 +175,12 @@ def test_schedule():
 # --- step ---------------------------------------------------------------------------------------
 
 
-def run(config, steps=4):
+def run(config, step=None, steps=4):
     """Returns (metrics of every step, final state) of a few steps on the test batches."""
     layout = layout_of(config)
     weights = random_weights(config, layout.mesh)
     state = start_state(config, layout, weights)
-    step = make_train_step(config, layout)
+    step = step or make_train_step(config, layout)
     place = batch_sharding(layout.mesh)
     history = []
     for i in range(steps):
@@ -193,8 +191,15 @@ def run(config, steps=4):
 
 
 @pytest.fixture(scope="module")
-def one_device():
-    return run(tiny.train_config())
+def plain_step():
+    """Returns the step of the unchanged test config: compiling it is what takes the time."""
+    config = tiny.train_config()
+    return make_train_step(config, layout_of(config))
+
+
+@pytest.fixture(scope="module")
+def one_device(plain_step):
+    return run(tiny.train_config(), plain_step)
 
 
 def assert_same_run(found, expected, rtol):
@@ -255,28 +260,32 @@ def test_frozen_part_keeps_its_weights_and_passes_gradients():
     assert set(moved) == set(state.trainable)
 
 
-def poisoned(config, batch, kind):
+def poisoned(batch, kind):
     if kind == "nothing scored":
-        return batch._replace(loss_weight=np.zeros_like(batch.loss_weight))
+        return batch._replace(loss_weight=0 * batch.loss_weight)
     return batch._replace(loss_weight=batch.loss_weight * np.float32(kind))
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "nothing scored"])
-def test_a_step_that_is_not_finite_changes_nothing(kind):
-    config = tiny.train_config()
+def test_a_step_that_is_not_finite_changes_nothing(kind, plain_step):
+    config, step = tiny.train_config(), plain_step
     layout = layout_of(config)
-    step = make_train_step(config, layout)
     state = start_state(config, layout, random_weights(config, layout.mesh))
+    place = batch_sharding(layout.mesh)
+
+    def batch_of(i):
+        return jax.device_put(tiny.batch(config, i), place)
+
     for i in range(2):
-        state, _ = step(state, tiny.batch(config, i))
+        state, _ = step(state, batch_of(i))
     before = jax.device_get(state)
-    state, metrics = step(state, poisoned(config, tiny.batch(config, 2), kind))
+    state, metrics = step(state, poisoned(batch_of(2), kind))
     after = jax.device_get(state)
     for name in ("trainable", "frozen", "optimizer"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
     assert (after.step, after.skipped) == (3, 1)
     assert metrics["skipped"] == 1
-    state, metrics = step(state, tiny.batch(config, 3))
+    state, metrics = step(state, batch_of(3))
     assert metrics["skipped"] == 1
     assert not np.array_equal(
         state.trainable["decoder.ln_f.scale"], before.trainable["decoder.ln_f.scale"]
@@ -298,7 +307,7 @@ def test_state_survives_its_flat_form(one_device):
     jax.tree.map(np.testing.assert_array_equal, again, state)
 
 
-def test_text_only_rows(one_device):
+def test_text_only_rows():
     config = tiny.train_config(freeze=("vit", "adapter"))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=0))
     layout = layout_of(config)
