@@ -53,6 +53,7 @@ HELD_OUT_WORDS = frozenset(
 # digits of every box are noise, and a small model spends its short training on them.
 GRID = 16  # steps across the picture
 SIZES = {"small": 4, "large": 7}  # in steps
+GAP = 2  # pixels at least between any two drawn things
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,8 @@ def _place(
     columns, rows = int((side - width) / step), int((side - height) / step)
     for _ in range(12 if min(columns, rows) >= 0 else 0):
         x, y = round(rng.randint(0, columns) * step), round(rng.randint(0, rows) * step)
-        if all(x + width <= a or c <= x or y + height <= b or d <= y for a, b, c, d in taken):
+        right, bottom = x + width + GAP, y + height + GAP
+        if all(right <= a or c + GAP <= x or bottom <= b or d + GAP <= y for a, b, c, d in taken):
             taken.append((x, y, x + width, y + height))
             return x, y
     return None
