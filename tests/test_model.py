@@ -23,7 +23,14 @@ from qwenvl_jax.model.qwenvl import (
     merge_images,
     num_parameters,
 )
-from qwenvl_jax.model.vit import ViT, from_windows, resize_table, sine_table, to_windows
+from qwenvl_jax.model.vit import (
+    ViT,
+    from_windows,
+    patch_waves,
+    resize_table,
+    sine_table,
+    to_windows,
+)
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training.state import merge_model
 
@@ -52,6 +59,31 @@ def test_every_vision_stage_is_golden(golden):
     close(patches, "image224.blocks", 1e-4)
     close(golden.adapter.resample(patches, backend="xla"), "image224.adapter", 1e-4)
     close(golden.encode_images(image), "image224.embedding", 1e-4)
+
+
+def test_patch_waves_are_apart_and_the_longest_come_first():
+    waves = patch_waves(6, 108)
+    assert waves.shape == (108, 108)
+    length = np.linalg.norm(waves, axis=0)
+    np.testing.assert_allclose(waves.T @ waves, np.diag(length**2), atol=1e-4)
+    # The first is the mean brightness, and the mean of any other over the patch is zero.
+    means = waves.reshape(36, 3, 108).mean(0)
+    np.testing.assert_allclose(means[:, 0], means[0, 0], rtol=1e-5)
+    assert (np.abs(means).max(0) > 1e-6).sum() == 3  # brightness and two colour contrasts
+    np.testing.assert_array_equal(patch_waves(6, 11), waves[:, :11])
+
+
+@pytest.mark.parametrize("width", [24, 128])  # fewer and more than a patch has pixels
+def test_a_new_tower_sees_edges_as_clearly_as_the_mean(width):
+    config = VisionConfig(
+        width=width, num_layers=1, num_heads=4, mlp_dim=8, patch_size=6, table_side=4
+    )
+    kernel = np.asarray(ViT(config, "float32", rngs=nnx.Rngs(0)).patch_embed.kernel[...])
+    assert kernel.shape == (108, width)
+    plain = np.ones((6, 6, 3))
+    edge = np.where(np.arange(6) < 3, 1.0, -1.0)[None, :, None] * plain
+    of_plain, of_edge = (np.linalg.norm(x.ravel() @ kernel) for x in (plain, edge))
+    assert of_edge > 2 * of_plain
 
 
 def test_448_pixels_resize_both_tables(golden):

@@ -23,6 +23,11 @@ from qwenvl_jax.model.layers import Dense, LayerNorm, scan_layers, stack_layers
 PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 PIXEL_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
+# Reciprocals of what a wave of normalised pixels has on average in a patch: fitted to drawn scenes.
+MEAN_GAIN = 0.06  # of the patch's mean
+WAVE_GAIN, WAVE_SLOPE = 0.22, 1.8  # of a wave with one half period a patch; and its growth
+WAVE_LIMIT = 6.0  # below this is noise
+
 
 def normalize_pixels(image_IYXC: jax.Array, dtype: str) -> jax.Array:
     """Returns uint8 pixels as CLIP saw them: zero mean, unit deviation, float."""
@@ -46,6 +51,29 @@ def to_patches(image_IYXC: jax.Array, patch_size: int) -> jax.Array:
     G = Y // patch_size
     grid = image_IYXC.reshape(I, G, patch_size, G, patch_size, C).swapaxes(2, 3)
     return grid.reshape(I, G * G, patch_size * patch_size * C)
+
+
+def patch_waves(patch_size: int, num_waves: int) -> np.ndarray:
+    """Returns float32 [R, W]: the longest waves that fit a patch, weighed to come out alike.
+
+    Cosines along rows times cosines along columns, of brightness and of two colour contrasts. In
+    pictures short waves are weak: each is divided by what it has on average there, as whitening
+    does, so that edges and corners count beside the mean colour.
+    """
+    place = (np.arange(patch_size) + 0.5) * np.pi / patch_size
+    cosine = np.cos(np.arange(patch_size)[:, None] * place)  # [wave, place]
+    cosine /= np.linalg.norm(cosine, axis=1, keepdims=True)
+    contrast = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]], np.float64)
+    contrast /= np.linalg.norm(contrast, axis=1, keepdims=True)
+    along = np.arange(patch_size)
+    rate = np.hypot(along[:, None], along)[..., None] + np.zeros(3)
+    # Colour contrasts are worth less than brightness of the same wave length.
+    order = np.argsort((rate + 2.0 * (np.arange(3) > 0)).ravel(), kind="stable")[:num_waves]
+    waves = np.einsum("uy,vx,wc->yxcuvw", cosine, cosine, contrast)
+    weight = np.minimum(WAVE_GAIN * rate**WAVE_SLOPE, WAVE_LIMIT)
+    weight[0, 0] = MEAN_GAIN
+    weighed = (waves * weight).reshape(patch_size**2 * 3, -1)
+    return weighed[:, order].astype(np.float32)
 
 
 def wave_rates(width: int) -> np.ndarray:
@@ -155,6 +183,13 @@ class ViT(nnx.Module):
         self.config = config
         self.patch_embed = Dense(
             {axes.PATCH: R}, {axes.VIT_EMBED: E}, use_bias=False, dtype=param_dtype, rngs=rngs
+        )
+        # Trained from here on. Drawn at random, a patch is little more than its mean colour, and
+        # what tells shapes apart stays hidden under it.
+        waves_RW = jnp.asarray(patch_waves(config.patch_size, min(R, E)))
+        mix_WE = jax.random.orthogonal(rngs.params(), waves_RW.shape[1], m=E)
+        self.patch_embed.kernel = nnx.Param(
+            (waves_RW @ mix_WE).astype(param_dtype), axes=self.patch_embed.kernel.axes
         )
         # Trained from here on. Started as waves, places are told apart and ordered from the first
         # step, at every picture size; twice as strong, they are not drowned by the pixels.
