@@ -64,7 +64,7 @@ def write_leaf(directory: Path, leaf: Leaf, on_bytes: OnBytes) -> str:
         if pending is not None:
             pending.result()  # one block is written while the next is read
         pending = store[start:stop].write(bits.view(leaf.dtype))
-        digest.update(bits)
+        digest.update(bits.data)
         on_bytes(bits.nbytes)
     if pending is not None:
         pending.result()
@@ -87,7 +87,7 @@ def digest_leaf(leaf: Leaf, on_bytes: OnBytes) -> str:
     digest = hashlib.sha256()
     for start, stop in _blocks(leaf, chunk_shape(leaf.shape, leaf.dtype.itemsize)):
         bits = np.ascontiguousarray(_bits(leaf.read((slice(start, stop),))))
-        digest.update(bits)
+        digest.update(bits.data)
         on_bytes(bits.nbytes)
     return digest.hexdigest()
 

@@ -5,6 +5,7 @@ no intermediate folder is written.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ def _place(leaf: Leaf, wanted: jax.ShapeDtypeStruct) -> jax.Array:
     """Returns the array where `wanted` says; each device's part is read apart from the others."""
     sharding = wanted.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         return np.ascontiguousarray(leaf.read(index)).astype(wanted.dtype, copy=False)
 
     return jax.make_array_from_callback(leaf.shape, sharding, read, dtype=wanted.dtype)

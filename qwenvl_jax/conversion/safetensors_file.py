@@ -145,4 +145,4 @@ def write_safetensors(
                     f"{name}: got {tensor.dtype}{tensor.shape}, the header says {dtype}{shape}"
                 )
             bits = np.ascontiguousarray(tensor.view(f"<u{dtype.itemsize}"))
-            file.write(memoryview(bits).cast("B") if bits.size else b"")
+            file.write(bits.data.cast("B") if bits.size else b"")

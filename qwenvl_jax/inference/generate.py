@@ -10,7 +10,7 @@ padding is in segment 0, which nobody sees.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.inference import sampling as sampling_lib
 from qwenvl_jax.inference.cache import SMALLEST_ANSWER, bucket, empty_cache
 from qwenvl_jax.inference.prompts import Prompts
-from qwenvl_jax.inference.sampling import Sampling, SamplingArrays
+from qwenvl_jax.inference.sampling import Sampling, SamplingArrays, host_array
 from qwenvl_jax.model.decoder import KVCache, ntk_alpha
 from qwenvl_jax.sharding import partition_spec
 
@@ -91,7 +91,7 @@ class Generator:
         spare = num_rows - rows  # rows that only fill the bucket: done before they begin
         request = Request(
             sampling=sampling_lib.stack([*sampling, *[Sampling()] * spare]),
-            max_new_B=np.array([*max_new_tokens, *[0] * spare], np.int32),
+            max_new_B=host_array([*max_new_tokens, *[0] * spare], np.int32),
             stop_BX=_stop_table([*stop_tokens, *[()] * spare]),
         )
         prompts, request = place((prompts, request), self.mesh)
@@ -149,7 +149,7 @@ def start(
         cache=cache,
         alpha_B=alpha_B,
         step=jnp.int32(0),
-        position_B=prompts.position_start_B + prompts.length_B - 1,
+        position_B=jnp.asarray(prompts.position_start_B + prompts.length_B - 1),
         answer_BT=jnp.zeros((B, answer_slots), jnp.int32),
         count_B=jnp.zeros(B, jnp.int32),
         is_done_B=request.max_new_B <= 0,
@@ -219,7 +219,7 @@ def rotary_alpha(prompts: Prompts, config: ModelConfig) -> Float[Array, "B"]:
     """Returns how much each row's rotary base grows; fixed by the prompt, also while it goes on."""
     if not config.decoder.use_dynamic_ntk:
         return jnp.ones(len(prompts.length_B), jnp.float32)
-    return ntk_alpha(prompts.ntk_length_B, config.decoder.seq_length)
+    return ntk_alpha(jnp.asarray(prompts.ntk_length_B), config.decoder.seq_length)
 
 
 def _feed_width(rows: int, config: ModelConfig, mesh: Mesh) -> int:
@@ -232,12 +232,10 @@ def _feed_width(rows: int, config: ModelConfig, mesh: Mesh) -> int:
     return max(1, 4 // rows) if is_cpu and config.dtype == "bfloat16" else 1
 
 
-def _stop_table(stop_tokens: Sequence[Sequence[int]]) -> np.ndarray:
+def _stop_table(stop_tokens: Sequence[Sequence[int]]) -> Any:
     width = bucket(max(len(row) for row in stop_tokens), SMALLEST_STOP_LIST)
-    table = np.full((len(stop_tokens), width), NO_TOKEN, np.int32)
-    for b, row in enumerate(stop_tokens):
-        table[b, : len(row)] = row
-    return table
+    rows = [[*row, *[NO_TOKEN] * (width - len(row))] for row in stop_tokens]
+    return host_array(rows, np.int32)
 
 
 def place(tree, mesh: Mesh):

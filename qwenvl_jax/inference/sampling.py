@@ -10,7 +10,7 @@ temperature, top-k, top-p. Source: the logits processors of transformers 4.32, w
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,12 +63,17 @@ def stack(rows: Sequence[Sampling]) -> SamplingArrays:
     """Returns the rows' values as host arrays."""
     seeds = [(row.seed >> 32, row.seed & 0xFFFFFFFF) for row in rows]
     return SamplingArrays(
-        temperature_B=np.array([row.temperature for row in rows], np.float32),
-        top_k_B=np.array([row.top_k for row in rows], np.int32),
-        top_p_B=np.array([row.top_p for row in rows], np.float32),
-        repetition_penalty_B=np.array([row.repetition_penalty for row in rows], np.float32),
-        seed_B2=np.array(seeds, np.uint32),
+        temperature_B=host_array([row.temperature for row in rows], np.float32),
+        top_k_B=host_array([row.top_k for row in rows], np.int32),
+        top_p_B=host_array([row.top_p for row in rows], np.float32),
+        repetition_penalty_B=host_array([row.repetition_penalty for row in rows], np.float32),
+        seed_B2=host_array(seeds, np.uint32),
     )
+
+
+def host_array(values: Sequence[Any], dtype: type[np.generic]) -> Any:
+    """Returns a NumPy array, typed as what it becomes once it is placed on the device."""
+    return np.array(values, dtype)
 
 
 def choose(
