@@ -197,9 +197,17 @@ def test_left_over_of_a_killed_save_is_removed(tmp_path):
     saved_run(tmp_path, 1).close()
     stale = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
     stale.mkdir()
+    (stale / "half").write_bytes(b"written before the kill")
     store = CheckpointStore(tmp_path)
     assert store.steps() == [1]
+    # Orbax cleans up in the background and waits for that before it saves.
+    store.save(2, items(2))
+    store.wait()
+    assert store.steps() == [1, 2]
     assert not stale.exists()
+    step, found = store.restore_newest(wanted())
+    assert step == 2
+    assert_same(found["weights"], weights(2))
     store.close()
 
 
