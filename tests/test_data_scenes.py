@@ -126,6 +126,38 @@ def test_things_do_not_touch_and_stay_inside():
         assert [thing.centre for thing in shown.things] == sorted(t.centre for t in shown.things)
 
 
+def test_a_map_says_what_lies_in_each_cell():
+    for shown, drawn_YX in plain_scenes(40, has_writing=False):
+        words = language.cell_words(shown)
+        assert len(words) == language.CELLS**2
+        named = {pair for pair in words if pair != (language.NOTHING, language.NOTHING)}
+        assert named == {(thing.shape, thing.colour) for thing in shown.things}
+        side = SIDE // language.CELLS
+        for i, pair in enumerate(words):
+            y, x = (side * part for part in divmod(i, language.CELLS))
+            ink = drawn_YX[y : y + side, x : x + side].mean()
+            if pair == (language.NOTHING, language.NOTHING):
+                assert ink <= language.COVERED  # ink lies inside the box
+            elif pair[0] in ("square", "circle"):  # others leave corners of their box empty
+                assert ink > 0
+
+
+def test_letters_lie_where_their_cell_is():
+    for key in range(60):
+        shown = scene(key, "train", SIDE, has_writing=True)
+        firsts, seconds = language.cell_letters(shown.writing, SIDE)
+        assert len(firsts) == len(seconds) == language.CELLS**2
+        told = sorted(letter for letter in firsts + seconds if letter != language.NO_LETTER)
+        dropped = len(shown.writing.text) - len(told)
+        assert 0 <= dropped <= 1, shown.key  # a third letter in one cell has no place
+        assert not set(told) - set(shown.writing.text)
+        left, right = (sorted(x for x, _ in shown.writing.quad)[i] for i in (0, -1))
+        columns = [i % language.CELLS for i, letter in enumerate(firsts) if letter != "."]
+        width = SIDE / language.CELLS
+        assert left < (min(columns) + 1) * width
+        assert max(columns) * width < right
+
+
 def everything_said(split: str, keys: range):
     """Yields the words of every task's samples, one lower-case string each."""
     for key in keys:

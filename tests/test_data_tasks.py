@@ -42,6 +42,14 @@ FORMATS = {
         tasks.caption("the beautiful flowers for design."),
         f"{IMG}Generate the caption in English:⟦ the beautiful flowers for design.{EOS}⟧",
     ),
+    "map": (
+        tasks.cell_map([("no", "no"), ("ring", "red"), ("no", "no"), ("star", "blue")]),
+        f"{IMG}Shapes:⟦ no ring no star⟧ Colours:⟦ no red no blue{EOS}⟧",
+    ),
+    "letters": (
+        tasks.cell_letters("..A9", "...."),
+        f"{IMG}Letters:⟦..A9⟧ Next:⟦....{EOS}⟧",
+    ),
     "vqa": (
         tasks.vqa("Does it have a colour?", "No, it is white."),
         f"{IMG} Does it have a colour? Answer:⟦ No, it is white.{EOS}⟧",

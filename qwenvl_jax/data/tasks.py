@@ -94,6 +94,31 @@ def ocr(lines: Sequence[tuple[str, Quad]], picture: str = PICTURE) -> list[Segme
     ]
 
 
+def cell_map(words: Sequence[tuple[str, str]], picture: str = PICTURE) -> list[Segment]:
+    """Returns the shapes of all cells of a picture, then their colours (ours, not the paper's).
+
+    Where each word is one token, the slot that answers a cell lies equally far before each word of
+    a list: the shortest way there is from a loss to the tower.
+    """
+    shapes, colours = (" ".join(column) for column in zip(*words, strict=True))
+    return [
+        Segment(f"{picture}Shapes:", False),
+        Segment(f" {shapes}", True),
+        Segment(" Colours:", False),
+        Segment(f" {colours}{EOS}", True),
+    ]
+
+
+def cell_letters(firsts: str, seconds: str, picture: str = PICTURE) -> list[Segment]:
+    """Returns the first and then the second letter in all cells, as `cell_map` (ours)."""
+    return [
+        Segment(f"{picture}Letters:", False),
+        Segment(firsts, True),
+        Segment(" Next:", False),
+        Segment(f"{seconds}{EOS}", True),
+    ]
+
+
 def plain_text(text: str) -> list[Segment]:
     return [Segment(f"{text}{EOS}", True)]
 

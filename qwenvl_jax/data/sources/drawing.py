@@ -4,6 +4,7 @@ Everything is drawn `SUPERSAMPLE` times larger and averaged down, so places are 
 """
 
 import functools
+import itertools
 import math
 
 from PIL import Image, ImageDraw, ImageFont
@@ -105,6 +106,13 @@ def writing_mask(text: str, pixels: int, degrees: float) -> tuple[Image.Image, l
     whole = Image.new("L", (_whole_pixels(ink.width), _whole_pixels(ink.height)))
     whole.paste(ink, (0, 0))
     return whole.reduce(SUPERSAMPLE), corners
+
+
+def letter_places(text: str) -> list[float]:
+    """Returns how far along its line each letter's middle lies: 0 the start, 1 the end."""
+    font = _font(64)
+    ends = [font.getlength(text[:i]) / font.getlength(text) for i in range(len(text) + 1)]
+    return [(start + end) / 2 for start, end in itertools.pairwise(ends)]
 
 
 def _whole_pixels(fine: int) -> int:

@@ -8,15 +8,20 @@ train split no sentence pairs a shape with a colour of `HELD_OUT_PAIRS`, not eve
 import random
 from typing import NamedTuple
 
-from qwenvl_jax.data.sources.drawing import SHAPES
+from qwenvl_jax.data.sources.drawing import SHAPES, letter_places
 from qwenvl_jax.data.sources.scenes import (
     COLOURS,
     Scene,
     Split,
     Thing,
+    Writing,
     is_allowed,
 )
 
+CELLS = 4  # on a side of the map of a scene: one cell for each query of the small model's adapter
+COVERED = 0.2  # of a cell: less is not called a thing in it
+NOTHING = "no"
+NO_LETTER = "."
 CLEAR = 0.14  # of the side: two positions that differ by less are not called left, right, ...
 
 CAPTION_REQUESTS = (
@@ -131,6 +136,46 @@ def caption(scene: Scene, rng: random.Random) -> str:
         if link is not None:
             return f"{describe(one)} {link} {describe(other)}"
     return "".join(piece.text for piece in caption_pieces(scene))
+
+
+def cell_words(scene: Scene) -> list[tuple[str, str]]:
+    """Returns the shape and the colour that lie in each cell of the picture, row by row.
+
+    A cell belongs to the thing whose box covers most of it; both words are `NOTHING` where none
+    covers enough.
+    """
+    side = scene.side / CELLS
+
+    def covered(thing: Thing, column: int, row: int) -> float:
+        x1, y1, x2, y2 = (edge / side for edge in thing.box)
+        width = min(x2, column + 1) - max(x1, column)
+        height = min(y2, row + 1) - max(y1, row)
+        return max(0.0, float(width)) * max(0.0, float(height))
+
+    words = []
+    for row in range(CELLS):
+        for column in range(CELLS):
+            parts = [(covered(thing, column, row), thing) for thing in scene.things]
+            share, thing = max(parts, key=lambda part: part[0], default=(0.0, None))
+            is_thing = thing is not None and share >= COVERED
+            words.append((thing.shape, thing.colour) if is_thing else (NOTHING, NOTHING))
+    return words
+
+
+def cell_letters(writing: Writing, side: int) -> tuple[str, str]:
+    """Returns the first and the second letter whose middle lies in each cell, row by row.
+
+    Two strings with one character a cell, `NO_LETTER` where there is none.
+    """
+    (ax, ay), (bx, by), (cx, cy), (dx, dy) = writing.quad
+    found: list[list[str]] = [[] for _ in range(CELLS**2)]
+    for letter, along in zip(writing.text, letter_places(writing.text), strict=True):
+        x = (1 - along) * (ax + dx) / 2 + along * (bx + cx) / 2
+        y = (1 - along) * (ay + dy) / 2 + along * (by + cy) / 2
+        found[int(y * CELLS / side) * CELLS + int(x * CELLS / side)].append(letter)
+    lists = ((letters + [NO_LETTER] * 2)[:2] for letters in found)
+    firsts, seconds = zip(*lists, strict=True)
+    return "".join(firsts), "".join(seconds)
 
 
 # --- questions ----------------------------------------------------------------------------------

@@ -31,12 +31,16 @@ TASKS = (
     "ocr",
     "text",
     "chat",
+    "map",
+    "letters",
 )
 _HAS_WRITING = {
     "ocr_vqa": True,
     "ocr": True,
     "ref_grounding": False,
     "grounded_captioning": False,
+    "map": False,
+    "letters": True,
 }
 
 
@@ -83,6 +87,8 @@ def _segments(
     if task == "vqa":
         asked = language.question(shown, split, rng)
         return tasks.vqa(asked.text, asked.answer, picture)
+    if task == "map":
+        return tasks.cell_map(language.cell_words(shown), picture)
     if task == "grounded_caption":
         return tasks.grounded_caption(grounded_phrases(shown), picture)
     if task == "ref_grounding":
@@ -92,12 +98,14 @@ def _segments(
     if task == "grounded_captioning":
         thing = rng.choice(shown.things)
         return tasks.grounded_captioning(thing_box(shown, thing), language.describe(thing), picture)
-    if task not in ("ocr_vqa", "ocr"):
+    if task not in ("ocr_vqa", "ocr", "letters"):
         raise ValueError(f"unknown task of the scenes: got {task!r}, expected one of {TASKS}")
     writing = shown.writing
     asked = language.reading_question(shown, rng)
     assert writing is not None  # `scene_of` asked for writing
     assert asked is not None
+    if task == "letters":
+        return tasks.cell_letters(*language.cell_letters(writing, shown.side), picture)
     if task == "ocr_vqa":
         return tasks.ocr_vqa(asked.text, asked.answer, picture)
     return tasks.ocr([(writing.text, writing_quad(shown, writing))], picture)
