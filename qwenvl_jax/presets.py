@@ -54,4 +54,5 @@ def nano() -> ModelConfig:
         ),
         image_size=112,
         image_start_id=736,
+        remat="dots",  # on a CPU faster than keeping everything, which is bound by memory
     )

@@ -1,7 +1,8 @@
 """Stage 1 of the small model: pictures and captions, the decoder frozen (paper 3.1).
 
 The tower and the adapter learn to say what is in a picture in a form that the decoder of stage 0
-already understands.
+already understands. Half of the captions name the place of each thing: with a few thousand pictures
+to learn from, where a thing is must be told, not guessed.
 
     python train.py configs/nano/stage1.py
 """
@@ -15,17 +16,17 @@ def get_config() -> TrainConfig:
         run_dir="runs/nano/stage1",
         steps=250,
         seed=1,
-        init="runs/nano/stage0",
+        init="runs/nano/stage0_tell",
         model=nano(),
         data=DataConfig(
             source="scenes",
-            tasks={"caption": 1.0},
-            length=112,
+            tasks={"caption": 1.0, "grounded_caption": 1.0},
+            length=128,
             max_images=3,
             image_size=112,
             rows=8,
             tokenizer="qwenvl_jax/assets/nano",
         ),
-        optimizer=OptimizerConfig(peak_lr=4e-4, end_lr=2e-4, warmup_steps=50),
+        optimizer=OptimizerConfig(peak_lr=6e-4, end_lr=3e-4, warmup_steps=50),
         freeze=("decoder",),
     )

@@ -33,7 +33,7 @@ def _run(argv: Sequence[str]) -> int:
         print(_USAGE, end="")
         return SUCCESS if argv and argv[0] in ("-h", "--help") else USAGE_ERROR
     config = read_config(argv[0], argv[1:])
-    _join_cluster()
+    join_cluster()
     from qwenvl_jax.training.loop import train
 
     train(config, command=["train.py", *argv])
@@ -67,12 +67,36 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
     return parse_options(TrainConfig, overrides, prog=f"train.py {path}", default=config)
 
 
-def _join_cluster() -> None:
-    """Joins the other processes of the job, when the environment names a coordinator."""
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        import jax
+def join_cluster() -> None:
+    """Joins the other processes of the job, when the environment names a coordinator.
 
+    `JAX_COORDINATOR_ADDRESS` alone serves where jax knows the cluster (TPU pods, Slurm, ...);
+    elsewhere `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say the rest.
+
+    Raises: ConfigError where one of these two is missing or no number.
+    """
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return
+    import jax
+
+    if "JAX_NUM_PROCESSES" not in os.environ and "JAX_PROCESS_ID" not in os.environ:
         jax.distributed.initialize()
+        return
+    jax.distributed.initialize(
+        num_processes=_whole_number("JAX_NUM_PROCESSES", 1),
+        process_id=_whole_number("JAX_PROCESS_ID", 0),
+    )
+
+
+def _whole_number(name: str, least: int) -> int:
+    text = os.environ.get(name, "none")
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise ConfigError(
+            f"{name} is not a number of at least {least}: got {text}; set JAX_COORDINATOR_ADDRESS, "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID for every process, or only the first of them "
+            "where jax knows the cluster"
+        )
+    return int(text)
 
 
 if __name__ == "__main__":

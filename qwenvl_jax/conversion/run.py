@@ -168,7 +168,10 @@ def export_released(
     """
     source = Path(source)
     if not is_weights_folder(source):
-        raise WeightsError(f"{source} is not a folder of ours: it has no weights.json")
+        raise WeightsError(
+            f"{source} is not a folder of ours: it has no weights.json; a run or a released folder "
+            "is imported first: python convert.py import SRC DST"
+        )
     config, leaves = read_weights_config(source), open_weights(source)
     rules = qwen_vl_rules(config)
     _check_leaves(source, rules, leaves)
