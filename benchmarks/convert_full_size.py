@@ -23,38 +23,17 @@ import ml_dtypes
 import numpy as np
 import tyro
 
-from qwenvl_jax.config import AdapterConfig, DecoderConfig, ModelConfig, VisionConfig
+from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.conversion.config import released_config
 from qwenvl_jax.conversion.placement import in_released_order
 from qwenvl_jax.conversion.reader import ReleasedFolder
 from qwenvl_jax.conversion.rules import qwen_vl_rules
 from qwenvl_jax.conversion.safetensors_file import write_safetensors
+from qwenvl_jax.presets import qwen_vl
 
 DOOR = Path(__file__).resolve().parents[1] / "convert.py"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 POOL_ELEMENTS = 1 << 25  # random bits are drawn once and used from another place each time
-
-
-def full_size() -> ModelConfig:
-    """Returns the released model's sizes (paper 2.1)."""
-    return ModelConfig(
-        vision=VisionConfig(
-            width=1664, num_layers=48, num_heads=16, mlp_dim=8192, patch_size=14, table_side=16
-        ),
-        adapter=AdapterConfig(num_queries=256, num_heads=32),
-        decoder=DecoderConfig(
-            width=4096,
-            num_layers=32,
-            num_heads=32,
-            head_dim=128,
-            mlp_dim=11008,
-            vocab_size=151_936,
-            seq_length=2048,
-            max_positions=8192,
-        ),
-        image_size=448,
-        image_start_id=151_857,
-    )
 
 
 def make_checkpoint(folder: Path, config: ModelConfig, num_shards: int) -> int:
@@ -152,7 +131,7 @@ def main(options: Options) -> int:
     scratch = options.scratch
     scratch.mkdir(parents=True)
     try:
-        make_checkpoint(scratch / "released", full_size(), options.num_shards)
+        make_checkpoint(scratch / "released", qwen_vl(), options.num_shards)
         run_measured("import", str(scratch / "released"), str(scratch / "ours"))
         run_measured("export", str(scratch / "ours"), str(scratch / "again"))
         return int(count_differences(scratch / "released", scratch / "again") > 0)

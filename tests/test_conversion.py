@@ -23,11 +23,8 @@ from safetensors.numpy import load_file
 
 from qwenvl_jax.checkpoint.weights import WeightsError, open_weights
 from qwenvl_jax.config import (
-    AdapterConfig,
-    DecoderConfig,
     MeshConfig,
     ModelConfig,
-    VisionConfig,
 )
 from qwenvl_jax.conversion import transforms
 from qwenvl_jax.conversion.config import (
@@ -40,28 +37,8 @@ from qwenvl_jax.conversion.rules import qwen_vl_rules
 from qwenvl_jax.conversion.run import export_released, import_released
 from qwenvl_jax.conversion.slots import ConversionError
 from qwenvl_jax.model.qwenvl import abstract_state, num_parameters
+from qwenvl_jax.presets import qwen_vl
 from qwenvl_jax.sharding import make_mesh, named_variables
-
-
-def released_model() -> ModelConfig:
-    return ModelConfig(
-        vision=VisionConfig(
-            width=1664, num_layers=48, num_heads=16, mlp_dim=8192, patch_size=14, table_side=16
-        ),
-        adapter=AdapterConfig(num_queries=256, num_heads=32),
-        decoder=DecoderConfig(
-            width=4096,
-            num_layers=32,
-            num_heads=32,
-            head_dim=128,
-            mlp_dim=11008,
-            vocab_size=151_936,
-            seq_length=2048,
-            max_positions=8192,
-        ),
-        image_size=448,
-        image_start_id=151_857,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +99,7 @@ def test_the_fused_layouts_are_those_of_the_released_modules():
 # --- the table ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [released_model(), None], ids=["released size", "golden"])
+@pytest.mark.parametrize("config", [qwen_vl(), None], ids=["released size", "golden"])
 def test_the_table_covers_every_array_of_the_model_once(config):
     if config is None:
         config = read_config_file()
@@ -141,12 +118,12 @@ def read_config_file() -> ModelConfig:
 
 
 def test_the_released_size_has_853_tensors_and_its_published_bytes():
-    rules = qwen_vl_rules(released_model())
+    rules = qwen_vl_rules(qwen_vl())
     names = [name for rule in rules for name in rule.names()]
     assert len(names) == len(set(names)) == 853
     elements = sum(len(rule.names()) * int(np.prod(rule.shape)) for rule in rules)
     assert 2 * elements == 19_313_870_336
-    assert num_parameters(abstract_state(released_model())[1]) == elements
+    assert num_parameters(abstract_state(qwen_vl())[1]) == elements
 
 
 def test_the_golden_names_are_the_tables_names():
@@ -336,7 +313,7 @@ def test_a_folder_that_is_there_is_not_touched(golden, tmp_path):
 
 
 def test_the_released_config_is_that_of_the_paper_and_comes_back():
-    config = released_model()
+    config = qwen_vl()
     released = released_config(config, "bfloat16")
     assert released["visual"]["mlp_ratio"] == 4.9231
     assert released["intermediate_size"] == 22016

@@ -58,9 +58,9 @@ def open_model(options: AnswerOptions) -> "VL":
         raise ConfigError(f"--model is not a folder: got {str(folder)!r}; name one with weights")
     if options.model is None and not (folder / "config.json").is_file():
         raise ConfigError(
-            "this version ships no weights: name a model with --model DIR, a released Qwen-VL "
-            "folder or one that you trained (python train.py configs/nano/stage0_text.py, then "
-            "stage1.py, stage2.py and stage3.py, gives runs/nano/stage3)"
+            f"the small model's weights are not in this installation: got no config.json in "
+            f"{folder}; install the package again, or name a model with --model DIR, a released "
+            "Qwen-VL folder or one that you trained (make nano gives runs/nano/stage3)"
         )
     import jax
 
