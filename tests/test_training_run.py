@@ -179,6 +179,7 @@ def test_another_tokenizer_under_the_same_name_is_refused(tmp_path):
     config = tiny.train_config(tmp_path / "run", data=data)
     vocabulary.write_text("IQ== 0\n")
     begin(config)
+    assert (tmp_path / "run" / "qwen.tiktoken").read_text() == "IQ== 0\n"
     vocabulary.write_text("IQ== 0\nIg== 1\n")
     with pytest.raises(ConfigError, match="tokenizer file is not the one"):
         open_run(config, [])

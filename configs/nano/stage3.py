@@ -12,14 +12,14 @@ from qwenvl_jax.presets import nano
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/nano/stage3",
-        steps=800,
+        steps=950,
         seed=3,
         init="runs/nano/stage2",
         model=nano(),
         data=DataConfig(
             source="scenes",
             tasks={
-                "chat": 3.0,
+                "chat": 5.0,
                 "vqa": 2.0,
                 "ref_grounding": 2.5,
                 "grounded_caption": 0.5,
@@ -32,6 +32,6 @@ def get_config() -> TrainConfig:
             rows=8,
             tokenizer="qwenvl_jax/assets/nano",
         ),
-        optimizer=OptimizerConfig(peak_lr=3e-4, end_lr=1e-5, warmup_steps=50),
+        optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=2e-5, warmup_steps=50),
         freeze=("vit",),
     )

@@ -104,9 +104,8 @@ def import_run(source: str | Path, target: str | Path) -> ModelConfig:
     source = Path(source)
     config = read_config(source)
     state = load_weights(source, abstract_state(config, make_mesh())[1])
-    vocabulary = Path(read_json(source / "config.json").get("data", {}).get("tokenizer", ""))
-    file = vocabulary / TOKENIZER if vocabulary.is_dir() else vocabulary
-    save_weights(target, config, state, file if file.is_file() else None)
+    vocabulary = source / TOKENIZER
+    save_weights(target, config, state, vocabulary if vocabulary.is_file() else None)
     return config
 
 

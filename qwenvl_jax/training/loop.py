@@ -2,6 +2,7 @@
 
     run_dir/config.json      the resolved config
             manifest.json    who started it when, with which versions; one entry a start
+            qwen.tiktoken    a copy of the vocabulary: the directory alone is a model
             checkpoints/     named by the number of finished steps
             metrics.jsonl    one line a finished step
             loss.png         the curve, when the run ends

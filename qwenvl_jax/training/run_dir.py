@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +66,10 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> list[str]:
                 now = record["versions"].get(name)
                 notes.append(f"{name} was {version} at the last start and is {now} now")
     save_json(config, config_path)
+    # The directory alone is then a model for infer, chat and eval.
+    vocabulary, copy = _tokenizer_file(config.data.tokenizer), run_dir / "qwen.tiktoken"
+    if vocabulary.is_file() and vocabulary.resolve() != copy.resolve():
+        shutil.copyfile(vocabulary, copy)
     _write_atomically(manifest_path, json.dumps({"starts": [*starts, record]}, indent=1) + "\n")
     return notes
 
@@ -139,8 +144,12 @@ def _check_data(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> None
 
 
 def _tokenizer_digest(path: str) -> str | None:
-    file = Path(path) / "qwen.tiktoken" if Path(path).is_dir() else Path(path)
+    file = _tokenizer_file(path)
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _tokenizer_file(path: str) -> Path:
+    return Path(path) / "qwen.tiktoken" if Path(path).is_dir() else Path(path)
 
 
 def _commit() -> str | None:

@@ -157,8 +157,10 @@ def cell_words(scene: Scene) -> list[tuple[str, str]]:
         for column in range(CELLS):
             parts = [(covered(thing, column, row), thing) for thing in scene.things]
             share, thing = max(parts, key=lambda part: part[0], default=(0.0, None))
-            is_thing = thing is not None and share >= COVERED
-            words.append((thing.shape, thing.colour) if is_thing else (NOTHING, NOTHING))
+            if thing is not None and share >= COVERED:
+                words.append((thing.shape, thing.colour))
+            else:
+                words.append((NOTHING, NOTHING))
     return words
 
 
