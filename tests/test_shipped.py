@@ -1,0 +1,52 @@
+"""The model that comes with the package: it is there, small, and sees."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from qwenvl_jax.cli import demo, infer
+from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, open_model
+from qwenvl_jax.evaluation.scenes import examination, sit, summarise
+
+MOST_BYTES = 16_000_000
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return open_model(AnswerOptions())
+
+
+def test_the_folder_is_whole_and_small():
+    names = {path.name for path in SHIPPED_MODEL.iterdir()}
+    assert {"config.json", "qwen.tiktoken", "model.safetensors"} <= names
+    assert sum(path.stat().st_size for path in SHIPPED_MODEL.iterdir()) < MOST_BYTES
+
+
+def test_it_answers_better_than_a_guess(shipped):
+    """Floors well under the published scores, which `qwenvl eval` prints, and well over chance."""
+    papers = examination(shipped.tokenizer, shipped.config.image_size, num_scenes=60, seed=3)
+    scores = {score.measure: score.value for score in summarise(papers, sit(shipped, papers))}
+    print(json.dumps(scores, indent=1))
+    assert scores["question: all"] > 0.4
+    assert scores["question: colour"] > 0.6  # one of eight
+    assert scores["caption: objects named"] > 0.55  # one of 64
+
+
+def test_the_demo_writes_its_sheet_and_says_what_was_right(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(["--scenes", "3", "--output", "sheet.png"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("(right)") + said.count("(wrong)") == 9
+    assert said.count("(right)") >= 1
+    assert Image.open("sheet.png").width > 900
+    assert sorted(path.name for path in (tmp_path / "build" / "demo").iterdir()) == [
+        f"scene_{number}.png" for number in (1, 2, 3)
+    ]
+
+
+def test_infer_without_a_model_takes_the_shipped_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (90, 60), (215, 35, 40)).save("red.png")
+    assert infer.main(["--image", "red.png", "--temperature", "0", "Describe the picture."]) == 0
+    assert capsys.readouterr().out.strip()
