@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 
 from qwenvl_jax.data.example import Batch, DataError
@@ -41,7 +42,7 @@ class Feed:
     def _fill(self, batches: Iterator[Batch], sharding: NamedSharding) -> None:
         try:
             for batch in batches:
-                placed = Batch(*(jax.device_put(array, sharding) for array in batch))
+                placed = Batch(*(_place(array, sharding) for array in batch))
                 if not self._offer(placed):
                     return
             self._offer(DataError("the data ended before the run did"))
@@ -56,3 +57,12 @@ class Feed:
             except queue.Full:
                 continue
         return False
+
+
+def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Returns the array on the mesh; each process sends its own devices their parts.
+
+    `jax.device_put` would ask all processes whether they hold the same, by a collective: from this
+    thread it can meet the step's collectives in another order on each process, and hang both.
+    """
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
