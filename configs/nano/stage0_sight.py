@@ -2,8 +2,7 @@
 
 It stands where OpenCLIP stands in the paper: a tower that has seen pictures. The samples name shape
 and colour of each cell of the picture, one cell an adapter query, so every patch hears at once what
-it should have seen. From captions alone, colours were right in 43 % and shapes not at all after the
-same number of pictures.
+it should have seen. From captions alone shapes were not learnt (docs/decisions.md).
 
     python train.py configs/nano/stage0_sight.py
 """

@@ -42,7 +42,7 @@ class Feed:
     def _fill(self, batches: Iterator[Batch], sharding: NamedSharding) -> None:
         try:
             for batch in batches:
-                placed = Batch(*(_place(array, sharding) for array in batch))
+                placed = jax.tree.map(lambda array: _place(array, sharding), batch)
                 if not self._offer(placed):
                     return
             self._offer(DataError("the data ended before the run did"))
