@@ -9,7 +9,14 @@ import pytest
 
 from qwenvl_jax.data.sources import scene_language as language
 from qwenvl_jax.data.sources.drawing import SHAPES, shape_mask
-from qwenvl_jax.data.sources.scene_rows import TASKS, dialogue, scene_example, story
+from qwenvl_jax.data.sources.scene_rows import (
+    TASKS,
+    cell_digits,
+    dialogue,
+    scene_example,
+    story,
+    thing_box,
+)
 from qwenvl_jax.data.sources.scenes import (
     COLOURS,
     HELD_OUT_PAIRS,
@@ -147,7 +154,7 @@ def test_letters_lie_where_their_cell_is():
         shown = scene(key, "train", SIDE, has_writing=True)
         firsts, seconds = language.cell_letters(shown.writing, SIDE)
         assert len(firsts) == len(seconds) == language.CELLS**2
-        told = sorted(letter for letter in firsts + seconds if letter != language.NO_LETTER)
+        told = sorted(letter for letter in firsts + seconds if letter != language.BLANK)
         dropped = len(shown.writing.text) - len(told)
         assert 0 <= dropped <= 1, shown.key  # a third letter in one cell has no place
         assert not set(told) - set(shown.writing.text)
@@ -156,6 +163,19 @@ def test_letters_lie_where_their_cell_is():
         width = SIDE / language.CELLS
         assert left < (min(columns) + 1) * width
         assert max(columns) * width < right
+
+
+def test_edges_are_the_digits_of_the_box_of_the_thing_in_each_cell():
+    for key in range(40):
+        shown = scene(key, "train", SIDE, has_writing=False)
+        pairs = language.cell_words(shown)
+        by_pair = {(thing.shape, thing.colour): thing_box(shown, thing) for thing in shown.things}
+        for edge in range(4):
+            firsts, seconds = cell_digits(shown, edge)
+            assert len(firsts) == len(seconds) == language.CELLS**2
+            for pair, first, second in zip(pairs, firsts, seconds, strict=True):
+                number = str(by_pair[pair][edge]) if pair in by_pair else ""
+                assert first + second == (number + "..")[:2], (shown.key, edge)
 
 
 def everything_said(split: str, keys: range):

@@ -109,10 +109,13 @@ def cell_map(words: Sequence[tuple[str, str]], picture: str = PICTURE) -> list[S
     ]
 
 
-def cell_letters(firsts: str, seconds: str, picture: str = PICTURE) -> list[Segment]:
-    """Returns the first and then the second letter in all cells, as `cell_map` (ours)."""
+def cell_characters(title: str, firsts: str, seconds: str, picture: str = PICTURE) -> list[Segment]:
+    """Returns the first and then the second character in all cells, as `cell_map` (ours).
+
+    The title says of what: `Letters`, or `Left` for the left edge's coordinate.
+    """
     return [
-        Segment(f"{picture}Letters:", False),
+        Segment(f"{picture}{title}:", False),
         Segment(firsts, True),
         Segment(" Next:", False),
         Segment(f"{seconds}{EOS}", True),

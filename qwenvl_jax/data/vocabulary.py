@@ -18,7 +18,7 @@ from pathlib import Path
 
 import regex
 
-from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
+from qwenvl_jax.data.sources.scene_rows import LISTS, TASKS, scene_example
 from qwenvl_jax.prompt.tokenizer import SPLIT_PATTERN, Tokenizer
 
 Pair = tuple[bytes, bytes]
@@ -80,7 +80,7 @@ def write_tiktoken(vocabulary: Iterable[bytes], path: Path) -> None:
 def scene_sentences(count: int) -> Iterable[str]:
     """Yields the text between tags of samples of every spoken task in turn, without drawn words."""
     spell = Tokenizer({bytes([byte]): byte for byte in range(256)}, slots=1)
-    spoken = [task for task in TASKS if task not in ("map", "letters")]  # lists, not sentences
+    spoken = [task for task in TASKS if task not in LISTS]  # lists are not sentences
     for key in range(count):
         task = spoken[key % len(spoken)]
         sample = scene_example(task, key, "train", 112, spell)

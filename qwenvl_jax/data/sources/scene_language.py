@@ -21,7 +21,7 @@ from qwenvl_jax.data.sources.scenes import (
 CELLS = 4  # on a side of the map of a scene: one cell for each query of the small model's adapter
 COVERED = 0.2  # of a cell: less is not called a thing in it
 NOTHING = "no"
-NO_LETTER = "."
+BLANK = "."  # of a list of single characters
 CLEAR = 0.14  # of the side: two positions that differ by less are not called left, right, ...
 
 CAPTION_REQUESTS = (
@@ -138,11 +138,10 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return "".join(piece.text for piece in caption_pieces(scene))
 
 
-def cell_words(scene: Scene) -> list[tuple[str, str]]:
-    """Returns the shape and the colour that lie in each cell of the picture, row by row.
+def cell_things(scene: Scene) -> list[Thing | None]:
+    """Returns the thing that lies in each cell of the picture, row by row.
 
-    A cell belongs to the thing whose box covers most of it; both words are `NOTHING` where none
-    covers enough.
+    A cell belongs to the thing whose box covers most of it, and to none where none covers enough.
     """
     side = scene.side / CELLS
 
@@ -152,22 +151,27 @@ def cell_words(scene: Scene) -> list[tuple[str, str]]:
         height = min(y2, row + 1) - max(y1, row)
         return max(0.0, float(width)) * max(0.0, float(height))
 
-    words = []
+    found = []
     for row in range(CELLS):
         for column in range(CELLS):
             parts = [(covered(thing, column, row), thing) for thing in scene.things]
             share, thing = max(parts, key=lambda part: part[0], default=(0.0, None))
-            if thing is not None and share >= COVERED:
-                words.append((thing.shape, thing.colour))
-            else:
-                words.append((NOTHING, NOTHING))
-    return words
+            found.append(thing if share >= COVERED else None)
+    return found
+
+
+def cell_words(scene: Scene) -> list[tuple[str, str]]:
+    """Returns the shape and the colour that lie in each cell, row by row, or twice `NOTHING`."""
+    things = cell_things(scene)
+    return [
+        (NOTHING, NOTHING) if thing is None else (thing.shape, thing.colour) for thing in things
+    ]
 
 
 def cell_letters(writing: Writing, side: int) -> tuple[str, str]:
     """Returns the first and the second letter whose middle lies in each cell, row by row.
 
-    Two strings with one character a cell, `NO_LETTER` where there is none.
+    Two strings with one character a cell, `BLANK` where there is none.
     """
     (ax, ay), (bx, by), (cx, cy), (dx, dy) = writing.quad
     found: list[list[str]] = [[] for _ in range(CELLS**2)]
@@ -175,7 +179,7 @@ def cell_letters(writing: Writing, side: int) -> tuple[str, str]:
         x = (1 - along) * (ax + dx) / 2 + along * (bx + cx) / 2
         y = (1 - along) * (ay + dy) / 2 + along * (by + cy) / 2
         found[int(y * CELLS / side) * CELLS + int(x * CELLS / side)].append(letter)
-    lists = ((letters + [NO_LETTER] * 2)[:2] for letters in found)
+    lists = ((letters + [BLANK] * 2)[:2] for letters in found)
     firsts, seconds = zip(*lists, strict=True)
     return "".join(firsts), "".join(seconds)
 

@@ -33,7 +33,10 @@ TASKS = (
     "chat",
     "map",
     "letters",
+    "edges",
 )
+LISTS = ("map", "letters", "edges")  # one word or character for each cell of the picture
+EDGES = ("Left", "Top", "Right", "Bottom")  # in the order of a box's coordinates
 _HAS_WRITING = {
     "ocr_vqa": True,
     "ocr": True,
@@ -41,6 +44,7 @@ _HAS_WRITING = {
     "grounded_captioning": False,
     "map": False,
     "letters": True,
+    "edges": False,
 }
 
 
@@ -89,6 +93,9 @@ def _segments(
         return tasks.vqa(asked.text, asked.answer, picture)
     if task == "map":
         return tasks.cell_map(language.cell_words(shown), picture)
+    if task == "edges":
+        edge = rng.randrange(4)
+        return tasks.cell_characters(EDGES[edge], *cell_digits(shown, edge), picture)
     if task == "grounded_caption":
         return tasks.grounded_caption(grounded_phrases(shown), picture)
     if task == "ref_grounding":
@@ -105,7 +112,8 @@ def _segments(
     assert writing is not None  # `scene_of` asked for writing
     assert asked is not None
     if task == "letters":
-        return tasks.cell_letters(*language.cell_letters(writing, shown.side), picture)
+        letters = language.cell_letters(writing, shown.side)
+        return tasks.cell_characters("Letters", *letters, picture)
     if task == "ocr_vqa":
         return tasks.ocr_vqa(asked.text, asked.answer, picture)
     return tasks.ocr([(writing.text, writing_quad(shown, writing))], picture)
@@ -128,6 +136,20 @@ def grounded_phrases(shown: Scene) -> list[tasks.Phrase]:
         tasks.Phrase(text, () if thing is None else (thing_box(shown, thing),))
         for text, thing in language.caption_pieces(shown)
     ]
+
+
+def cell_digits(shown: Scene, edge: int) -> tuple[str, str]:
+    """Returns the first and the second digit of a coordinate of the thing in each cell.
+
+    Two strings with one character a cell, `BLANK` where there is none. The digits are those that a
+    box writes, so that a slot whose cell can be listed holds what a box needs to say.
+    """
+    numbers = [
+        "" if thing is None else str(thing_box(shown, thing)[edge])
+        for thing in language.cell_things(shown)
+    ]
+    firsts, seconds = zip(*(number.ljust(2, language.BLANK)[:2] for number in numbers), strict=True)
+    return "".join(firsts), "".join(seconds)
 
 
 def _read(shown: Scene, writing: Writing) -> str:
