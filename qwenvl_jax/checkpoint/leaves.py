@@ -59,15 +59,19 @@ def write_leaf(directory: Path, leaf: Leaf, on_bytes: OnBytes) -> str:
     store = ts.open(spec, create=True, delete_existing=True, context=context).result()
     digest = hashlib.sha256()
     pending = None
-    for start, stop in _blocks(leaf, chunk):
-        bits = np.ascontiguousarray(_bits(leaf.read((slice(start, stop),))))
+    try:
+        for start, stop in _blocks(leaf, chunk):
+            bits = np.ascontiguousarray(_bits(leaf.read((slice(start, stop),))))
+            if pending is not None:
+                pending.result()  # one block is written while the next is read
+            pending = store[start:stop].write(bits.view(leaf.dtype))
+            digest.update(bits.data)
+            on_bytes(bits.nbytes)
         if pending is not None:
-            pending.result()  # one block is written while the next is read
-        pending = store[start:stop].write(bits.view(leaf.dtype))
-        digest.update(bits.data)
-        on_bytes(bits.nbytes)
-    if pending is not None:
-        pending.result()
+            pending.result()
+    finally:
+        if pending is not None:
+            pending.exception()  # waits: whoever clears the folder now must be alone in it
     return digest.hexdigest()
 
 
