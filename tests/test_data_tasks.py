@@ -47,7 +47,7 @@ FORMATS = {
         f"{IMG}Shapes:⟦ no ring no star⟧ Colours:⟦ no red no blue{EOS}⟧",
     ),
     "letters": (
-        tasks.cell_letters("..A9", "...."),
+        tasks.cell_characters("Letters", "..A9", "...."),
         f"{IMG}Letters:⟦..A9⟧ Next:⟦....{EOS}⟧",
     ),
     "vqa": (
