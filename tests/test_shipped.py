@@ -28,7 +28,7 @@ def test_it_answers_better_than_a_guess(shipped):
     papers = examination(shipped.tokenizer, shipped.config.image_size, num_scenes=60, seed=3)
     scores = {score.measure: score.value for score in summarise(papers, sit(shipped, papers))}
     print(json.dumps(scores, indent=1))
-    assert scores["question: all"] > 0.4
+    assert scores["question: all"] > 0.5
     assert scores["question: colour"] > 0.6  # one of eight
     assert scores["caption: objects named"] > 0.55  # one of 64
 

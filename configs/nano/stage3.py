@@ -14,14 +14,14 @@ def get_config() -> TrainConfig:
         run_dir="runs/nano/stage3",
         steps=950,
         seed=3,
-        init="runs/nano/stage2",
+        init="runs/nano/stage2_longer",
         model=nano(),
         data=DataConfig(
             source="scenes",
             tasks={
                 "chat": 5.0,
-                "vqa": 2.0,
-                "ref_grounding": 2.5,
+                "vqa": 4.0,
+                "ref_grounding": 2.0,
                 "grounded_caption": 0.5,
                 "caption": 0.5,
                 "ocr": 0.5,
@@ -32,6 +32,6 @@ def get_config() -> TrainConfig:
             rows=8,
             tokenizer="qwenvl_jax/assets/nano",
         ),
-        optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=2e-5, warmup_steps=50),
+        optimizer=OptimizerConfig(peak_lr=5e-4, end_lr=1e-5, warmup_steps=50),
         freeze=("vit",),
     )
