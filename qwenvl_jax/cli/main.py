@@ -6,12 +6,12 @@ starts an accelerator.
     qwenvl infer --image street.jpg "What is parked on the left?"
 """
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
-from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.cli.errors import run_command
+from qwenvl_jax.cli.subcommands import choose
 
 COMMANDS = {
     "infer": "answer one prompt about pictures, and draw the boxes of the answer",
@@ -20,40 +20,17 @@ COMMANDS = {
     "convert": "read released PyTorch folders, or write them",
     "eval": "score a model on drawn scenes that no training run has seen",
     "demo": "show the shipped model at work, and write one picture of it",
+    "data": "prepare training data, check them, and look at them",
 }
-
-
-def usage() -> str:
-    """Returns the help text: one line a command, and an example."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: qwenvl COMMAND [options]",
-            "",
-            *lines,
-            "",
-            "example: qwenvl infer --image street.jpg 'What is parked on the left?'",
-            "Each command has its own --help.",
-        ]
-    )
+_EXAMPLE = "qwenvl infer --image street.jpg 'What is parked on the left?'"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 for success, 2 for wrong input, 130 when interrupted."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return SUCCESS if argv else USAGE_ERROR
-    name, *rest = argv
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean 'qwenvl {near[0]}'?" if near else "run 'qwenvl --help'"
-        print(
-            f"qwenvl: unknown command: got {name!r}, expected one of {', '.join(COMMANDS)}; {hint}",
-            file=sys.stderr,
-        )
-        return USAGE_ERROR
+    chosen = choose("qwenvl", COMMANDS, sys.argv[1:] if argv is None else argv, _EXAMPLE)
+    if isinstance(chosen, int):
+        return chosen
+    name, rest = chosen
 
     def command(argv: Sequence[str]) -> int:
         return importlib.import_module(f"qwenvl_jax.cli.{name}").main(argv)

@@ -3,11 +3,15 @@
 Axes: B rows, L text length with picture slots, I pictures of a row, Y X C pixels.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 NO_IMAGE = 2**30  # `Batch.image_start` of an unused picture slot: past every real position
+
+# An encoded file's bytes or its path, decoded only after packing; or uint8 [Y, X, 3], square.
+Picture = bytes | Path | np.ndarray
 
 
 class DataError(ValueError):
@@ -22,7 +26,7 @@ class Example(NamedTuple):
 
     ids: np.ndarray  # int32 [L]
     is_target: np.ndarray  # bool [L]
-    images: tuple[np.ndarray, ...]  # uint8 [Y, X, 3], square
+    images: tuple[Picture, ...]
     task: str
     key: str  # names the sample in every error
 

@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenvl_jax.data.example import NO_IMAGE, Batch, DataError, Example
+from qwenvl_jax.data.example import NO_IMAGE, Batch, DataError, Example, Picture
+from qwenvl_jax.image.decode import ImageError
+from qwenvl_jax.image.load import load_image
+from qwenvl_jax.image.transform import to_square
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 LOOK_AHEAD = 8  # samples; more fills rows better and drops more at the end of a batch
@@ -97,7 +100,7 @@ def pack(
     for b, row in enumerate(rows):
         start, num_images = 0, 0
         for number, example in enumerate(row, 1):
-            slots = image_slots(example, image_size, tokenizer)
+            slots = image_slots(example, tokenizer)
             size = len(example.ids)
             check_fits(example, length - start, max_images - num_images)
             end = start + size
@@ -106,8 +109,8 @@ def pack(
             loss_weight_BL[b, start : end - 1] = example.is_target[1:]
             segment_BL[b, start:end] = number
             position_BL[b, start:end] = np.arange(size)
-            for image_YXC, slot in zip(example.images, slots, strict=True):
-                images_BIYXC[b, num_images] = image_YXC
+            for image, slot in zip(example.images, slots, strict=True):
+                images_BIYXC[b, num_images] = pixels(example, image, image_size)
                 image_start_BI[b, num_images] = start + slot
                 num_images += 1
             start = end
@@ -122,11 +125,10 @@ def pack(
     )
 
 
-def image_slots(example: Example, image_size: int, tokenizer: Tokenizer) -> list[int]:
+def image_slots(example: Example, tokenizer: Tokenizer) -> list[int]:
     """Returns where the slots of each picture begin in a sample's ids.
 
-    Raises: DataError where spans are not whole, their number is not that of the pictures, or a
-    picture has another shape or type than the batch.
+    Raises: DataError where spans are not whole, or their number is not that of the pictures.
     """
     ids = example.ids
     starts = np.flatnonzero(ids == tokenizer.image_start_id) + 1
@@ -144,13 +146,29 @@ def image_slots(example: Example, image_size: int, tokenizer: Tokenizer) -> list
             f"{len(example.images)} pictures, {len(starts)} <img>, {num_pads} <imgpad>; expected "
             f"<img>, {tokenizer.slots} <imgpad> and </img> for each picture"
         )
-    for image_YXC in example.images:
-        if image_YXC.shape != (image_size, image_size, 3) or image_YXC.dtype != np.uint8:
-            raise DataError(
-                f"sample {example.key} has a picture of another form: got {image_YXC.dtype} "
-                f"{image_YXC.shape}, expected uint8 {(image_size, image_size, 3)}"
-            )
     return starts.tolist()
+
+
+def pixels(example: Example, image: Picture, image_size: int) -> np.ndarray:
+    """Returns a picture of a sample as uint8 [image_size, image_size, 3].
+
+    An array has to have this form already; a file is decoded and made square here, after packing.
+
+    Raises: DataError, with the sample's key, for a picture that cannot be.
+    """
+    if isinstance(image, np.ndarray):
+        if image.shape != (image_size, image_size, 3) or image.dtype != np.uint8:
+            raise DataError(
+                f"sample {example.key} has a picture of another form: got {image.dtype} "
+                f"{image.shape}, expected uint8 {(image_size, image_size, 3)}"
+            )
+        return image
+    try:
+        return to_square(load_image(image), image_size)
+    except (ImageError, OSError) as error:
+        raise DataError(f"sample {example.key} has a picture that cannot be read: {error}") from (
+            error
+        )
 
 
 def fill(batch: Batch) -> Fill:

@@ -14,13 +14,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenvl_jax.data.example import DataError, Example
+from qwenvl_jax.data.example import DataError, Example, Picture
+from qwenvl_jax.data.record import Record, check_record
 from qwenvl_jax.prompt.boxes import format_box, format_quad
-from qwenvl_jax.prompt.chat import DEFAULT_SYSTEM, Message, render_example
+from qwenvl_jax.prompt.chat import (
+    DEFAULT_SYSTEM,
+    ChatError,
+    LossMask,
+    Message,
+    messages_from_conversations,
+    render_example,
+)
 from qwenvl_jax.prompt.tokenizer import RELEASED_CHAT_TAGS, Tokenizer
 
 EOS = "<|endoftext|>"
 PICTURE = "<img></img>"  # the tokenizer writes the slots; what stands inside does not matter
+
+_LANGUAGES = {"en": "English", "zh": "Chinese"}
 
 Box = Sequence[int]
 Quad = Sequence[Sequence[int]]
@@ -38,9 +48,12 @@ class Phrase(NamedTuple):
     boxes: tuple[Box, ...] = ()
 
 
-def caption(text: str, picture: str = PICTURE) -> list[Segment]:
+def caption(text: str, picture: str = PICTURE, language: str = "en") -> list[Segment]:
+    """Raises: DataError for a language other than "en" and "zh"."""
+    if language not in _LANGUAGES:
+        raise DataError(f"a caption's language must be one of {[*_LANGUAGES]}: got {language!r}")
     return [
-        Segment(f"{picture}Generate the caption in English:", False),
+        Segment(f"{picture}Generate the caption in {_LANGUAGES[language]}:", False),
         Segment(f" {text}{EOS}", True),
     ]
 
@@ -136,9 +149,59 @@ def grounded_text(phrases: Sequence[Phrase], start: str = "") -> str:
     return "".join(parts)
 
 
+def example_of(record: Record, tokenizer: Tokenizer, mask: LossMask = "released") -> Example:
+    """Returns the tokenised sample of a row; its pictures stay as they are, not yet decoded.
+
+    `mask` is that of chat rows.
+
+    Raises: DataError where the row does not fit its task.
+    """
+    check_record(record)
+    if record.task == "chat":
+        system = record.fields.get("system", DEFAULT_SYSTEM)
+        try:
+            messages = messages_from_conversations(record.fields["conversations"], system)
+            rendered = render_example(tokenizer, messages, mask)
+        except ChatError as error:
+            raise DataError(f"row {record.key}: {error}") from error
+        ids, is_target = rendered.ids, rendered.is_target
+        return _example(ids, is_target, record.images, tokenizer, "chat", record.key)
+    picture = PICTURE if record.images else ""
+    segments = _segments(record, picture)
+    return to_example(segments, record.images, tokenizer, record.task, record.key)
+
+
+def _segments(record: Record, picture: str) -> list[Segment]:
+    fields = record.fields
+    try:
+        match record.task:
+            case "caption":
+                return caption(fields["text"], picture, fields["language"])
+            case "vqa":
+                return vqa(fields["question"], fields["answer"], picture)
+            case "ocr_vqa":
+                return ocr_vqa(fields["question"], fields["answer"], picture)
+            case "grounded_caption":
+                phrases = [Phrase(text, tuple(boxes)) for text, boxes in fields["phrases"]]
+                return grounded_caption(phrases, picture)
+            case "ref_grounding":
+                return ref_grounding(fields["phrase"], fields["boxes"], picture)
+            case "grounded_captioning":
+                return grounded_captioning(fields["box"], fields["text"], picture)
+            case "ocr":
+                return ocr([(text, quad) for text, quad in fields["lines"]], picture)
+            case _:
+                return plain_text(fields["text"])
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"row {record.key} of task {record.task} has a field of another form: {error}; "
+            "data/record.py lists the forms"
+        ) from error
+
+
 def to_example(
     segments: Sequence[Segment],
-    images: Sequence[np.ndarray],
+    images: Sequence[Picture],
     tokenizer: Tokenizer,
     task: str,
     key: str,
@@ -158,7 +221,7 @@ def to_example(
 
 def chat_example(
     turns: Sequence[tuple[str, str]],
-    images: Sequence[np.ndarray],
+    images: Sequence[Picture],
     tokenizer: Tokenizer,
     key: str,
 ) -> Example:
@@ -179,7 +242,7 @@ def chat_example(
 def _example(
     ids: list[int],
     is_target: list[bool],
-    images: Sequence[np.ndarray],
+    images: Sequence[Picture],
     tokenizer: Tokenizer,
     task: str,
     key: str,
