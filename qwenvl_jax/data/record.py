@@ -49,7 +49,7 @@ class Record(NamedTuple):
     images: tuple[Picture, ...] = ()
 
 
-@runtime_checkable  # the tests check signatures at every call
+@runtime_checkable
 class Source(Protocol):
     """Rows that can be read in any order, which is what training needs."""
 
