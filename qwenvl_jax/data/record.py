@@ -19,7 +19,7 @@ A box is [x1, y1, x2, y2], a quad four [x, y]. Rows of `chat` mark their picture
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
@@ -49,6 +49,7 @@ class Record(NamedTuple):
     images: tuple[Picture, ...] = ()
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows that can be read in any order, which is what training needs."""
 
