@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-AttentionBackend = Literal["xla", "xla_chunked"]
+AttentionBackend = Literal["auto", "xla", "xla_chunked", "splash", "cudnn"]
 RematPolicy = Literal["none", "dots", "full"]
 DType = Literal["float32", "bfloat16"]
 Mixing = Literal["counts", "weights", "temperature"]
@@ -132,10 +132,17 @@ class ModelConfig:
     image_start_id: int  # `<img>`; `</img>` and `<imgpad>` are the next two ids
     dtype: DType = "float32"  # of activations and matrix products
     param_dtype: DType = "float32"
-    attention_backend: AttentionBackend = "xla"
+    attention_backend: AttentionBackend = "xla"  # "auto": splash on TPU, xla_chunked elsewhere
+    attention_block: int = 512  # queries and keys that the splash kernel works on at once
     remat: RematPolicy = "none"
+    vit_remat: RematPolicy | None = None  # of the tower; None: as `remat`
 
     def __post_init__(self):
+        if self.attention_block < 128 or self.attention_block % 128:
+            raise ConfigError(
+                "ModelConfig.attention_block must be a multiple of 128, the lanes of a TPU "
+                f"register: got {self.attention_block}"
+            )
         if self.image_size % self.vision.patch_size:
             raise ConfigError(
                 "ModelConfig.image_size must be a multiple of vision.patch_size: "
