@@ -1,9 +1,9 @@
 """Turns any source of training data into ArrayRecord files with an index, which training reads.
 
 SOURCE is a folder of WebDataset tar shards or of img2dataset parquet files (GRIT's among them), a
-conversation file (.json, .jsonl), a file of the original evaluation scripts, text files, or a folder
-of TensorFlow Datasets. OUT is new; a run that was stopped or killed goes on where it was when the
-same command is given again. Rows that cannot be used are listed in OUT/refused.jsonl.
+conversation file (.json, .jsonl), a file of the original evaluation scripts, text files, or a
+folder of TensorFlow Datasets. OUT is new; a run that was stopped or killed goes on where it was
+when the same command is given again. Rows that cannot be used are listed in OUT/refused.jsonl.
 
 Example:
     qwenvl data prepare laion/ prepared/laion --rules web --tokenizer weights/chat
@@ -116,7 +116,7 @@ def _stream(options: PrepareOptions) -> "Stream":
     if stream is not None:
         return stream if options.limit is None else First(stream, options.limit)
 
-    from qwenvl_jax.data.sources.open import open_source
+    from qwenvl_jax.data.sources.open import open_source  # pyright: ignore[reportMissingImports]
 
     source = open_source(options.source, options.pictures)
     num_rows = len(source) if options.limit is None else min(options.limit, len(source))
