@@ -184,24 +184,53 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay (paper Table 8)."""
+    """AdamW with linear warm-up and cosine decay (paper Table 8); weight decay is a row's."""
 
     peak_lr: float
     end_lr: float
     warmup_steps: int
-    vit_layer_decay: float = 1.0  # 0.95 in stages 1 and 2
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
-    weight_decay: float = 0.05
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        _positive(self, "peak_lr", "vit_layer_decay", "eps", "clip_norm")
+        _positive(self, "peak_lr", "eps", "clip_norm")
         if self.end_lr < 0 or self.end_lr > self.peak_lr:
             raise ConfigError(
                 "OptimizerConfig.end_lr must lie between 0 and peak_lr: "
                 f"got {self.end_lr}, peak_lr {self.peak_lr}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterRule:
+    """One row of the table that says what trains: the first row that matches a path decides.
+
+    `pattern` is a shell pattern over the dotted path, in which `*` also matches dots:
+    `vit.blocks.*.kernel`, `*.bias`.
+    """
+
+    pattern: str = dataclasses.field(kw_only=False)
+    is_trained: bool = True
+    rate: float = 1.0  # factor on the learning rate
+    # Layer i of K stacked ones has this to the power K - i as a further factor, what stands before
+    # the layers of its part the power K + 1: 0.95 for the tower in stages 1 and 2.
+    layer_decay: float = 1.0
+    weight_decay: float = 0.0  # multiplied by the row's rate too, as AdamW does
+
+    def __post_init__(self):
+        _positive(self, "rate", "layer_decay")
+        if self.weight_decay < 0:
+            raise ConfigError(
+                f"ParameterRule.weight_decay of {self.pattern!r} must not be negative: "
+                f"got {self.weight_decay}"
+            )
+        if not self.is_trained and (self.rate, self.layer_decay, self.weight_decay) != (1, 1, 0):
+            raise ConfigError(
+                f"the row {self.pattern!r} is not trained, so its rates have no effect: got "
+                f"rate={self.rate}, layer_decay={self.layer_decay}, "
+                f"weight_decay={self.weight_decay}; leave them out"
             )
 
 
@@ -233,7 +262,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
-    freeze: tuple[Literal["vit", "adapter", "decoder"], ...]  # parts without gradient
+    parameters: tuple[ParameterRule, ...]  # what trains, and how fast; the first match decides
     micro_batches: int = 1  # gradient accumulation, weighted by scored tokens
     loss_chunk: int = 256  # tokens whose logits exist at once
     mesh: MeshConfig = MeshConfig()
@@ -252,8 +281,8 @@ class TrainConfig:
                 "optimizer.warmup_steps must be smaller than steps: "
                 f"got {self.optimizer.warmup_steps} of {self.steps}"
             )
-        if set(self.freeze) >= {"vit", "adapter", "decoder"}:
-            raise ConfigError("TrainConfig.freeze names every part: nothing would be trained")
+        if not any(rule.is_trained for rule in self.parameters):
+            raise ConfigError("TrainConfig.parameters has no trained row: nothing would be trained")
 
 
 # --- to and from JSON ---------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def _stream(options: PrepareOptions) -> "Stream":
     if stream is not None:
         return stream if options.limit is None else First(stream, options.limit)
 
-    from qwenvl_jax.data.sources.open import open_source  # pyright: ignore[reportMissingImports]
+    from qwenvl_jax.data.sources.open import open_source
 
     source = open_source(options.source, options.pictures)
     num_rows = len(source) if options.limit is None else min(options.limit, len(source))

@@ -27,7 +27,6 @@ from qwenvl_jax.data.sources.prepared import FORMAT, ROWS_ENDING, sizes_name
 from qwenvl_jax.data.sources.stream import Refusal, Stream
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
-from qwenvl_jax.prompt.vocabulary import TokenizerError
 
 PARTS = "parts"  # the folder of finished shards' facts, gone when the index is written
 # A group of one row is a chunk of its own, which random access and damage to single rows need.
@@ -159,7 +158,7 @@ def _stored(plan: Plan, row: Record | DataError) -> _Stored:
         return _Stored(encode_record(row), row.task, num_tokens, picture_sizes(row), changed)
     except Refusal:
         raise
-    except (DataError, TokenizerError) as error:
+    except DataError as error:
         raise Refusal(row.key, "does not fit its task", str(error)) from error
 
 

@@ -86,7 +86,7 @@ def _place_tags(tags: Sequence[str]) -> Sequence[str]:
     return tags
 
 
-def _cut_images(text: str) -> list[str]:
+def cut_images(text: str) -> list[str]:
     """Returns trusted text cut at its pictures: text, path, text, ..., text."""
     parts, end = [], 0
     while (start := text.find("<img>", end)) >= 0:
@@ -194,7 +194,7 @@ class Tokenizer:
 
         Raises: TokenizerError where an `<img>` is not closed.
         """
-        return _cut_images(text)[1::2]
+        return cut_images(text)[1::2]
 
     def image_starts(self, ids: Iterable[SupportsIndex]) -> list[int]:
         """Returns the index of the first slot of every picture in `ids`, in order.
@@ -216,7 +216,7 @@ class Tokenizer:
 
     def _encode_spans(self, text: str, allowed: frozenset[str]) -> list[int]:
         ids: list[int] = []
-        for i, part in enumerate(_cut_images(text)):
+        for i, part in enumerate(cut_images(text)):
             ids += self.image_ids() if i % 2 else self._encode_text(part, allowed)
         return ids
 
