@@ -31,13 +31,14 @@ def on_beam(options: Sequence[str]) -> Engine:
         ) from error
 
     def run(plan: Plan, jobs: Sequence[Job]) -> Iterator[Mapping[str, Any]]:
-        def written(job: Sequence[Any]) -> int:
-            return write_shard(plan, *job)["rows"]
-
         with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
             # without a shuffle a runner may keep all jobs on the worker that made them
             shards = pipeline | beam.Create([tuple(job) for job in jobs]) | beam.Reshuffle()
-            _ = shards | beam.Map(written)
+            _ = shards | beam.Map(_write, plan)
         yield from (write_shard(plan, *job) for job in jobs)  # reads the facts of what is there
 
     return run
+
+
+def _write(job: tuple[str, int, int], plan: Plan) -> int:
+    return write_shard(plan, *job)["rows"]
