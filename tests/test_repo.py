@@ -41,8 +41,11 @@ ALLOWED = {
     "conversion": MATHS | {"checkpoint"},
     "inference": MATHS | {"checkpoint", "conversion", "prompt", "image"},
     "training": MATHS | {"checkpoint", "conversion"} | HOST,
+    "planning": MATHS | {"checkpoint", "conversion", "inference", "training"} | HOST,
     "evaluation": MATHS | {"checkpoint", "conversion", "inference", "training"} | HOST,
-    "cli": MATHS | {"checkpoint", "conversion", "inference", "training", "evaluation"} | HOST,
+    "cli": MATHS
+    | {"checkpoint", "conversion", "inference", "training", "evaluation", "planning"}
+    | HOST,
     "__init__": MATHS | {"checkpoint", "conversion", "inference", "evaluation"} | HOST,
 }
 HOST_ROOMS = ("prompt", "image", "data")

@@ -6,9 +6,8 @@ of one and all of another.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
-Mixing = Literal["counts", "weights", "temperature"]
+from qwenvl_jax.config import Mixing
 
 # Samples of stage 2 by task. Source: paper Table 3.
 STAGE_2_SAMPLES = {
@@ -21,7 +20,7 @@ STAGE_2_SAMPLES = {
     "text": 7.8e6,
 }
 # Packing finds too few partners among fewer samples; small sources are passed more than once then.
-MIN_ROUND = 4096
+MIN_ROUND = 1024
 
 
 def samples_per_round(
