@@ -350,7 +350,7 @@ def third_party_imports() -> set[str]:
 def test_what_the_package_imports_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["plot"], *extras["generate"]]
+    wanted = [*project["dependencies"], *extras["plot"], *extras["generate"], *extras["beam"]]
     declared = {re.split(r"[\[>=]", line)[0].lower().replace("-", "_") for line in wanted}
     names = {"PIL": "pillow", "orbax": "orbax_checkpoint", "absl": "absl_py"}
     used = {names.get(root, root).lower() for root in third_party_imports()}
