@@ -19,7 +19,7 @@ from qwenvl_jax.data.sources.collage_rows import (
 from qwenvl_jax.data.sources.composition import Collage, Group, Thing, can_meet
 from qwenvl_jax.data.sources.cutouts import Kind
 from qwenvl_jax.data.sources.nouns import Name
-from qwenvl_jax.data.tasks import PICTURE, grounded_text
+from qwenvl_jax.data.tasks import PICTURE, grounded_parts
 from qwenvl_jax.prompt.boxes import format_box
 
 Turn = tuple[str, str]
@@ -77,7 +77,8 @@ def _turn(
     if kind == "describe":
         return rng.choice(words.DESCRIBE), caption(collage, words, rng)
     if kind == "boxes":
-        return rng.choice(words.DESCRIBE_BOXES), grounded_text(caption_pieces(collage, words))
+        grounded = "".join(grounded_parts(caption_pieces(collage, words)))
+        return rng.choice(words.DESCRIBE_BOXES), grounded
     if kind == "name":
         thing = describable(collage, about, rng)
         question = rng.choice(words.NAME_BOX).format(format_box(box_of(collage, thing)))
