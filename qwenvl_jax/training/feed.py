@@ -18,8 +18,12 @@ class Feed:
     at the step it belongs to, not earlier.
     """
 
-    def __init__(self, batches: Iterator[Batch], sharding: NamedSharding, ahead: int = 1):
+    def __init__(
+        self, batches: Iterator[Batch], sharding: NamedSharding, patience: float, ahead: int = 1
+    ):
+        """`patience` is for how many seconds a batch is waited for before that is an error."""
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
+        self._patience = patience
         self._is_closed = threading.Event()
         args = (batches, sharding)
         self._thread = threading.Thread(target=self._fill, args=args, name="feed", daemon=True)
@@ -29,7 +33,13 @@ class Feed:
         return self
 
     def __next__(self) -> Batch:
-        item = self._queue.get()
+        try:
+            item = self._queue.get(timeout=self._patience)
+        except queue.Empty:
+            raise DataError(
+                f"the data have stopped coming: got no batch for {self._patience:g} seconds; a "
+                "worker or the storage hangs; raise guard.data_timeout if they are only slow"
+            ) from None
         if isinstance(item, BaseException):
             raise item
         return item
@@ -37,7 +47,7 @@ class Feed:
     def close(self) -> None:
         """Ends the thread; what it has made is dropped."""
         self._is_closed.set()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=1)  # a thread that hangs in its source cannot be ended
 
     def _fill(self, batches: Iterator[Batch], sharding: NamedSharding) -> None:
         try:
