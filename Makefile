@@ -1,4 +1,4 @@
-# demo, test, check, bench: each sets up what it needs in .venv, and needs python3 (3.11 or newer).
+# demo, test, check, bench, faults: each sets up what it needs in .venv, and needs python3 (3.11 or newer).
 # A stamp in .venv remembers what is installed, so only the first call takes minutes.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PINS = $(shell $(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info < (3, 12) else "")')
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS)
 
-.PHONY: demo test check bench nano clean
+.PHONY: demo test check bench faults nano clean
 
 demo: $(VENV)/.installed-core
 	$(BIN)/python -m qwenvl_jax.cli.main demo --output demo.png
@@ -23,8 +23,12 @@ check: $(VENV)/.installed-check
 	$(BIN)/basedpyright
 
 # Hours and tens of gigabytes of disk at full size: each script's first lines say what it takes.
-bench: $(VENV)/.installed-core
+bench: $(VENV)/.installed-bench
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python $$script || exit 1; done
+
+# Kills, starves and misleads a small training run, and prints what came of it: docs/reliability.md.
+faults: $(VENV)/.installed-test
+	$(BIN)/python tests/faults.py $(ARGS)
 
 # Trains the small model again, into runs/nano, and scores it: about two hours on two cores.
 # The malloc settings keep freed pages: on a CPU, steps that ask for fresh ones are slower.

@@ -283,6 +283,26 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does about steps that go wrong."""
+
+    stop_after: int = 3  # steps in a row whose update was refused
+    spike: Literal["off", "warn", "skip", "rewind"] = "warn"  # when a loss jumps
+    spike_sigmas: float = 6.0  # above the mean of the last 128 losses
+    rewind_margin: int = 100  # batches passed over behind a spike, after going back before it
+    digest_every: int = 1000  # steps between comparisons of replicated parameters; 0: never
+    data_timeout: float = 900.0  # seconds without a batch that end the run
+
+    def __post_init__(self):
+        _positive(self, "stop_after", "spike_sigmas", "data_timeout")
+        if min(self.rewind_margin, self.digest_every) < 0:
+            raise ConfigError(
+                "GuardConfig.rewind_margin and digest_every must not be negative: got "
+                f"{self.rewind_margin} and {self.digest_every}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run. The resolved values are printed, and saved beside every checkpoint."""
 
@@ -298,7 +318,11 @@ class TrainConfig:
     loss_chunk: int = 256  # tokens whose logits exist at once
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log_every: int = 10
+    skip_steps: tuple[str, ...] = ()  # "A:B": the batches of steps A to B are passed over
+    allow_change: tuple[str, ...] = ()  # settings that this start may change, of a run begun before
+    simulate_fault: tuple[str, ...] = ()  # "NAME@STEP", to see what happens (docs/reliability.md)
 
     def __post_init__(self):
         _positive(self, "steps", "micro_batches", "loss_chunk", "log_every")

@@ -2,11 +2,13 @@
 
 import os
 import random
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.checkpoint.digest import digests
@@ -18,6 +20,7 @@ from qwenvl_jax.checkpoint.store import (
 )
 from qwenvl_jax.config import MeshConfig
 from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.training.state import from_items, make_layout, new_items, to_items
 
 
 def weights(step: int) -> dict[str, jax.Array]:
@@ -209,6 +212,37 @@ def test_left_over_of_a_killed_save_is_removed(tmp_path):
     assert step == 2
     assert_same(found["weights"], weights(2))
     store.close()
+
+
+def test_a_checkpoint_of_format_1_is_restored_by_this_version():
+    """Made by version 0.1.1 from the tiny run: every weight 0.25, step 3, one step skipped."""
+    layout = make_layout(tiny.train_config(), make_mesh())
+    store = CheckpointStore(Path(__file__).parent / "golden" / "run_format_1", read_only=True)
+    found = store.restore_newest(to_items(layout.abstract), new_items(layout))
+    store.close()
+    assert found is not None
+    state = from_items(found[1], layout.abstract)
+    assert (int(state.step), int(state.guard.skipped), int(state.guard.seen)) == (3, 1, 0)
+    assert len(state.trainable) > 40
+    for path, array in state.trainable.items():
+        np.testing.assert_array_equal(array, np.full(array.shape, 0.25), err_msg=path)
+    assert jax.tree.structure(state) == jax.tree.structure(layout.abstract)
+
+
+def test_files_that_are_not_ours_stay(tmp_path):
+    saved_run(tmp_path, 1).close()
+    checkpoints = tmp_path / "checkpoints"
+    foreign = [checkpoints / "notes.txt", checkpoints / "old" / "x", checkpoints / "99" / "x"]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    store = saved_run(tmp_path, 2, 3, 4)  # so many that the oldest is removed
+    step, found = store.restore_newest(wanted())
+    store.close()
+    assert step == 4
+    assert_same(found["weights"], weights(4))
+    foreign[2] = next(p for p in foreign[2].parents[1].glob("99*/x"))  # perhaps set aside
+    assert all(path.read_text() == "mine" for path in foreign)
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)])

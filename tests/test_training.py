@@ -15,6 +15,7 @@ from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import qwen_vl, released_finetune, stage_1, stage_2, stage_3, text_only
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training import optimizer
+from qwenvl_jax.training.guard import REASONS
 from qwenvl_jax.training.loss import next_token_loss
 from qwenvl_jax.training.optimizer import describe_plan, learning_rate
 from qwenvl_jax.training.state import (
@@ -24,6 +25,7 @@ from qwenvl_jax.training.state import (
     random_weights,
     start_state,
     to_items,
+    with_scalars,
 )
 from qwenvl_jax.training.step import make_train_step
 
@@ -348,10 +350,15 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, plain_step):
     after = jax.device_get(state)
     for name in ("trainable", "frozen", "optimizer"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
-    assert (after.step, after.skipped) == (3, 1)
+    assert (after.step, after.guard.skipped, after.guard.hold) == (3, 1, kind != "nothing scored")
     assert metrics["skipped"] == 1
-    state, metrics = step(state, batch_of(3))
-    assert metrics["skipped"] == 1
+    held, metrics = step(with_scalars(state, 3), batch_of(3))
+    if kind != "nothing scored":
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(held), after)
+        assert REASONS[int(metrics["verdict"])] == "on hold"
+        held, metrics = step(with_scalars(held, 3, hold=0), batch_of(3))
+    state = held
+    assert (metrics["skipped"], metrics["refused_in_a_row"]) == (1, 0)
     assert not np.array_equal(
         state.trainable["decoder.ln_f.scale"], before.trainable["decoder.ln_f.scale"]
     )

@@ -129,7 +129,7 @@ def test_published_run(stage):
     np.testing.assert_allclose(found["lr"], facts["lr"], rtol=1e-5)
     np.testing.assert_allclose(found["loss"], facts["loss"], rtol=2e-3)
     np.testing.assert_allclose(found["grad_norm"], facts["grad_norm"], rtol=2e-3)
-    assert int(state.skipped) == 0
+    assert int(state.guard.skipped) == 0
     final = released_norms(config.model, jax.device_get(state.trainable | state.frozen))
     assert final.keys() == facts["final_param_norm"].keys()
     for name, norm in facts["final_param_norm"].items():

@@ -15,15 +15,24 @@ import pytest
 import tiny
 
 from qwenvl_jax.checkpoint.store import CheckpointStore, restore_weights
+from qwenvl_jax.cli.plot import main as plot_main
 from qwenvl_jax.cli.train import main, read_config
 from qwenvl_jax.config import ConfigError, OptimizerConfig
 from qwenvl_jax.data.example import DataError
+from qwenvl_jax.presets import stage_2
 from qwenvl_jax.sharding import batch_sharding, make_mesh
+from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed
-from qwenvl_jax.training.loop import StopRequest, _loop
-from qwenvl_jax.training.report import Report, plot_loss
+from qwenvl_jax.training.goodput import Goodput
+from qwenvl_jax.training.incidents import Incidents
+from qwenvl_jax.training.loop import loop
+from qwenvl_jax.training.manifest import fingerprint
+from qwenvl_jax.training.plot import plot_curves
+from qwenvl_jax.training.report import Report
+from qwenvl_jax.training.run import Run
 from qwenvl_jax.training.run_dir import differences, open_run, truncate_metrics
 from qwenvl_jax.training.state import make_layout
+from qwenvl_jax.training.stop import StopRequest
 
 TESTS = Path(__file__).parent
 PATIENCE = 550  # seconds; a machine with other work on it compiles slowly
@@ -99,7 +108,7 @@ def test_stopped_and_killed_run_equals_the_uninterrupted(tmp_path, compiled):
     out = finish(start(whole, compiled, 0.0))
     assert f"step {STEPS}/{STEPS}" in out
     assert [r["step"] for r in records(whole)] == list(range(1, STEPS + 1))
-    assert (whole / "loss.png").stat().st_size > 1000
+    assert (whole / "curves.png").stat().st_size > 1000
 
     process = start(broken, compiled, 0.3)
     wait_for(lambda: num_lines(broken) >= 3, process)
@@ -133,15 +142,22 @@ def test_stopped_and_killed_run_equals_the_uninterrupted(tmp_path, compiled):
 # --- run directory ------------------------------------------------------------------------------
 
 
+def opened(config) -> list[str]:
+    """Returns the notes of a start, after giving the lock back."""
+    run_dir = open_run(config, ["train.py"])
+    run_dir.close()
+    return run_dir.notes
+
+
 def begin(config) -> None:
     """Makes a run directory look as after the first step."""
-    assert open_run(config, ["train.py"]) == []
+    assert opened(config) == []
     (Path(config.run_dir) / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
 
 
 def test_a_start_that_failed_at_once_may_be_mended(tmp_path):
-    open_run(tiny.train_config(tmp_path), ["train.py"])
-    assert open_run(tiny.train_config(tmp_path, seed=8), ["train.py"]) == []
+    opened(tiny.train_config(tmp_path))
+    assert opened(tiny.train_config(tmp_path, seed=8)) == []
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 8
 
 
@@ -155,14 +171,14 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"optimizer\.peak_lr: was 0\.003, now 0\.001; seed: was 7"
     ):
-        open_run(other, ["train.py"])
+        opened(other)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["seed"] == 7, "a refused start must leave the directory as it was"
 
 
 def test_speed_settings_may_change_and_are_told(tmp_path):
     begin(tiny.train_config(tmp_path))
-    notes = open_run(tiny.train_config(tmp_path, micro_batches=2, log_every=5), ["train.py"])
+    notes = opened(tiny.train_config(tmp_path, micro_batches=2, log_every=5))
     assert notes == [
         "changed since the last start: log_every: was 1, now 5",
         "changed since the last start: micro_batches: was 1, now 2",
@@ -179,8 +195,70 @@ def test_another_tokenizer_under_the_same_name_is_refused(tmp_path):
     begin(config)
     assert (tmp_path / "run" / "qwen.tiktoken").read_text() == "IQ== 0\n"
     vocabulary.write_text("IQ== 0\nIg== 1\n")
-    with pytest.raises(ConfigError, match="tokenizer file is not the one"):
-        open_run(config, [])
+    with pytest.raises(
+        ConfigError,
+        match=r"was trained with has changed.*tokenizer: was .*--allow-change tokenizer",
+    ):
+        opened(config)
+
+
+def test_another_recipe_is_taken_by_name(tmp_path):
+    begin(tiny.train_config(tmp_path))
+    other = tiny.train_config(
+        tmp_path,
+        seed=8,
+        parameters=stage_2(tower_decay=0.9, weight_decay=0.1),
+        allow_change=("seed", "parameters"),
+    )
+    changed = [note.removeprefix("changed since the last start: ") for note in opened(other)]
+    assert "seed: was 7, now 8" in changed
+    assert "parameters.5.weight_decay: was 0.05, now 0.1" in changed
+    only_one = tiny.train_config(tmp_path, seed=9, steps=7, allow_change=("steps",))
+    with pytest.raises(ConfigError, match=r"seed: was 8, now 9; .*--allow-change parameters"):
+        opened(only_one)
+
+
+def test_other_versions_are_told_with_both(tmp_path):
+    begin(tiny.train_config(tmp_path))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["starts"][-1]["versions"] |= {"numpy": "1.0", "gone": "2.0"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    notes = opened(tiny.train_config(tmp_path))
+    assert any(f"numpy was 1.0 at the last start and is {np.__version__}" in n for n in notes)
+    assert any("gone was 2.0 at the last start and is not there now" in n for n in notes)
+
+
+def test_a_manifest_of_version_0_1_is_read(tmp_path):
+    begin(tiny.train_config(tmp_path))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    start = manifest["starts"][-1]
+    start["tokenizer_sha256"] = start.pop("inputs")["tokenizer"]
+    (tmp_path / "manifest.json").write_text(json.dumps({"starts": [start]}))
+    assert opened(tiny.train_config(tmp_path)) == []
+
+
+def test_one_run_at_a_time(tmp_path):
+    first = open_run(tiny.train_config(tmp_path), [])
+    with pytest.raises(ConfigError, match=rf"another process trains in .*process {os.getpid()}"):
+        open_run(tiny.train_config(tmp_path), [])
+    first.close()
+    opened(tiny.train_config(tmp_path))
+
+
+def test_fingerprints_see_names_sizes_and_indices(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "index.json").write_text('{"rows": 3}')
+    (folder / "part-0").write_bytes(b"abc")
+    found = {fingerprint(folder), fingerprint(folder / "part-0")}
+    (folder / "part-0").write_bytes(b"abcd")
+    found.add(fingerprint(folder))
+    (folder / "index.json").write_text('{"rows": 4}')
+    found.add(fingerprint(folder))
+    (folder / "part-0").rename(folder / "part-1")
+    found.add(fingerprint(folder))
+    assert len(found) == 5
+    assert fingerprint(tmp_path / "none") is None
 
 
 def test_differences_name_the_leaf():
@@ -203,10 +281,21 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_curve_of_a_run_with_skipped_steps(tmp_path):
-    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 2.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    assert "loss.png" in plot_loss(tmp_path)
-    assert (tmp_path / "loss.png").is_file()
+    numbers = {"lr": 1e-3, "grad_norm": 0.5, "loss/vqa": 1.5}
+    lines = [{"step": s, "loss": loss} | numbers for s, loss in ((1, 3.0), (2, None), (3, 2.0))]
+    lines.insert(2, {"step": 2, "loss": None, "passed_over": True})
+    text = "".join(json.dumps(x) + "\n" for x in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 4, "lo')  # in the middle of a line
+    assert plot_main([str(tmp_path), "--output", str(tmp_path / "mine.png")]) == 0
+    assert (tmp_path / "mine.png").stat().st_size > 1000
+    assert plot_curves(tmp_path) == f"curves: {tmp_path / 'curves.png'}"
+
+
+def test_curves_of_nothing_are_an_error(tmp_path, capsys):
+    assert plot_main([str(tmp_path)]) == 2
+    assert "is no training run" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "has no finished step" in plot_curves(tmp_path)
 
 
 # --- feed ---------------------------------------------------------------------------------------
@@ -215,7 +304,7 @@ def test_curve_of_a_run_with_skipped_steps(tmp_path):
 def test_feed_keeps_the_order_and_places_the_rows():
     config = tiny.train_config()
     sharding = batch_sharding(make_mesh(tiny.MeshConfig(data=2, fsdp=4)))
-    feed = Feed(tiny.batches(config, 3), sharding)
+    feed = Feed(tiny.batches(config, 3), sharding, patience=60.0)
     for step in (3, 4, 5):
         batch = next(feed)
         np.testing.assert_array_equal(batch.tokens, tiny.batch(config, step).tokens)
@@ -230,7 +319,7 @@ def test_feed_raises_an_error_at_the_step_it_belongs_to():
         yield tiny.batch(config, 0)
         raise DataError("row 17 of part 3 is broken")
 
-    feed = Feed(source(), batch_sharding(make_mesh()))
+    feed = Feed(source(), batch_sharding(make_mesh()), patience=60.0)
     assert next(feed).tokens.shape == (8, 19)
     with pytest.raises(DataError, match="row 17"):
         next(feed)
@@ -238,7 +327,7 @@ def test_feed_raises_an_error_at_the_step_it_belongs_to():
 
 
 def test_feed_that_ends_is_an_error():
-    feed = Feed(iter([]), batch_sharding(make_mesh()))
+    feed = Feed(iter([]), batch_sharding(make_mesh()), patience=60.0)
     with pytest.raises(DataError, match="the data ended"):
         next(feed)
     feed.close()
@@ -324,29 +413,46 @@ class FullDisk(CheckpointStore):
 def fake_step(state, batch):
     step = state.step + 1
     loss = jnp.where(step == 3, jnp.nan, 2.0)
-    metrics = dict.fromkeys(("grad_norm", "lr"), jnp.float32(0.5)) | {"loss": loss}
-    return state._replace(step=step), metrics | {"tokens": jnp.int32(9), "skipped": step // 3}
+    numbers = dict.fromkeys(("grad_norm", "lr", "spike_score"), jnp.float32(0.5)) | {"loss": loss}
+    counts = dict.fromkeys(("tokens", "pairs", "images", "verdict"), jnp.int32(0))
+    counts |= {"skipped": step // 3, "refused_in_a_row": jnp.int32(0)}
+    return state._replace(step=step), numbers | counts
+
+
+def layout_of(config):
+    return make_layout(config, make_mesh())
 
 
 def loop_with(config, store, before_step):
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), layout_of(config).abstract)
-    report = Report(config.run_dir, 0, config.steps, config.log_every)
+    layout = layout_of(config)
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), layout.abstract)
     stop = StopRequest()
 
     def step(state, batch):
         before_step(int(state.step) + 1, stop)
         return fake_step(state, batch)
 
-    feed = Feed(tiny.batches(config), batch_sharding(make_mesh()))
+    run = Run(
+        config=config,
+        run_dir=open_run(config, []),
+        store=store,
+        report=Report(config, layout, 0),
+        goodput=Goodput(),
+        faults=HostFaults(),
+        incidents=Incidents(config.run_dir, config.seed),
+        compile_step=lambda batch: step,
+        restore=lambda: None,
+        open_feed=lambda step: Feed(
+            tiny.batches(config, step - 1), batch_sharding(make_mesh()), patience=60.0
+        ),
+        state=state,
+    )
     try:
-        return _loop(config, step, state, feed, store, report, stop)
+        return loop(run, stop)
     finally:
-        feed.close()
-        report.close()
-
-
-def layout_of(config):
-    return make_layout(config, make_mesh())
+        run.close()
+        run.report.close()
+        run.run_dir.close()
 
 
 def test_full_disk_is_told_and_survived(tmp_path, capsys):

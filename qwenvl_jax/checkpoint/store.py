@@ -84,10 +84,13 @@ class CheckpointStore:
     def close(self) -> None:
         self._manager.close()
 
-    def restore_newest(self, wanted: Mapping[str, Item]) -> tuple[int, dict[str, Item]] | None:
+    def restore_newest(
+        self, wanted: Mapping[str, Item], defaults: Mapping[str, Item] | None = None
+    ) -> tuple[int, dict[str, Item]] | None:
         """Returns (step, items) of the newest step whose digests agree; None if there is no step.
 
         `wanted` holds ShapeDtypeStructs with shardings, which need not be those of the save.
+        `defaults` holds arrays for items that checkpoints of older versions do not have.
         Damaged steps are renamed `<step>.corrupt` and reported, never deleted; a read-only store
         only reports them.
 
@@ -97,7 +100,7 @@ class CheckpointStore:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return step, self._restore(step, wanted)
+                return step, self._restore(step, wanted, defaults or {})
             except _Damaged as reason:
                 self._set_aside(step, reason)
         aside = sorted(path.name for path in self._directory.glob("*.corrupt*"))
@@ -109,8 +112,12 @@ class CheckpointStore:
             )
         return None
 
-    def _restore(self, step: int, wanted: Mapping[str, Item]) -> dict[str, Item]:
+    def _restore(
+        self, step: int, wanted: Mapping[str, Item], defaults: Mapping[str, Item]
+    ) -> dict[str, Item]:
         record = self._read_record(step)
+        old = {name: dict(item) for name, item in defaults.items() if name not in record}
+        wanted = {name: arrays for name, arrays in wanted.items() if name not in old}
         for name, arrays in wanted.items():
             _check_names(f"{self._directory / str(step)} item {name!r}", arrays, record.get(name))
         args = {name: ocp.args.StandardRestore(dict(arrays)) for name, arrays in wanted.items()}
@@ -123,7 +130,7 @@ class CheckpointStore:
             for path, digest in digests(arrays).items():
                 if digest != record[name][path]["digest"]:
                     raise _Damaged(f"{name}: {path} does not have the digest it was saved with")
-        return items
+        return items | old
 
     def _read_record(self, step: int) -> dict[str, Any]:
         """Returns item -> name -> {shape, dtype, digest}; checked against its own sha256."""

@@ -14,6 +14,8 @@ _USAGE = """usage: python train.py CONFIG [--a.b=c ...]
 
 Trains by a config file, a Python file whose get_config() returns a TrainConfig. The same command on
 the same run_dir goes on where the run stopped. Ctrl-C or SIGTERM saves and ends with exit code 0.
+--skip-steps A:B passes over the batches of these steps; --allow-change NAME lets a run that has
+begun go on with another value of a setting.
 
   python train.py configs/nano/stage1.py
   python train.py configs/nano/stage1.py --run-dir=runs/try --optimizer.peak-lr=1e-3 --steps=500
@@ -21,6 +23,9 @@ the same run_dir goes on where the run stopped. Ctrl-C or SIGTERM saves and ends
 
 exit codes: 0 finished, or saved on request; 2 a wrong command, setting or directory
 """
+
+# After how long without a sign of life a process counts as dead, and the others end.
+_HEARTBEAT_SECONDS = 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,9 +85,10 @@ def join_cluster() -> None:
     import jax
 
     if "JAX_NUM_PROCESSES" not in os.environ and "JAX_PROCESS_ID" not in os.environ:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
         return
     jax.distributed.initialize(
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         num_processes=_whole_number("JAX_NUM_PROCESSES", 1),
         process_id=_whole_number("JAX_PROCESS_ID", 0),
     )

@@ -65,7 +65,7 @@ def classes(
     state = layout.abstract
     by_class = dict.fromkeys(CLASSES, 0)
     by_class["weights"] = shard_bytes((state.trainable, state.frozen))
-    by_class["optimizer"] = shard_bytes((state.optimizer, state.step, state.skipped))
+    by_class["optimizer"] = shard_bytes((state.optimizer, state.step, state.guard))
     by_class["batch"] = shard_bytes(batch)
     buffers = []
     label = _Labels(config, layout)

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from qwenvl_jax.data.example import Batch, DataError
+
+Tell = Callable[[int], dict[str, int | float]]
 
 
 class Feed:
@@ -23,12 +25,21 @@ class Feed:
         self,
         batches: Iterator[Batch],
         sharding: NamedSharding,
+        patience: float,
+        *,
         ahead: int = 1,
         held: "HeldRows | None" = None,
+        tell: Tell | None = None,
     ):
-        """`held` says which rows of the global batch `batches` bring; None: all of them."""
-        self._batches, self._held = batches, held
+        """Starts making batches.
+
+        patience: for how many seconds a batch is waited for before that is an error.
+        held: which rows of the global batch `batches` bring; None: all of them.
+        tell: what the data side says of the batch of a step, counted from 0.
+        """
+        self._held, self._tell = held, tell
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
+        self._patience = patience
         self._is_closed = threading.Event()
         args = (batches, sharding)
         self._thread = threading.Thread(target=self._fill, args=args, name="feed", daemon=True)
@@ -38,20 +49,25 @@ class Feed:
         return self
 
     def __next__(self) -> Batch:
-        item = self._queue.get()
+        try:
+            item = self._queue.get(timeout=self._patience)
+        except queue.Empty:
+            raise DataError(
+                f"the data have stopped coming: got no batch for {self._patience:g} seconds; a "
+                "worker or the storage hangs; raise guard.data_timeout if they are only slow"
+            ) from None
         if isinstance(item, BaseException):
             raise item
         return item
 
     def metrics(self, step: int) -> dict[str, int | float]:
         """Returns what the data side tells of the batch of a step, where it tells anything."""
-        tell = getattr(self._batches, "metrics", None)
-        return {} if tell is None else tell(step)
+        return {} if self._tell is None else self._tell(step)
 
     def close(self) -> None:
         """Ends the thread; what it has made is dropped."""
         self._is_closed.set()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=1)  # a thread that hangs in its source cannot be ended
 
     def _fill(self, batches: Iterator[Batch], sharding: NamedSharding) -> None:
         try:

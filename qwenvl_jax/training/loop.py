@@ -1,172 +1,175 @@
 """The training run, start to end: one visible loop.
 
     run_dir/config.json      the resolved config
-            manifest.json    who started it when, with which versions; one entry a start
+            manifest.json    one entry a start: who, when, with which versions, how it ended
             qwen.tiktoken    a copy of the vocabulary: the directory alone is a model
             checkpoints/     named by the number of finished steps
             metrics.jsonl    one line a finished step
-            loss.png         the curve, when the run ends
+            incidents.jsonl  one line a step that went wrong
+            curves.png       when the run ends
 
 The same command on the same run_dir goes on from the newest good checkpoint. The batch of a step
 and everything random in it follow from (seed, step), so the resumed run equals the uninterrupted.
 """
 
 import contextlib
-import math
-import os
-import signal
-import threading
+import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from qwenvl_jax.checkpoint.store import CheckpointStore
-from qwenvl_jax.config import ConfigError, TrainConfig
+from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 from qwenvl_jax.conversion.load import load_weights
+from qwenvl_jax.data import pipeline
 from qwenvl_jax.data.example import Batch
+from qwenvl_jax.data.pipeline import Share
+from qwenvl_jax.prompt.tokenizer import load_tokenizer
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
+from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed, HeldRows, rows_of_process
-from qwenvl_jax.training.optimizer import describe_plan
-from qwenvl_jax.training.report import Report, plot_loss
-from qwenvl_jax.training.run_dir import open_run
+from qwenvl_jax.training.goodput import Goodput
+from qwenvl_jax.training.hosts import check_agreement
+from qwenvl_jax.training.incidents import Incidents, RunStopped
+from qwenvl_jax.training.introduction import introduction
+from qwenvl_jax.training.memory import describe_memory, explained
+from qwenvl_jax.training.plot import plot_curves
+from qwenvl_jax.training.report import Report
+from qwenvl_jax.training.run import Outcome, Run
+from qwenvl_jax.training.run_dir import RunDir, flat_fields, open_run
+from qwenvl_jax.training.skips import last_skipped
 from qwenvl_jax.training.state import (
     Layout,
     TrainState,
     Weights,
     from_items,
     make_layout,
+    new_items,
     random_weights,
     start_state,
     to_items,
 )
 from qwenvl_jax.training.step import Metrics, TrainStep, make_train_step
+from qwenvl_jax.training.stop import StopRequest
 
-Batches = Callable[[int], Iterator[Batch]]  # first step -> the batches from there on
+GivenBatches = Callable[[int], Iterator[Batch]]  # first step -> the batches from there on
 
 
 def train(
-    config: TrainConfig, *, command: Sequence[str] = (), batches: Batches | None = None
+    config: TrainConfig,
+    *,
+    command: Sequence[str] = (),
+    batches: GivenBatches | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> int:
     """Runs or resumes the run in `config.run_dir`; returns the number of finished steps.
 
     That is `config.steps`, or fewer when SIGTERM or Ctrl-C asked to stop: then the state of the
-    last finished step has been saved. `batches` replaces the configured data.
+    last finished step has been saved. `batches` replaces the configured data, `devices` all those
+    of this job.
 
     Raises:
         ConfigError: settings that cannot work, or that are not those of the run in this directory.
         CheckpointError: there are checkpoints, but none to go on from.
+        HostsDiffer: the processes of the run do not agree.
+        RunStopped: too many bad steps in a row; the state is saved.
+        OutOfMemory: the device cannot hold the step; what is on disk is whole.
     """
-    mesh = make_mesh(config.mesh)
+    goodput, faults = Goodput(), HostFaults(config.simulate_fault)
+    mesh = make_mesh(config.mesh, devices)
     layout = make_layout(config, mesh)
     train_step = make_train_step(config, layout)
-    notes = open_run(config, command)
-    store = CheckpointStore(config.run_dir, keep=config.checkpoint.keep)
-    # The mesh context serves sharding constraints that name mesh axes only.
-    with jax.set_mesh(mesh), contextlib.closing(store):
-        state = _restore_or_start(config, layout, store)
+    with contextlib.ExitStack() as stack:
+        # The mesh context serves sharding constraints that name mesh axes only.
+        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(explained(layout))
+        run_dir = stack.enter_context(contextlib.closing(open_run(config, command)))
+        _check_processes(config, run_dir)
+        store = CheckpointStore(config.run_dir, keep=config.checkpoint.keep)
+        stack.enter_context(contextlib.closing(store))
+        with goodput.spend("restore"):
+            state = restore(layout, store)
+            state = state or start_state(config, layout, initial_weights(config, layout))
         first_step = int(state.step)
-        report = Report(config.run_dir, first_step, config.steps, config.log_every)
-        with contextlib.closing(report):
-            for line in [*notes, *_introduction(config, layout, first_step)]:
-                report.say(line)
-            if first_step >= config.steps:
-                report.say("nothing to do: this run is finished")
-                return first_step
-            if batches:
-                held, source = None, batches(first_step)
-            else:
-                held = rows_of_process(batch_sharding(mesh), config.data.rows)
-                source = _configured_batches(config, first_step, held)
-            feed = Feed(source, batch_sharding(mesh), held=held)
-            with contextlib.closing(feed), StopRequest() as stop:
-                last_step = _loop(config, train_step, state, feed, store, report, stop)
-    print(plot_loss(config.run_dir), flush=True)
+        check_agreement({"the newest good checkpoint": str(first_step)})
+        run_dir.ask_to_skip(config.skip_steps, first_step)
+        report = stack.enter_context(contextlib.closing(Report(config, layout, first_step)))
+        for line in [*run_dir.notes, *introduction(config, layout, first_step)]:
+            report.say(line)
+        if first_step >= config.steps:
+            report.say("nothing to do: this run is finished")
+            return first_step
+        run = Run(
+            config=config,
+            run_dir=run_dir,
+            store=store,
+            report=report,
+            goodput=goodput,
+            faults=faults,
+            incidents=Incidents(config.run_dir, config.seed),
+            compile_step=lambda batch: _compile(train_step, layout, batch, report),
+            restore=lambda: restore(layout, store),
+            open_feed=_feeds(config, layout, faults, batches),
+            state=state,
+        )
+        stack.enter_context(contextlib.closing(run))
+        last_step = loop(run, stack.enter_context(StopRequest()))
+        report.say(f"time: {goodput.summary()}")
+        run_dir.end(step=last_step, seconds=goodput.split())
+    if jax.process_index() == 0:
+        print(plot_curves(config.run_dir), flush=True)
     return last_step
 
 
-def _loop(
-    config: TrainConfig,
-    train_step: TrainStep,
-    state: TrainState,
-    feed: Feed,
-    store: CheckpointStore,
-    report: Report,
-    stop: "StopRequest",
-) -> int:
-    """Returns the number of finished steps; the state after the last one is saved."""
-    first_step = step = int(state.step)
-    unlogged: tuple[int, Metrics] | None = None
-    for step in range(first_step + 1, config.steps + 1):
-        state, metrics = train_step(state, next(feed))
-        # Reading numbers waits for the device, so those of a step are read when the next one is
-        # already on its way.
-        if unlogged is not None:
-            _log(report, feed, *unlogged)
-        unlogged = (step, metrics)
-        if stop.signal is not None:
-            report.say(f"{stop.signal}: stopping after step {step}")
+def loop(run: Run, stop: StopRequest) -> int:
+    """Returns the number of finished steps; the state after the last one is saved.
+
+    While the device computes a step, its predecessor's numbers are read: reading waits for the
+    device. So a bad step is found when the next one has been sent, which then was on hold, changed
+    nothing, and is sent again.
+    """
+    config, step, ahead, tick, end = run.config, int(run.state.step), None, 0, ""
+    while True:
+        tick += 1
+        if not end and (asked := stop.reached(tick)):
+            end = f"{asked}: stopping after step {step}"
+        is_last = bool(end) or step == config.steps
+        is_due = ahead is not None and run.is_pause_due(step)
+        skip_to = last_skipped(step + 1, run.run_dir.skips)
+        flight = None if is_last or is_due or skip_to else run.send(step + 1)
+        outcome = Outcome.FINE if ahead is None else run.settle(ahead)
+        ahead = None
+        if outcome is Outcome.REWOUND:
+            step = int(run.state.step)
+        elif outcome is Outcome.TOO_MANY:
+            end = f"stopped after step {step}: {run.config.guard.stop_after} bad steps in a row"
             break
-        if step % config.checkpoint.every_steps == 0 and step < config.steps:
-            # The line first: a resumed run does not make the steps before its checkpoint again.
-            _log(report, feed, *unlogged)
-            unlogged = None
-            _tolerate(report, step, lambda: store.save(step, to_items(state)))  # noqa: B023
-        _tolerate(report, step, store.check)
-    if unlogged is not None:
-        _log(report, feed, *unlogged)
-    _tolerate(report, step, store.wait)
-    store.save(step, to_items(state))
-    store.wait()  # when this last save fails, the run fails
-    report.say(f"saved step {step} in {Path(config.run_dir) / 'checkpoints'}")
+        elif is_last:
+            break
+        elif is_due:
+            run.pause(step)
+        elif skip_to:
+            step = run.pass_over(step + 1, min(skip_to, config.steps))
+        elif flight is not None:
+            was_on_hold = outcome is Outcome.RELEASED
+            ahead = run.send(flight.step, flight.batch) if was_on_hold else flight
+            step = ahead.step
+    if end:
+        run.report.say(end)
+    run.save_last(step)
+    if outcome is Outcome.TOO_MANY:
+        raise RunStopped(
+            f"{end}; the state before them is saved, {run.incidents.path} names their batches: "
+            "mend the data, lower optimizer.peak_lr, or pass over them with --skip-steps A:B"
+        )
     return step
 
 
-def _log(report: Report, feed: Feed, step: int, metrics: Metrics) -> None:
-    numbers = {name: value.item() for name, value in jax.device_get(metrics).items()}
-    report.step({"step": step} | numbers | feed.metrics(step - 1))
-
-
-def _tolerate(report: Report, step: int, action: Callable[[], None]) -> None:
-    """Runs a save or a look at saves under way; a failure is told and survived.
-
-    The older checkpoints are whole, and the space on the disk may come back.
-    """
-    try:
-        action()
-    except Exception as error:  # noqa: BLE001  a full disk has many names
-        report.say(f"CHECKPOINT NOT SAVED (seen at step {step}): {error}; training goes on")
-
-
-class StopRequest:
-    """Notes the first SIGTERM or Ctrl-C in `signal`; the second one ends the process at once."""
-
-    def __init__(self):
-        self.signal: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: Any) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = signal.Signals(number).name
-
-
-def _restore_or_start(config: TrainConfig, layout: Layout, store: CheckpointStore) -> TrainState:
-    found = store.restore_newest(to_items(layout.abstract))
-    if found is not None:
-        return from_items(found[1], layout.abstract)
-    return start_state(config, layout, initial_weights(config, layout))
+def restore(layout: Layout, store: CheckpointStore) -> TrainState | None:
+    """Returns the state of the newest good checkpoint, or None where there is none."""
+    found = store.restore_newest(to_items(layout.abstract), new_items(layout))
+    return found and from_items(found[1], layout.abstract)
 
 
 def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
@@ -181,10 +184,55 @@ def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
     return {path: variable.get_value() for path, variable in named_variables(state).items()}
 
 
-def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) -> Iterator[Batch]:
-    from qwenvl_jax.data.pipeline import Share, batches
-    from qwenvl_jax.prompt.tokenizer import load_tokenizer
+def _compile(
+    train_step: TrainStep, layout: Layout, batch: Batch, report: Report
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the step as one executable, which cannot compile again: other shapes are an error."""
+    compiled = train_step.lower(layout.abstract, batch).compile()
+    report.say(describe_memory(compiled))
+    return compiled
 
+
+def _check_processes(config: TrainConfig, run_dir: RunDir) -> None:
+    """Raises HostsDiffer unless all processes have the same settings, code and inputs."""
+    start = run_dir.start
+    facts = {
+        "the commit": start["commit"],
+        "package versions": start["versions"],
+        "inputs": start["inputs"],
+        "skip_steps": run_dir.skips,
+        **{f"the setting {path}": value for path, value in flat_fields(to_dict(config)).items()},
+    }
+    check_agreement({name: json.dumps(value) for name, value in facts.items()})
+
+
+def _feeds(
+    config: TrainConfig, layout: Layout, faults: HostFaults, given: GivenBatches | None
+) -> Callable[[int], Feed]:
+    """Returns a function from the first step to the feed of batches from there on."""
+    sharding = batch_sharding(layout.mesh)
+    held = None if given else rows_of_process(sharding, config.data.rows)
+
+    def watched(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+        for number, batch in enumerate(batches, start=step):
+            faults.hang_data(number)
+            yield batch
+
+    def open_feed(step: int) -> Feed:
+        # Steps are counted from 1 here, batches from 0.
+        if given:
+            source, tell = given(step - 1), None
+        else:
+            assert held is not None
+            source = _configured_batches(config, step - 1, held)
+            tell = source.metrics
+        patience = config.guard.data_timeout
+        return Feed(watched(source, step), sharding, patience, held=held, tell=tell)
+
+    return open_feed
+
+
+def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) -> pipeline.Batches:
     slots = config.model.adapter.num_queries
     tokenizer = load_tokenizer(config.data.tokenizer, slots=slots)
     if tokenizer.image_start_id != config.model.image_start_id:
@@ -198,29 +246,6 @@ def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) ->
             f"{config.model.decoder.vocab_size}, expected at least {tokenizer.vocab_size}"
         )
     share = Share(held.rows, jax.process_index())
-    return batches(
+    return pipeline.batches(
         config.data, config.seed, first_step, slots=slots, share=share, folder=config.run_dir
     )
-
-
-def _introduction(config: TrainConfig, layout: Layout, first_step: int) -> list[str]:
-    """Returns what a person wants to know before the first step."""
-    data = config.data
-    size = {name: _gigabytes(part) for name, part in layout.abstract._asdict().items()}
-    start = f"resumes after step {first_step}" if first_step else f"starts from {config.init}"
-    return [
-        describe_plan(layout.model_state, layout.plan),
-        f"mesh {dict(layout.mesh.shape)}, {layout.mesh.devices.flat[0].device_kind}; GB a device: "
-        f"trained {size['trainable']:.3f}, frozen {size['frozen']:.3f}, "
-        f"optimizer {size['optimizer']:.3f}",
-        f"a step: {data.rows} rows x {data.length} tokens, at most {data.max_images} pictures "
-        f"a row of {data.image_size} x {data.image_size}, {config.micro_batches} micro-batches",
-        f"{config.run_dir}: {start}, {config.steps} steps",
-    ]
-
-
-def _gigabytes(tree: Any) -> float:
-    """Returns how much of an abstract tree one device holds."""
-    leaves = jax.tree.leaves(tree)
-    sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves]
-    return sum(sizes) / 1e9

@@ -1,4 +1,4 @@
-"""What a person sees of a run: metrics.jsonl, TensorBoard, the terminal and the loss curve."""
+"""What a person sees of a run: metrics.jsonl, TensorBoard, and the terminal."""
 
 import json
 import math
@@ -8,53 +8,62 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.training.flops import all_peaks, step_flops
+from qwenvl_jax.training.guard import FINE, REASONS
 from qwenvl_jax.training.run_dir import truncate_metrics
+from qwenvl_jax.training.state import Layout
 
 _RATE_WINDOW = 50  # steps that the speed is averaged over
+_RATES = {"tokens": "tokens_per_second", "images": "images_per_second", "flops": "flops_per_second"}
 
 
 class Report:
-    """Takes one record a step and shows it: a progress bar on a terminal, plain lines elsewhere."""
+    """Takes one record a step and shows it: a progress bar on a terminal, plain lines elsewhere.
 
-    def __init__(self, run_dir: str | Path, first_step: int, num_steps: int, log_every: int):
+    With several processes only the first one writes and speaks.
+    """
+
+    def __init__(self, config: TrainConfig, layout: Layout, first_step: int):
         """Continues after `first_step` finished steps; later lines of the file are dropped."""
-        self._run_dir, self._num_steps, self._log_every = Path(run_dir), num_steps, log_every
-        path = self._run_dir / "metrics.jsonl"
-        truncate_metrics(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _tensorboard(self._run_dir, first_step)
-        self._times: deque[tuple[float, float]] = deque([(time.perf_counter(), 0.0)], _RATE_WINDOW)
-        self._is_first = True
-        self._bar = _ProgressBar(first_step, num_steps) if sys.stdout.isatty() else None
+        self.failed_saves = 0
+        self._config, self._run_dir = config, Path(config.run_dir)
+        self._flops = step_flops(
+            config.model, layout.model_state, layout.plan, config.data.image_size
+        )
+        self._peak = all_peaks()
+        self._is_speaker = jax.process_index() == 0
+        self._open(first_step)
+        is_watched = self._is_speaker and sys.stdout.isatty()
+        self._bar = _ProgressBar(first_step, config.steps) if is_watched else None
 
-    def step(self, record: dict[str, Any]) -> None:
-        """Writes the record of one finished step; it holds at least step, loss, lr and tokens."""
-        now, tokens = time.perf_counter(), self._times[-1][1] + record["tokens"]
-        self._times.append((now, tokens))
-        (start, before), steps = self._times[0], len(self._times) - 1
-        if self._is_first:
-            # The first step holds the compilation: told in its line, kept out of the mean.
-            self._times, self._is_first = deque([(now, tokens)], _RATE_WINDOW), False
-        record = record | {
-            "seconds_per_step": round((now - start) / steps, 4),
-            "tokens_per_second": round((tokens - before) / (now - start), 1),
-        }
-        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
-        self._file.flush()  # to the system, not to the disk: a kill loses nothing, a step no time
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, record["step"])
+    def step(self, numbers: dict[str, Any]) -> None:
+        """Writes the numbers of one finished step, as `make_train_step` names them."""
+        record = self._timed(numbers)
+        self._write(record)
         if self._bar is not None:
             self._bar.show(record)
-        elif record["step"] % self._log_every == 0 or record["step"] == self._num_steps:
-            self.say(_line(record, self._num_steps))
+        elif record["step"] % self._config.log_every == 0 or record["step"] == self._config.steps:
+            self.say(_line(record, self._config.steps))
+
+    def passed_over(self, step: int) -> None:
+        """Writes a line for a step that was not made."""
+        self._write({"step": step, "loss": None, "passed_over": True})
+
+    def rewind(self, step: int) -> None:
+        """Forgets the steps after `step`: they will be made again."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        self._open(step)
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
         if self._bar is not None:
             self._bar.print(text)
-        else:
+        elif self._is_speaker:
             print(text, flush=True)
 
     def close(self) -> None:
@@ -63,6 +72,54 @@ class Report:
             self._board.close()
         if self._bar is not None:
             self._bar.stop()
+
+    def _open(self, first_step: int) -> None:
+        path = self._run_dir / "metrics.jsonl"
+        if self._is_speaker:
+            truncate_metrics(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _tensorboard(self._run_dir, first_step) if self._is_speaker else None
+        self._sums: deque[dict[str, float]] = deque([self._sum_after({})], _RATE_WINDOW)
+        self._is_first = True
+
+    def _sum_after(self, numbers: dict[str, Any]) -> dict[str, float]:
+        """Returns the running totals after one more step, and the time."""
+        before = self._sums[-1] if numbers else {}
+        added = numbers | {"flops": self._flops(numbers)} if numbers else {}
+        sums = {name: before.get(name, 0.0) + added.get(name, 0.0) for name in _RATES}
+        return sums | {"time": time.perf_counter()}
+
+    def _timed(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        """Returns the record of a step: its numbers, and speeds over the last steps."""
+        now = self._sum_after(numbers)
+        self._sums.append(now)
+        start, steps = self._sums[0], len(self._sums) - 1
+        seconds = now["time"] - start["time"]
+        if self._is_first:
+            # The first step holds the compilation: told in its line, kept out of the mean.
+            self._sums, self._is_first = deque([now], _RATE_WINDOW), False
+        rates = {name: (now[key] - start[key]) / seconds for key, name in _RATES.items()}
+        flops = rates.pop("flops_per_second")
+        places = self._config.data.rows * self._config.data.length
+        return numbers | {
+            "verdict": REASONS[numbers.get("verdict", FINE)],
+            "seconds_per_step": round(seconds / steps, 4),
+            **{name: round(rate, 2) for name, rate in rates.items()},
+            "tflops_per_second": round(flops / 1e12, 4),
+            "mfu": round(flops / self._peak, 4) if self._peak else None,
+            "padding": round(1.0 - numbers["tokens"] / places, 4),
+            "failed_saves": self.failed_saves,
+        }
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if not self._is_speaker:
+            return
+        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+        self._file.flush()  # to the system, not to the disk: a kill loses nothing, a step no time
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, record["step"])
 
 
 class _ProgressBar:
@@ -103,8 +160,12 @@ def _line(record: dict[str, Any], num_steps: int) -> str:
 def _numbers(record: dict[str, Any]) -> str:
     text = (
         f"loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s  {record['seconds_per_step']:.3f} s/step"
+        f"{record['tokens_per_second']:,.0f} tokens/s  "
+        f"{record['images_per_second']:,.1f} pictures/s  {record['seconds_per_step']:.3f} s/step  "
+        f"padding {record['padding']:.1%}"
     )
+    if record["mfu"] is not None:
+        text += f"  MFU {record['mfu']:.1%}"
     return text + (f"  skipped {record['skipped']}" if record["skipped"] else "")
 
 
@@ -119,39 +180,3 @@ def _tensorboard(run_dir: Path, first_step: int) -> Any | None:
     except ImportError:  # the JSON lines hold everything
         return None
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1, flush_secs=30)
-
-
-def plot_loss(run_dir: str | Path) -> str:
-    """Draws run_dir/loss.png from metrics.jsonl; returns a line that says what was done."""
-    try:
-        import matplotlib
-    except ImportError:
-        return "no loss.png: matplotlib is not installed (pip install 'qwenvl-jax[plot]')"
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    path = Path(run_dir) / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    records = [r for r in records if r["loss"] is not None]
-    if not records:
-        return "no loss.png: no step has been logged"
-    steps, losses = [r["step"] for r in records], [r["loss"] for r in records]
-    width = max(1, len(losses) // 50)
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.plot(steps, losses, color="0.8", linewidth=0.8, label="each step")
-    axes.plot(steps, _smooth(losses, width), color="C0", label=f"mean of {width} steps")
-    axes.set(xlabel="step", ylabel="loss", title=str(run_dir))
-    axes.legend(frameon=False)
-    figure.savefig(Path(run_dir) / "loss.png", dpi=120)
-    plt.close(figure)
-    return f"loss curve: {Path(run_dir) / 'loss.png'}"
-
-
-def _smooth(values: list[float], width: int) -> list[float]:
-    """Returns the mean of each value and those before it, `width` at most."""
-    window: deque[float] = deque(maxlen=width)
-    means = []
-    for value in values:
-        window.append(value)
-        means.append(sum(window) / len(window))
-    return means

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, init_state
 from qwenvl_jax.sharding import named_variables, with_shardings
+from qwenvl_jax.training.guard import GuardState, fresh_guard
 from qwenvl_jax.training.optimizer import ParameterPlan, make_optimizer, plan_parameters
 
 Weights = dict[str, jax.Array]
@@ -29,7 +31,7 @@ class TrainState(NamedTuple):
     trainable: Weights
     frozen: Weights
     optimizer: Any  # of optax: two moments of every trained parameter
-    skipped: Any  # int32 scalar: steps whose update was not finite, so not applied
+    guard: GuardState
 
 
 class Layout(NamedTuple):
@@ -68,7 +70,10 @@ def make_layout(config: TrainConfig, mesh: Mesh) -> Layout:
         trainable=trainable,
         frozen=frozen,
         optimizer=jax.tree_util.tree_map_with_path(place, moments),
-        skipped=scalar,
+        guard=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+            jax.eval_shape(fresh_guard),
+        ),
     )
     return Layout(mesh, graphdef, state, plan, abstract)
 
@@ -93,13 +98,27 @@ def start_state(config: TrainConfig, layout: Layout, weights: Weights) -> TrainS
     trainable, frozen = split_weights(weights, layout.plan)
     optimizer = make_optimizer(config.optimizer, layout.plan)
 
-    @jax.jit(out_shardings=(layout.shardings.optimizer, layout.shardings.step))
-    def begin(trainable):
-        return optimizer.init(trainable), jnp.zeros((), jnp.int32)
+    shardings = layout.shardings
 
-    moments, zero = begin(trainable)
-    # Two arrays, not one twice: the step donates each of them.
-    return TrainState(zero, trainable, frozen, moments, jnp.copy(zero))
+    @jax.jit(out_shardings=(shardings.step, shardings.optimizer, shardings.guard))
+    def begin(trainable):
+        return jnp.zeros((), jnp.int32), optimizer.init(trainable), fresh_guard()
+
+    step, moments, guard = begin(trainable)
+    return TrainState(step, trainable, frozen, moments, guard)
+
+
+def with_scalars(state: TrainState, step: int, **guard: int) -> TrainState:
+    """Returns the state with its step, and the named counters of its guard, set by the host."""
+
+    def scalar(value: int) -> jax.Array:
+        # No transfer of a global array: every process makes its own copy, of the same number.
+        return jax.make_array_from_callback(
+            (), state.step.sharding, lambda _: np.asarray(value, np.int32)
+        )
+
+    counters = {name: scalar(value) for name, value in guard.items()}
+    return state._replace(step=scalar(step), guard=state.guard._replace(**counters))
 
 
 def to_items(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -107,13 +126,26 @@ def to_items(state: TrainState) -> dict[str, dict[str, Any]]:
 
     `weights` holds the whole model, whatever was frozen, so any later run can start from it.
     """
-    rest = {"step": state.step, "skipped": state.skipped, "optimizer": state.optimizer}
-    return {"weights": state.trainable | state.frozen, "optimizer": _flatten(rest)}
+    guard = dict(state.guard._asdict())
+    # Here since format 1, and read by those who look at checkpoints.
+    rest = {"step": state.step, "skipped": guard.pop("skipped"), "optimizer": state.optimizer}
+    return {
+        "weights": state.trainable | state.frozen,
+        "optimizer": _flatten(rest),
+        "guard": guard,
+    }
+
+
+def new_items(layout: Layout) -> dict[str, dict[str, jax.Array]]:
+    """Returns what checkpoints of format 1 lack, as a fresh run has it."""
+    guard = jax.jit(fresh_guard, out_shardings=layout.shardings.guard)()._asdict()
+    del guard["skipped"]
+    return {"guard": guard}
 
 
 def from_items(items: dict[str, dict[str, Any]], abstract: TrainState) -> TrainState:
     """Returns the state again; the inverse of `to_items`."""
-    rest = {"step": abstract.step, "skipped": abstract.skipped, "optimizer": abstract.optimizer}
+    rest = {"step": abstract.step, "skipped": abstract.step, "optimizer": abstract.optimizer}
     leaves = [items["optimizer"][name] for name in _flatten(rest)]
     rest = jax.tree.unflatten(jax.tree.structure(rest), leaves)
     weights = items["weights"]
@@ -122,7 +154,7 @@ def from_items(items: dict[str, dict[str, Any]], abstract: TrainState) -> TrainS
         trainable={name: weights[name] for name in abstract.trainable},
         frozen={name: weights[name] for name in abstract.frozen},
         optimizer=rest["optimizer"],
-        skipped=rest["skipped"],
+        guard=GuardState(skipped=rest["skipped"], **items["guard"]),
     )
 
 

@@ -18,6 +18,8 @@ from qwenvl_jax.data.example import Batch
 from qwenvl_jax.model.qwenvl import NO_IMAGE
 from qwenvl_jax.sharding import AXIS_TABLE, batch_sharding
 from qwenvl_jax.training.compiler import compiler_options
+from qwenvl_jax.training.faults import disturb, parse_faults
+from qwenvl_jax.training.guard import HELD, judge
 from qwenvl_jax.training.loss import next_token_loss
 from qwenvl_jax.training.optimizer import clip_by_norm, learning_rate, make_optimizer
 from qwenvl_jax.training.state import Layout, TrainState, Weights, merge_model
@@ -31,21 +33,22 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
 
     Metrics, scalars on the device: `loss` (mean over scored tokens of the whole batch),
     `grad_norm` (before clipping, trained parameters only), `lr`, `tokens` (without padding),
-    `scored_tokens`, `images`, `skipped` (so far).
-
-    A step whose loss or gradient is not finite, or that scores no token, leaves parameters and
-    moments bit-equal and is counted in `skipped`.
+    `pairs` (of a token and one that it may look at), `scored_tokens`, `images`, `verdict` (one of
+    `guard.REASONS`), `spike_score`, and the updates refused so far, `skipped`, and since the last
+    good step, `refused_in_a_row`.
 
     Raises:
         ConfigError: the rows of a micro-batch do not divide over the devices.
     """
     num_shards = _check_rows(config, layout.mesh)
     optimizer = make_optimizer(config.optimizer, layout.plan)
+    faults = parse_faults(config.simulate_fault)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         gradients, loss_sum, weight_sum = _gradients(
             state, batch, config, layout, chunk=config.loss_chunk * num_shards
         )
+        gradients, loss_sum = disturb(gradients, loss_sum, state.step + 1, faults)
         scored = jnp.where(weight_sum > 0, weight_sum, 1.0)
         loss = loss_sum / scored
         gradients = {name: g / scored for name, g in gradients.items()}
@@ -56,23 +59,28 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
         updates, moments = optimizer.update(clipped, state.optimizer, state.trainable)
         trainable = {n: p - (lr * updates[n]).astype(p.dtype) for n, p in state.trainable.items()}
 
-        is_good = jnp.isfinite(loss) & jnp.isfinite(norm) & (weight_sum > 0)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(is_good, a, b), new, old)  # noqa: E731
+        is_applied, verdict, score, guard = judge(state.guard, loss, norm, weight_sum, config.guard)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(is_applied, a, b), new, old)  # noqa: E731
         new_state = TrainState(
-            step=state.step + 1,
+            step=state.step + jnp.where(verdict == HELD, 0, 1),
             trainable=keep(trainable, state.trainable),
             frozen=state.frozen,
             optimizer=keep(moments, state.optimizer),
-            skipped=state.skipped + jnp.where(is_good, 0, 1),
+            guard=guard,
         )
+        is_token = batch.segment > 0
         metrics = {
             "loss": loss,
             "grad_norm": norm,
             "lr": lr,
-            "tokens": (batch.segment > 0).sum(),
+            "tokens": is_token.sum(),
+            "pairs": jnp.where(is_token, batch.position + 1.0, 0.0).sum(),
             "scored_tokens": weight_sum,
             "images": (batch.image_start < NO_IMAGE).sum(),
-            "skipped": new_state.skipped,
+            "verdict": verdict,
+            "spike_score": score,
+            "skipped": guard.skipped,
+            "refused_in_a_row": guard.in_a_row,
         }
         return new_state, metrics
 

@@ -1,0 +1,92 @@
+"""How much arithmetic a step needs, and which share of the device's peak that is (MFU).
+
+Convention: two operations a multiplication with its addition. Counted is what the model needs for
+the tokens and pictures that are there: vision is counted, padding and empty picture slots are not,
+and nothing for what remat computes again. Matrix products count once forward, once for the
+gradient of their input where something before them is trained, once for their kernel's where that
+is trained: a frozen part costs one third or two thirds of a trained one. Attention counts the pairs
+of tokens that may look at each other. Norms, softmax, optimizer and loss count nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from qwenvl_jax.config import ModelConfig
+from qwenvl_jax.sharding import named_variables
+from qwenvl_jax.training.optimizer import ParameterPlan
+
+# Dense bf16 operations a second of one device, as its maker states them.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+_PER_QUERY = ("adapter.attn.o_proj", "adapter.proj")
+# The learned queries are the same for all pictures: projected once a step, which is nothing.
+_PER_STEP = "adapter.attn.q_proj"
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns the peak of one device of this kind; None where it is not known, as of a CPU."""
+    known = [kind for kind in PEAKS if device_kind.startswith(kind)]
+    return PEAKS[max(known, key=len)] if known else None
+
+
+def step_flops(
+    model: ModelConfig, abstract: nnx.State, plan: dict[str, ParameterPlan], image_size: int
+) -> Callable[[dict[str, Any]], float]:
+    """Returns a function from a step's record (tokens, pairs, images) to its operations."""
+    patches = (image_size // model.vision.patch_size) ** 2
+    queries = model.adapter.num_queries
+    trains = {path.split(".")[0] for path, row in plan.items() if row.is_trained}
+    # Gradients pass through a part when something in it or before it is trained.
+    passes = {
+        "vit": "vit" in trains,
+        "adapter": bool(trains & {"vit", "adapter"}),
+        "decoder": bool(trains),
+    }
+    per_image = per_token = 0.0
+    for path, variable in named_variables(abstract).items():
+        if not path.endswith(".kernel") or path.startswith(_PER_STEP):
+            continue
+        part = path.split(".")[0]
+        # Pixels have no gradient, and what comes out of a frozen tower needs none.
+        ends = {"vit.patch_embed.kernel": False, "adapter.kv_proj.kernel": passes["vit"]}
+        times = 1 + ends.get(path, passes[part]) + plan[path].is_trained
+        operations = 2.0 * times * variable.get_value().size
+        if part == "decoder":
+            per_token += operations
+        else:
+            per_image += operations * (queries if path.startswith(_PER_QUERY) else patches)
+
+    def attention(width: int, num_layers: int, part: str) -> float:
+        """Returns operations a pair: scores and weighted sum, and both again for each gradient."""
+        return 4.0 * width * num_layers * (3 if passes[part] else 1)
+
+    vision, decoder = model.vision, model.decoder
+    per_image += patches**2 * attention(vision.width, vision.num_layers, "vit")
+    per_image += patches * queries * attention(decoder.width, 1, "adapter")
+    per_pair = attention(decoder.num_heads * decoder.head_dim, decoder.num_layers, "decoder")
+
+    def count(record: dict[str, Any]) -> float:
+        return (
+            per_image * record["images"] + per_token * record["tokens"] + per_pair * record["pairs"]
+        )
+
+    return count
+
+
+def all_peaks() -> float | None:
+    """Returns the peak of all devices of this job together."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return peak and peak * jax.device_count()

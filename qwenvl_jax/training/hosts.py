@@ -1,0 +1,77 @@
+"""What all processes of a run must agree on: how they start, and the copies of the parameters."""
+
+import hashlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from qwenvl_jax.checkpoint.digest import digests
+
+
+class HostsDiffer(RuntimeError):
+    """The processes of one run are not of one mind, or hold copies that are not equal."""
+
+
+def check_agreement(facts: Mapping[str, str]) -> None:
+    """Returns when every process has the same text under every name; the names must be the same.
+
+    Raises:
+        HostsDiffer: on every process, naming what differs and the processes that are not of the
+            first one's mind.
+    """
+    if jax.process_count() == 1:
+        return
+    ours = np.array([_number(text) for text in facts.values()], np.uint32)
+    everyone = multihost_utils.process_allgather(ours)
+    differ = [
+        f"{name} on processes {np.flatnonzero((everyone[:, row] != everyone[0, row]).any(-1))}"
+        for row, name in enumerate(facts)
+        if (everyone[:, row] != everyone[0, row]).any()
+    ]
+    if differ:
+        raise HostsDiffer(
+            f"the processes of this run differ from process 0 in {'; '.join(differ)}: start all of "
+            "them with the same command, code and files"
+        )
+
+
+def check_copies(arrays: Mapping[str, jax.Array]) -> None:
+    """Returns when all copies of every part of every array are bit-equal, on all devices.
+
+    Only arrays with copies are looked at: those that are not split over all devices.
+
+    Raises:
+        HostsDiffer: on every process, naming the first such array and its devices.
+    """
+    rows, names = [], {}
+    for path, array in sorted(arrays.items()):
+        index_of = array.sharding.devices_indices_map(array.shape)
+        parts = {device: f"{path} {index}" for device, index in index_of.items()}
+        if len(set(parts.values())) == len(parts):
+            continue  # no copies
+        names |= {_number(part): path for part in parts.values()}
+        for shard in array.addressable_shards:
+            digest = digests({"": shard.data})[""]
+            digest = (int(digest[:8], 16), int(digest[8:], 16))
+            rows.append((*_number(parts[shard.device]), *digest, shard.device.id))
+    if not rows:
+        return
+    # Every process holds as many devices, and so as many rows, as any other.
+    table = multihost_utils.process_allgather(np.array(rows, np.uint32), tiled=True)
+    by_part: dict[tuple[int, int], dict[int, str]] = {}
+    for *part, high, low, device in table.tolist():
+        by_part.setdefault((part[0], part[1]), {})[device] = f"{high:08x}{low:08x}"
+    for part, devices in by_part.items():
+        if len(set(devices.values())) > 1:
+            listed = ", ".join(f"{device}: {digest}" for device, digest in devices.items())
+            raise HostsDiffer(
+                f"the copies of {names[part]} are not equal (device: digest {listed}): a device "
+                "has made an error; resume from the last checkpoint without it"
+            )
+
+
+def _number(text: str) -> tuple[int, int]:
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")

@@ -1,0 +1,95 @@
+"""What a start of a run was made of: code, versions, settings, inputs, command.
+
+`manifest.json` holds one entry a start, and the ranges of steps that the run passes over.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qwenvl_jax.config import TrainConfig, to_dict
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
+
+
+def describe_start(config: TrainConfig, command: Sequence[str]) -> dict[str, Any]:
+    """Returns the manifest's entry of one start, ready for JSON."""
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": list(command),
+        "commit": code_version(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+        "inputs": inputs_of(config),
+        "config": to_dict(config),
+    }
+
+
+def inputs_of(config: TrainConfig) -> dict[str, str | None]:
+    """Returns name -> fingerprint of what the run reads; None for what is not there."""
+    return {"tokenizer": fingerprint(tokenizer_file(config.data.tokenizer))}
+
+
+def saved_inputs(start: dict[str, Any]) -> dict[str, str | None]:
+    """Returns the fingerprints of an entry; before version 0.2 there was the tokenizer's alone."""
+    return start["inputs"] if "inputs" in start else {"tokenizer": start["tokenizer_sha256"]}
+
+
+def version_notes(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """Returns a line for every package whose version differs, with both versions."""
+    return [
+        f"{name} was {version} at the last start and is {new.get(name, 'not there')} now: numbers "
+        "may differ in the last digits"
+        for name, version in old.items()
+        if new.get(name) != version
+    ]
+
+
+def tokenizer_file(path: str) -> Path:
+    return Path(path) / "qwen.tiktoken" if Path(path).is_dir() else Path(path)
+
+
+def fingerprint(path: Path) -> str | None:
+    """Returns a sha256: of a file's bytes, or of a folder's names, sizes and small files' bytes.
+
+    Data files of a folder are not read: gigabytes, and their sizes are in the sum. None: no such
+    path.
+    """
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
+        if file.suffix == ".json":  # indices and dataset descriptions
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def code_version() -> str | None:
+    """Returns the commit of the code that runs, `+` added when files differ from it."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+            cwd=here,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # installed without git: the versions must do
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,232 @@
+"""What the loop does with steps: send, settle, save, pass over, go back."""
+
+import dataclasses
+import enum
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from qwenvl_jax.checkpoint.store import CheckpointStore
+from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.data.example import Batch
+from qwenvl_jax.training.faults import HostFaults, change_one_copy
+from qwenvl_jax.training.feed import Feed
+from qwenvl_jax.training.goodput import Goodput
+from qwenvl_jax.training.guard import FINE, NOT_FINITE, NOTHING_SCORED, SPIKE
+from qwenvl_jax.training.hosts import check_copies
+from qwenvl_jax.training.incidents import Incidents, same_numbers
+from qwenvl_jax.training.report import Report
+from qwenvl_jax.training.run_dir import RunDir
+from qwenvl_jax.training.state import TrainState, to_items, with_scalars
+from qwenvl_jax.training.step import Metrics
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class Flight(NamedTuple):
+    """A step that was sent to the device, and whose numbers have not been read."""
+
+    step: int
+    batch: Batch
+    metrics: Metrics
+    told: dict[str, int | float]  # what the data side says of the batch
+
+
+class Outcome(enum.Enum):
+    """What has become of a step once its numbers are read."""
+
+    FINE = enum.auto()
+    RELEASED = enum.auto()  # the state was on hold: the step sent behind it has not happened
+    REWOUND = enum.auto()  # the state is an older one
+    TOO_MANY = enum.auto()  # bad steps in a row
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """One start of a run: its state, and all that acts on it."""
+
+    config: TrainConfig
+    run_dir: RunDir
+    store: CheckpointStore
+    report: Report
+    goodput: Goodput
+    faults: HostFaults
+    incidents: Incidents
+    compile_step: Callable[[Batch], Step]
+    restore: Callable[[], TrainState | None]
+    open_feed: Callable[[int], Feed]
+    state: TrainState
+    _step: Step | None = None
+    _feed: Feed | None = None
+
+    def close(self) -> None:
+        if self._feed is not None:
+            self._feed.close()
+
+    def send(self, step: int, batch: Batch | None = None) -> Flight:
+        """Starts a step on the next batch, or again on one it has had; does not wait for it."""
+        if batch is None:
+            with self.goodput.spend("data"):
+                self._feed = self._feed or self.open_feed(step)
+                batch = next(self._feed)
+        if self._step is None:
+            with self.goodput.spend("compile"):
+                self._step = self.compile_step(batch)
+        seen = self.faults.before_step(step, batch)
+        self.state, metrics = self._step(self.state, seen)
+        self.faults.after_step(step)
+        told = {} if self._feed is None else self._feed.metrics(step - 1)
+        return Flight(step, batch, metrics, told)
+
+    def settle(self, flight: Flight) -> Outcome:
+        """Reads the numbers of a step, logs them, and acts on what the guard found."""
+        numbers = _read(flight)
+        verdict, outcome = numbers["verdict"], Outcome.FINE
+        if verdict == NOT_FINITE:
+            numbers = self._replay(flight, numbers)
+            outcome = Outcome.RELEASED
+        elif verdict == SPIKE and self.config.guard.spike == "rewind":
+            if self._rewind(numbers):
+                return Outcome.REWOUND
+            outcome = Outcome.RELEASED
+        elif verdict == SPIKE:
+            applied = {"warn": "update applied", "skip": "update refused"}
+            self._tell(numbers, applied[self.config.guard.spike])
+        elif verdict == NOTHING_SCORED:
+            self._tell(numbers, "update refused")
+        if numbers["refused_in_a_row"] >= self.config.guard.stop_after:
+            outcome = Outcome.TOO_MANY
+        if outcome is not Outcome.FINE:
+            self.state = with_scalars(self.state, flight.step, hold=0)
+        self.report.step(numbers)
+        self._tolerate(flight.step, self.store.check)
+        return outcome
+
+    def is_pause_due(self, step: int) -> bool:
+        """Returns whether a step ends with something that needs the state at rest."""
+        return self._is_save_due(step) or self._is_comparison_due(step)
+
+    def pause(self, step: int) -> None:
+        """Compares copies and saves, as far as this step is one for it."""
+        if self.faults.strikes("replica", step):
+            self._change_a_copy()
+        if self._is_comparison_due(step):
+            with self.goodput.spend("compare"):
+                check_copies(self.state.trainable | self.state.frozen)
+        if self._is_save_due(step):
+            self._save(step)
+        self.faults.damage(step, Path(self.config.run_dir) / "checkpoints")
+
+    def save_last(self, step: int) -> None:
+        """Saves and waits for it; when this save fails, the run fails."""
+        with self.goodput.spend("save"):
+            self._tolerate(step, self.store.wait)
+            if step not in self.store.steps():
+                self.store.save(step, to_items(self.state))
+                self.store.wait()
+        self.report.say(f"saved step {step} in {Path(self.config.run_dir) / 'checkpoints'}")
+
+    def pass_over(self, first: int, last: int) -> int:
+        """Returns `last`, after counting the steps up to there without making them."""
+        self.report.say(f"passing over the batches of steps {first} to {last} (skip_steps)")
+        for step in range(first, last + 1):
+            self.report.passed_over(step)
+        self._move_to(last)
+        return last
+
+    def _move_to(self, step: int) -> None:
+        self.state = with_scalars(self.state, step)
+        self.close()
+        self._feed = None  # opened again when a batch is wanted
+
+    def _replay(self, flight: Flight, first: dict[str, Any]) -> dict[str, Any]:
+        """Returns the numbers of a bad step's second try, from the same state and batch."""
+        assert self._step is not None
+        with self.goodput.spend("replay"):
+            before = with_scalars(
+                self.state,
+                flight.step - 1,
+                hold=0,
+                skipped=first["skipped"] - 1,
+                in_a_row=first["refused_in_a_row"] - 1,
+            )
+            self.state, metrics = self._step(before, flight.batch)
+            again = _read(flight._replace(metrics=metrics))
+        is_same = same_numbers(first, again)
+        cause = "data or model" if is_same else "hardware"
+        done = "update applied" if again["verdict"] == FINE else "update refused"
+        self._tell(
+            first,
+            f"a replay on the same inputs gave {'the same' if is_same else 'other'} numbers, so "
+            f"the cause is {cause}; {done}",
+            cause=cause,
+            replay={name: again[name] for name in ("loss", "grad_norm")},
+        )
+        return again
+
+    def _rewind(self, numbers: dict[str, Any]) -> bool:
+        """Goes back to the newest checkpoint and passes over what led to a spike, if it can."""
+        spike = numbers["step"]
+        self._tolerate(spike, self.store.wait)
+        if not self.store.steps():
+            self._tell(numbers, "no checkpoint to go back to; update refused")
+            return False
+        for leaf in jax.tree.leaves(self.state):
+            leaf.delete()  # two states may not fit
+        with self.goodput.spend("restore"):
+            state = self.restore()
+        assert state is not None
+        self.state, step = state, int(state.step)
+        skipped = (step + 1, spike + self.config.guard.rewind_margin)
+        self.run_dir.skip(skipped)
+        self._tell(
+            numbers, f"back to step {step}, passing over {skipped[0]}:{skipped[1]}", skipped=skipped
+        )
+        self.report.rewind(step)
+        self._move_to(step)
+        return True
+
+    def _tell(self, numbers: dict[str, Any], action: str, **facts: Any) -> None:
+        self.report.say(self.incidents.note(numbers, action, **facts))
+
+    def _is_save_due(self, step: int) -> bool:
+        return step % self.config.checkpoint.every_steps == 0
+
+    def _is_comparison_due(self, step: int) -> bool:
+        every = self.config.guard.digest_every
+        return every > 0 and step % every == 0
+
+    def _save(self, step: int) -> None:
+        def start() -> None:
+            self.faults.before_save(step)
+            self.store.save(step, to_items(self.state))
+
+        with self.goodput.spend("save"):
+            self._tolerate(step, start)
+
+    def _tolerate(self, step: int, action: Callable[[], None]) -> None:
+        """Runs a save or a look at saves under way; a failure is told, counted and survived.
+
+        The older checkpoints are whole, and the space on the disk may come back.
+        """
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001  a full disk has many names
+            self.report.failed_saves += 1
+            self.report.say(
+                f"CHECKPOINT NOT SAVED (seen at step {step}): {error}; training goes on"
+            )
+
+    def _change_a_copy(self) -> None:
+        path = min(self.state.trainable)
+        changed = change_one_copy(self.state.trainable[path])
+        self.state = self.state._replace(trainable=self.state.trainable | {path: changed})
+
+
+def _read(flight: Flight) -> dict[str, Any]:
+    """Returns the step's numbers as Python's; waits for the device."""
+    metrics = jax.device_get(flight.metrics)
+    numbers = {name: value.item() for name, value in metrics.items()}
+    return {"step": flight.step} | numbers | flight.told

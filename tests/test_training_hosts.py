@@ -1,0 +1,59 @@
+"""Copies that must be equal, and processes that must agree."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qwenvl_jax.config import MeshConfig
+from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.training.faults import change_one_copy
+from qwenvl_jax.training.hosts import HostsDiffer, check_agreement, check_copies
+
+
+def arrays() -> dict[str, jax.Array]:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+    def put(*spec) -> jax.Array:
+        array = np.arange(32, dtype=np.float32).reshape(4, 8)
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return {
+        "whole": put(),
+        "split in two": put("fsdp"),
+        "split over all": put(("data", "fsdp"), "tensor"),
+    }
+
+
+def test_equal_copies_pass():
+    check_copies(arrays())
+
+
+@pytest.mark.parametrize("path", ["whole", "split in two"])
+def test_a_copy_that_differs_is_named_with_its_device(path):
+    held = arrays()
+    held[path] = change_one_copy(held[path])
+    with pytest.raises(HostsDiffer, match=rf"copies of {path} are not equal .*7: [0-9a-f]{{16}}"):
+        check_copies(held)
+
+
+def test_what_has_no_copy_cannot_differ():
+    held = arrays()
+    held["split over all"] = change_one_copy(held["split over all"])
+    check_copies(held)
+
+
+def test_processes_that_differ_are_told_by_name(monkeypatch):
+    def gather(ours):
+        theirs = ours.copy()
+        theirs[1] += 1
+        return np.stack([ours, ours, theirs])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
+    with pytest.raises(HostsDiffer, match=r"from process 0 in the commit on processes \[2\]"):
+        check_agreement({"inputs": "a", "the commit": "b", "step": "c"})
+
+
+def test_one_process_agrees_with_itself():
+    assert check_agreement({"the commit": "b"}) is None
