@@ -142,13 +142,14 @@ class Conversations:
 
     def _opened(self) -> int:
         file = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, file)
         num_bytes = os.fstat(file).st_size
         if num_bytes != self.rows.num_bytes:
+            os.close(file)
             raise DataError(
                 f"{self.path} has changed since it was opened: got {num_bytes} bytes, expected "
                 f"{self.rows.num_bytes}; open it again"
             )
+        weakref.finalize(self, os.close, file)
         return file
 
     def __getstate__(self) -> dict[str, Any]:
