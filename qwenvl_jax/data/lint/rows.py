@@ -13,7 +13,7 @@ from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.lint.problems import Fault, Problem
 from qwenvl_jax.data.lint.text import picture_faults, spans_of, text_faults
 from qwenvl_jax.data.record import Record
-from qwenvl_jax.data.sources.conversations import Conversations
+from qwenvl_jax.data.sources.conversations import Conversations, is_address
 from qwenvl_jax.data.turns import fit_turns
 from qwenvl_jax.image.decode import FORMATS, ImageError
 from qwenvl_jax.image.load import load_image
@@ -152,11 +152,12 @@ def _role_faults(roles: list[str]) -> Iterator[tuple[int | None, Fault]]:
 
 
 def _file_faults(source: Conversations, path: str, decode: bool) -> Iterable[Fault]:
+    if is_address(path):
+        return [Fault("picture_address", path[:80])]
     try:
         place = source.picture(path, "")
-    except DataError as error:
-        is_address = "never fetched" in str(error)
-        return [Fault("picture_address", path[:80])] if is_address else [Fault("empty", "no path")]
+    except DataError:
+        return [Fault("empty", f"no path between <img> and </img>: got {path[:80]!r}")]
     kind, detail = _picture_fault(place, decode)
     return [Fault(kind, detail)] if kind else []
 

@@ -117,7 +117,7 @@ class Conversations:
 
         Raises: DataError for an address: nothing is fetched.
         """
-        if "://" in path[:_ADDRESS_CHARACTERS] or path.startswith("data:"):
+        if is_address(path):
             raise DataError(
                 f"row {key} has a picture that is no file: got {path[:80]!r}, and addresses are "
                 "never fetched in training; download it and write its path"
@@ -154,6 +154,11 @@ class Conversations:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
+
+
+def is_address(path: str) -> bool:
+    """Returns whether what stands inside `<img>` is an address, or the picture itself."""
+    return "://" in path[:_ADDRESS_CHARACTERS] or path.startswith("data:")
 
 
 def _whole_characters(value: Any) -> Any:
