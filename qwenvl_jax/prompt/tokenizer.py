@@ -11,6 +11,8 @@ Source: released `tokenization_qwen.py`. Differs: text typed by a user never bec
 token, pictures' paths are not written into the slots, and decoding never raises.
 """
 
+import functools
+import hashlib
 import itertools
 import operator
 import re
@@ -126,6 +128,17 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids in use. The model's embedding may have more rows (released: 76 more)."""
         return self.num_ranks + len(SPECIAL_TOKENS)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of the vocabulary: equal for two that give every text the same ids.
+
+        `slots` is no part of it, since text does not depend on it.
+        """
+        digest = hashlib.sha256()
+        for piece in self._pieces:
+            digest.update(len(piece).to_bytes(4, "little") + piece)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.vocab_size
