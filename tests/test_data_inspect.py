@@ -341,3 +341,21 @@ def test_stats_of_a_sample_and_of_nothing_usable(tmp_path, capsys):
     path.write_text('[{"id": 1}]')
     assert data.main(["stats", str(path)]) == NOTHING_USABLE
     assert "no row can be used" in capsys.readouterr().out
+
+
+# --- other sources --------------------------------------------------------------------------------
+
+
+def test_a_prepared_folder_gives_the_figures_and_pictures_of_its_file(tmp_path, capsys):
+    folder = tmp_path / "prepared"
+    assert data.main(["prepare", SHELF, str(folder), "--num-workers", "1"]) == SUCCESS
+    capsys.readouterr()
+    told = []
+    for source in (SHELF, str(folder)):
+        assert data.main(["stats", source, "--json"]) == SUCCESS
+        told.append(json.loads(capsys.readouterr().out))
+    for name in ("tokens", "learnt", "histogram", "pictures", "tasks", "longest", "packing"):
+        assert told[0][name] == told[1][name]
+    output = tmp_path / "page.html"
+    assert data.main(["inspect", str(folder), "--output", str(output)]) == SUCCESS
+    assert len(pictures_of(outline_of(output.read_text(encoding="utf-8")))) == 7
