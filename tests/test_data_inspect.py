@@ -17,7 +17,13 @@ from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR
 from qwenvl_jax.data import tasks
 from qwenvl_jax.data.example import DataError, Example
 from qwenvl_jax.data.record import Record
-from qwenvl_jax.data.row_sizes import RowSizes, join_sizes, measure_rows, predicted_fill
+from qwenvl_jax.data.row_sizes import (
+    RowSizes,
+    join_sizes,
+    measure_rows,
+    planned_rows,
+    predicted_fill,
+)
 from qwenvl_jax.data.sample_page import Packing, sample_page
 from qwenvl_jax.data.sample_pieces import pieces_of, places_by_picture
 from qwenvl_jax.data.sources.conversations import Conversations
@@ -277,14 +283,29 @@ def sizes_of(tokens: list[int], pictures: list[int]) -> RowSizes:
 
 
 def test_predicted_fill_is_exact_where_it_can_be_told_by_hand():
-    fill = predicted_fill(sizes_of([50] * 9, [1] * 9), 100, 4, seed=0)
-    assert (fill.tokens, fill.images, fill.samples_per_row) == (1.0, 0.5, 2.0)
-    fill = predicted_fill(sizes_of([60, 101, 50], [1, 0, 9]), 100, 4, seed=0)
+    fill = predicted_fill(sizes_of([50] * 10, [1] * 10), 100, 4)
+    assert (fill.rows, fill.tokens, fill.images, fill.samples_per_row) == (5, 1.0, 0.5, 2.0)
+    fill = predicted_fill(sizes_of([60, 101, 50], [1, 0, 9]), 100, 4)
     assert (fill.tokens, fill.samples_per_row, fill.too_long) == (0.6, 1.0, 2)
-    fill = predicted_fill(sizes_of([10], [2]), 100, 4, seed=0)  # pictures bound it
+    fill = predicted_fill(sizes_of([100], [1]), 100, 1)  # both limits are reached, not passed
+    assert (fill.tokens, fill.images, fill.too_long) == (1.0, 1.0, 0)
+    fill = predicted_fill(sizes_of([10] * 4, [2] * 4), 100, 4)  # pictures bound it
     assert (fill.tokens, fill.images) == (0.2, 1.0)
-    assert predicted_fill(sizes_of([500, -1], [0, -1]), 100, 4, seed=0) == (0, 0, 0, 1)
-    assert predicted_fill(sizes_of([10] * 20, [0] * 20), 100, 0, seed=0).images == 1.0
+    assert predicted_fill(sizes_of([500, -1], [0, -1]), 100, 4) == (0, 0, 0, 0, 1)
+    assert predicted_fill(sizes_of([10] * 20, [0] * 20), 100, 0).images == 1.0
+
+
+def test_planned_rows_hold_every_sample_once_within_both_limits():
+    rng = np.random.default_rng(3)
+    tokens, pictures = rng.integers(1, 60, 300).tolist(), rng.integers(0, 4, 300).tolist()
+    rows = planned_rows(tokens, pictures, 100, 5)
+    assert sorted(number for row in rows for number in row) == list(range(300))
+    assert max(sum(tokens[i] for i in row) for row in rows) <= 100
+    assert max(sum(pictures[i] for i in row) for row in rows) <= 5
+    fill = predicted_fill(sizes_of(tokens, pictures), 100, 5)
+    assert fill.rows == len(rows)
+    assert fill.tokens == pytest.approx(sum(tokens) / (100 * len(rows)))
+    assert planned_rows([], [], 100, 5) == []
 
 
 def test_stats_as_json_add_up(capsys):
@@ -306,7 +327,7 @@ def test_stats_as_text_tell_what_is_unusable_and_whose_tokens_they_are(capsys):
     out = capsys.readouterr().out
     assert "unusable: 2 rows" in out
     assert "name your model's with --tokenizer" in out
-    assert "1 rows are too long or have too many pictures" in out
+    assert "; 1 too long or with too many pictures" in out
     assert re.search(r"^ +\d+ to +\d+ +\d+  #+$", out, re.M)
 
 
@@ -314,6 +335,27 @@ def test_stats_of_a_sample_and_of_nothing_usable(tmp_path, capsys):
     assert data.main(["stats", SHELF, "--num", "2", "--seed", "5"]) == SUCCESS
     assert "6 rows, 2 of them measured" in capsys.readouterr().out
     path = tmp_path / "rows.json"
+    assert data.main(["stats", SHELF, "--length", "9"]) == SUCCESS
+    out = capsys.readouterr().out
+    assert "no sample fits into a row of 9 tokens and 8 pictures; 6 too long" in out
     path.write_text('[{"id": 1}]')
     assert data.main(["stats", str(path)]) == NOTHING_USABLE
     assert "no row can be used" in capsys.readouterr().out
+
+
+# --- other sources --------------------------------------------------------------------------------
+
+
+def test_a_prepared_folder_gives_the_figures_and_pictures_of_its_file(tmp_path, capsys):
+    folder = tmp_path / "prepared"
+    assert data.main(["prepare", SHELF, str(folder), "--num-workers", "1"]) == SUCCESS
+    capsys.readouterr()
+    told = []
+    for source in (SHELF, str(folder)):
+        assert data.main(["stats", source, "--json"]) == SUCCESS
+        told.append(json.loads(capsys.readouterr().out))
+    for name in ("tokens", "learnt", "histogram", "pictures", "tasks", "longest", "packing"):
+        assert told[0][name] == told[1][name]
+    output = tmp_path / "page.html"
+    assert data.main(["inspect", str(folder), "--output", str(output)]) == SUCCESS
+    assert len(pictures_of(outline_of(output.read_text(encoding="utf-8")))) == 7

@@ -110,6 +110,11 @@ ROWS = {
     "no dialogue": ({"id": "a", "text": "b"}, ["form"]),
     "no turns": ({"conversations": []}, ["form"]),
     "a turn without a value": ({"conversations": [{"from": "user"}]}, ["form"]),
+    "a role that is a list": ({"conversations": [{"from": [], "value": "a"}]}, ["form"]),
+    "only an answer": (
+        {"conversations": [{"from": "assistant", "value": "a"}]},
+        ["order"],
+    ),
     "system": ({"conversations": dialogue("a", "b"), "system": 1}, ["form"]),
     "LLaVA": (
         {

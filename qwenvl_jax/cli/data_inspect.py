@@ -148,18 +148,23 @@ def _scene_samples(options: InspectOptions, tokenizer: "Tokenizer") -> "Iterator
 
 
 def _packing(options: InspectOptions, samples: "Sequence[Shown]") -> "Packing":
-    """Returns rows of those samples that fit, as training fills them."""
+    """Returns rows of those samples that fit, as training plans them."""
     from qwenvl_jax.data.example import Example
-    from qwenvl_jax.data.packing import fill_rows
+    from qwenvl_jax.data.row_sizes import planned_rows
     from qwenvl_jax.data.sample_page import Packing
 
-    usable = {id(sample): i for i, sample in enumerate(samples) if isinstance(sample, Example)}
-    examples = iter([sample for sample in samples if isinstance(sample, Example)])
-    rows, _ = fill_rows(examples, len(usable), options.length, options.max_images)
+    sizes = {
+        i: (len(sample.ids), len(sample.images))
+        for i, sample in enumerate(samples)
+        if isinstance(sample, Example)
+        and 0 < len(sample.ids) <= options.length
+        and len(sample.images) <= options.max_images
+    }
+    places, tokens = list(sizes), [size[0] for size in sizes.values()]
+    pictures = [size[1] for size in sizes.values()]
+    rows = planned_rows(tokens, pictures, options.length, options.max_images)
     return Packing(
-        [[usable[id(example)] for example in row] for row in rows if row],
-        options.length,
-        options.max_images,
+        [[places[number] for number in row] for row in rows], options.length, options.max_images
     )
 
 

@@ -13,6 +13,7 @@ Examples:
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from collections import Counter
@@ -83,18 +84,14 @@ def _run(argv: Sequence[str]) -> int:
     checks = Checks(tokenizer, options.length, not options.quick)
     problems = _problems(source, checks, options.processes)
     if table.damage is not None:
-        problems = _after(Problem("file", None, None, None, None, table.damage), problems)
+        damage = Problem("file", None, None, None, None, table.damage)
+        problems = itertools.chain([damage], problems)
     if options.json:
         return _print_json(options.file, len(source), problems)
     has_problems = _print_groups(options, len(source), problems)
     if tokenizer is None:
         print("lengths were not checked: give --tokenizer for that")
     return PROBLEMS if has_problems else SUCCESS
-
-
-def _after(first: "Problem", rest: "Iterator[Problem]") -> "Iterator[Problem]":
-    yield first
-    yield from rest
 
 
 def _problems(

@@ -56,7 +56,7 @@ class StatsOptions:
     num: int | None = None
     """Measure so many rows, drawn at random; all if left out."""
     seed: int = 0
-    """Which rows are drawn, and in which order they are packed."""
+    """Which rows are drawn."""
     pictures: Path | None = None
     """The folder that picture paths of a conversation file start from."""
     processes: int | None = None
@@ -131,7 +131,7 @@ def _figures(
     if len(tokens) == 0:
         return figures
     longest = np.argsort(np.where(is_usable, -sizes.tokens, 1), kind="stable")[:_LONGEST]
-    fill = predicted_fill(sizes, options.length, options.max_images, options.seed)
+    fill = predicted_fill(sizes, options.length, options.max_images)
     return figures | {
         "tokens": {f"p{p}": int(np.percentile(tokens, p)) for p in PERCENTILES}
         | {"mean": float(tokens.mean()), "total": int(tokens.sum(dtype=np.int64))},
@@ -220,18 +220,16 @@ def _bars(histogram: list[dict[str, int]], most: int) -> list[str]:
 
 
 def _packing_line(packing: dict[str, Any]) -> str:
-    line = (
-        f"packed into rows of {packing['length']:,} tokens and {packing['max_images']} pictures: "
-    )
-    if packing["samples_per_row"]:
-        line += (
-            f"{packing['tokens']:.1%} of the token places and {packing['images']:.1%} of the "
-            f"picture places filled, {packing['samples_per_row']:.1f} samples a row"
+    limits = f"{packing['length']:,} tokens and {packing['max_images']} pictures"
+    line = f"no sample fits into a row of {limits}"
+    if packing["rows"]:
+        line = (
+            f"packed into {packing['rows']:,} rows of {limits}: {packing['tokens']:.1%} of the "
+            f"token places and {packing['images']:.1%} of the picture places filled, "
+            f"{packing['samples_per_row']:.1f} samples a row"
         )
-    else:
-        line += "no row fits"
     if packing["too_long"]:
-        line += f"; {packing['too_long']:,} rows are too long or have too many pictures"
+        line += f"; {packing['too_long']:,} too long or with too many pictures"
     return line
 
 

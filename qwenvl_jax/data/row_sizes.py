@@ -9,14 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenvl_jax.data.example import DataError, Example
-from qwenvl_jax.data.packing import fill_rows
+from qwenvl_jax.data.example import DataError
+from qwenvl_jax.data.plan import Classes, pack_classes
 from qwenvl_jax.data.record import Source
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.prompt.tokenizer import Tokenizer
-
-_MAX_PACKED = 20_000  # samples that a prediction packs; more change it little
-_MIN_ROWS = 64  # fewer would show the end of a row's look-ahead rather than its middle
 
 
 class RowSizes(NamedTuple):
@@ -30,8 +27,9 @@ class RowSizes(NamedTuple):
 
 
 class PredictedFill(NamedTuple):
-    """How full packed rows would be, as fractions; `too_long` rows fit into none."""
+    """How many rows samples would fill, and how well, as fractions; `too_long` ones fit none."""
 
+    rows: int
     tokens: float
     images: float
     samples_per_row: float
@@ -72,32 +70,56 @@ def join_sizes(parts: Sequence[RowSizes]) -> RowSizes:
     return RowSizes(tokens, learnt, pictures, tasks, [r for part in parts for r in part.reasons])
 
 
-def predicted_fill(sizes: RowSizes, length: int, max_images: int, seed: int) -> PredictedFill:
-    """Returns how full rows of these limits would be, from packing the samples in a random order.
+def predicted_fill(sizes: RowSizes, length: int, max_images: int) -> PredictedFill:
+    """Returns how full rows of these limits would be, packed as training plans them.
 
-    At most `_MAX_PACKED` samples are packed, again from the first where they are too few for
-    `_MIN_ROWS` rows. Nothing that fits: all 0.
+    Nothing that fits: all 0.
     """
-    usable = sizes.tokens >= 0
-    is_fitting = usable & (sizes.tokens <= length) & (sizes.pictures <= max_images)
-    too_long = int(np.count_nonzero(usable & ~is_fitting))
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(is_fitting))[:_MAX_PACKED]
-    if len(order) == 0:
-        return PredictedFill(0.0, 0.0, 0.0, too_long)
-    samples = [_stand_in(int(sizes.tokens[i]), int(sizes.pictures[i])) for i in order]
-    num_rows = max(_MIN_ROWS, int(sizes.tokens[order].sum()) // length)
-    rows, _ = fill_rows(itertools.cycle(samples), num_rows, length, max_images)
-    packed = [example for row in rows for example in row]
-    num_images = sum(len(example.images) for example in packed)
+    usable = sizes.tokens > 0
+    fits = usable & (sizes.tokens <= length) & (sizes.pictures <= max_images)
+    too_long = int(np.count_nonzero(usable & ~fits))
+    tokens, pictures = sizes.tokens[fits].astype(np.int64), sizes.pictures[fits].astype(np.int64)
+    if len(tokens) == 0:
+        return PredictedFill(0, 0.0, 0.0, 0.0, too_long)
+    classes, _ = _classes(tokens, pictures)
+    num_rows = pack_classes(classes, length, max_images).num_rows
     return PredictedFill(
-        tokens=sum(len(example.ids) for example in packed) / (num_rows * length),
-        images=num_images / (num_rows * max_images) if max_images else 1.0,
-        samples_per_row=len(packed) / num_rows,
+        rows=num_rows,
+        tokens=int(tokens.sum()) / (num_rows * length),
+        images=int(pictures.sum()) / (num_rows * max_images) if max_images else 1.0,
+        samples_per_row=len(tokens) / num_rows,
         too_long=too_long,
     )
 
 
-def _stand_in(num_tokens: int, num_images: int) -> Example:
-    """Returns a sample of that size with nothing in it; its ids take no memory."""
-    ids = np.broadcast_to(np.int32(0), num_tokens)
-    return Example(ids, np.broadcast_to(np.False_, num_tokens), (b"",) * num_images, "", "")
+def planned_rows(
+    tokens: Sequence[int], pictures: Sequence[int], length: int, max_images: int
+) -> list[list[int]]:
+    """Returns the samples of each row, by number, as training plans rows of these limits.
+
+    Every sample must fit a row alone, and lies in one row.
+    """
+    if not tokens:
+        return []
+    classes, member_of = _classes(np.array(tokens, np.int64), np.array(pictures, np.int64))
+    members = [np.flatnonzero(member_of == number) for number in range(len(classes.tokens))]
+    plan = pack_classes(classes, length, max_images)
+    rows: list[list[int]] = []
+    for pattern, (start, end) in enumerate(itertools.pairwise(plan.row_start.tolist())):
+        runs = range(plan.run_start[pattern], plan.run_start[pattern + 1])
+        for j in range(end - start):
+            row: list[int] = []
+            for run in runs:
+                times = int(plan.run_times[run])
+                first = int(plan.run_first[run]) + j * times
+                row += members[plan.run_class[run]][first : first + times].tolist()
+            rows.append(row)
+    return rows
+
+
+def _classes(tokens_N: np.ndarray, pictures_N: np.ndarray) -> tuple[Classes, np.ndarray]:
+    """Returns the samples by size, and the class of each."""
+    sizes, member_of, count = np.unique(
+        np.stack([tokens_N, pictures_N]), axis=1, return_inverse=True, return_counts=True
+    )
+    return Classes(sizes[0], sizes[1], count, np.zeros(len(count), np.int64)), member_of

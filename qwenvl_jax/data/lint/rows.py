@@ -13,7 +13,7 @@ from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.lint.problems import Fault, Problem
 from qwenvl_jax.data.lint.text import picture_faults, spans_of, text_faults
 from qwenvl_jax.data.record import Record
-from qwenvl_jax.data.sources.conversations import Conversations
+from qwenvl_jax.data.sources.conversations import Conversations, is_address
 from qwenvl_jax.data.turns import fit_turns
 from qwenvl_jax.image.decode import FORMATS, ImageError
 from qwenvl_jax.image.load import load_image
@@ -46,20 +46,19 @@ def check_rows(source: Conversations, checks: Checks, rows: range) -> Checked:
     problems: list[Problem] = []
     hashes = np.zeros(len(rows), np.uint64)
     for place, index in enumerate(rows):
-        name, turns_faults = None, []
+        name = None
         try:
             row = source.row(index)
         except DataError as error:
-            turns_faults = [(None, Fault("form", _without_key(error)))]
+            faults = [(None, Fault("form", _without_key(error)))]
         else:
             if "id" in row:
                 name = str(row["id"])
                 hashes[place] = id_hash(name)
-            turns_faults = list(row_faults(source, index, row, checks))
+            faults = list(row_faults(source, index, row, checks))
         line = int(source.rows.lines[index])
         problems += [
-            Problem(fault.kind, index, line, name, turn, fault.detail)
-            for turn, fault in turns_faults
+            Problem(fault.kind, index, line, name, turn, fault.detail) for turn, fault in faults
         ]
     return Checked(problems, hashes)
 
@@ -97,10 +96,7 @@ def row_faults(
         yield None, Fault("form", f"system is {row['system']!r}, expected text")
         return
     roles, values = [turn["from"] for turn in turns], [turn["value"] for turn in turns]
-    has_order_faults = False
-    for fault in _role_faults(roles):
-        has_order_faults = has_order_faults or fault[1].kind == "role"
-        yield fault
+    yield from _role_faults(roles)
     for turn, value in enumerate(values):
         yield from ((turn, fault) for fault in text_faults(value))
     yield from picture_faults(values)
@@ -115,16 +111,19 @@ def row_faults(
         yield None, Fault("foreign_format", detail)
     for turn, path in paths:
         yield from ((turn, fault) for fault in _file_faults(source, path, checks.decode))
-    is_whole = all(value.count("<img>") <= value.count("</img>") for value in values)
-    if checks.tokenizer is not None and is_whole and not has_order_faults:
+    # Where no sample can be made of a row, that is told above, and it has no length.
+    is_open = any(value.rfind("<img>") > value.rfind("</img>") for value in values)
+    has_sample = set(roles) <= set(_ROLES) and "user" in roles and not is_open
+    if checks.tokenizer is not None and has_sample:
         system = row.get("system", DEFAULT_SYSTEM)
-        images = [Path(path) for _, path in paths]
-        record = Record("", "chat", {"conversations": turns, "system": system}, tuple(images))
+        images = tuple(Path(path) for _, path in paths)
+        record = Record("", "chat", {"conversations": turns, "system": system}, images)
         yield from ((None, fault) for fault in _length_faults(record, checks.tokenizer, checks))
 
 
 def _is_turn(turn: object) -> bool:
-    return isinstance(turn, dict) and "from" in turn and isinstance(turn.get("value"), str)
+    texts = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None,)
+    return all(isinstance(text, str) for text in texts)
 
 
 def _wrong_form(row: dict[str, Any], turns: object) -> str:
@@ -136,13 +135,13 @@ def _wrong_form(row: dict[str, Any], turns: object) -> str:
     return f"turn {wrong} is {str(turns[wrong])[:80]!r}, expected from and value as texts"
 
 
-def _role_faults(roles: list[object]) -> Iterator[tuple[int | None, Fault]]:
+def _role_faults(roles: list[str]) -> Iterator[tuple[int | None, Fault]]:
     for turn, role in enumerate(roles):
         if role not in _ROLES:
-            hint = _ROLE_HINTS.get(str(role).lower())
+            hint = _ROLE_HINTS.get(role.lower())
             expected = f"expected {hint!r}" if hint else 'expected "user" or "assistant"'
-            yield turn, Fault("role", f"from {str(role)[:40]!r}, {expected}")
-    known = [_ROLE_HINTS.get(str(role).lower(), role) for role in roles]
+            yield turn, Fault("role", f"from {role[:40]!r}, {expected}")
+    known = [_ROLE_HINTS.get(role.lower(), role) for role in roles]
     if known[0] == "assistant":
         yield 0, Fault("order", "starts with an answer, which training drops")
     for turn in range(1, len(known)):
@@ -153,11 +152,12 @@ def _role_faults(roles: list[object]) -> Iterator[tuple[int | None, Fault]]:
 
 
 def _file_faults(source: Conversations, path: str, decode: bool) -> Iterable[Fault]:
+    if is_address(path):
+        return [Fault("picture_address", path[:80])]
     try:
         place = source.picture(path, "")
-    except DataError as error:
-        is_address = "never fetched" in str(error)
-        return [Fault("picture_address", path[:80])] if is_address else [Fault("empty", "no path")]
+    except DataError:
+        return [Fault("empty", f"no path between <img> and </img>: got {path[:80]!r}")]
     kind, detail = _picture_fault(place, decode)
     return [Fault(kind, detail)] if kind else []
 

@@ -18,6 +18,7 @@ _NEAR = 24  # characters shown on each side of a place
 
 @functools.lru_cache(maxsize=64)  # each turn of a row is asked for several times
 def spans_of(text: str) -> tuple[Span, ...]:
+    """Returns the spans of `scan`."""
     return tuple(scan(text))
 
 

@@ -117,7 +117,7 @@ class Conversations:
 
         Raises: DataError for an address: nothing is fetched.
         """
-        if "://" in path[:_ADDRESS_CHARACTERS] or path.startswith("data:"):
+        if is_address(path):
             raise DataError(
                 f"row {key} has a picture that is no file: got {path[:80]!r}, and addresses are "
                 "never fetched in training; download it and write its path"
@@ -142,17 +142,23 @@ class Conversations:
 
     def _opened(self) -> int:
         file = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, file)
         num_bytes = os.fstat(file).st_size
         if num_bytes != self.rows.num_bytes:
+            os.close(file)
             raise DataError(
                 f"{self.path} has changed since it was opened: got {num_bytes} bytes, expected "
                 f"{self.rows.num_bytes}; open it again"
             )
+        weakref.finalize(self, os.close, file)
         return file
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
+
+
+def is_address(path: str) -> bool:
+    """Returns whether what stands inside `<img>` is an address, or the picture itself."""
+    return "://" in path[:_ADDRESS_CHARACTERS] or path.startswith("data:")
 
 
 def _whole_characters(value: Any) -> Any:

@@ -66,16 +66,14 @@ def find_rows(path: Path) -> RowTable:
         if status.st_size == 0:
             return _no_rows(0, "holds no rows: got an empty file")
         view_B = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    first = len(_BOM) if view_B[: len(_BOM)].tobytes() == _BOM else 0
-    while first < len(view_B) and _IS_WHITE[view_B[first]]:
-        first += 1
+    first = _first_not_white(view_B, len(_BOM) * (view_B[: len(_BOM)].tobytes() == _BOM))
+    if first is None:
+        return _no_rows(len(view_B), "holds no rows: got white space only")
     head = view_B[first : first + 4].tobytes()
     if head.startswith(b"["):
         starts, ends, lines, damage = _rows_of_list(view_B, first)
     elif head.startswith(b"{"):
         starts, ends, lines, damage = _rows_of_lines(view_B, first)
-    elif not head:
-        return _no_rows(len(view_B), "holds no rows: got white space only")
     else:
         kind = next((name for start, name in _FOREIGN if head.startswith(start)), "")
         got = kind or f"{head.decode('utf-8', 'replace')!r} as its start"
