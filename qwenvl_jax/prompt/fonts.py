@@ -102,7 +102,7 @@ def _load(path: str | None, size: int) -> Font:
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
-@functools.lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=1 << 17)  # signs of Chinese times the fonts of a machine
 def has_glyph(path: str | None, char: str) -> bool:
     """Pillow does not expose a font's table: a missing glyph is drawn like a noncharacter."""
     if char == " ":

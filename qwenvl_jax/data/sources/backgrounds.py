@@ -55,6 +55,13 @@ def background(
     return clouds(rng, size, base, spread=rng.uniform(6, 40))
 
 
+def muted(rng: random.Random) -> Colour:
+    """Returns a colour; most are pale, as walls and skies are."""
+    gray, strength = rng.randint(60, 235), rng.uniform(0.1, 0.8)
+    red, green, blue = (round(gray + strength * (rng.randint(0, 255) - gray)) for _ in "rgb")
+    return red, green, blue
+
+
 def gradient(rng: random.Random, size: tuple[int, int], base: Colour, spread: int) -> Image.Image:
     """Returns a picture whose four corners differ from `base` by up to `spread`."""
     corners_YXC = np.array(

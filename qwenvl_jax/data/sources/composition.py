@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from qwenvl_jax.data.sources.backgrounds import background
+from qwenvl_jax.data.sources.backgrounds import background, muted
 from qwenvl_jax.data.sources.cutouts import SOLID, Kind
 from qwenvl_jax.data.sources.nouns import Name
 
@@ -146,7 +146,7 @@ def compose(
     Raises: DataError for a file that cannot be read.
     """
     while True:
-        image = background(rng, (side, side), _base(rng), photos)
+        image = background(rng, (side, side), muted(rng), photos)
         canvas = _Canvas(image, MAX_HIDDEN if rng.random() < 0.4 else 0.0)
         for group in groups:
             scale = rng.uniform(*_SCALES) / sum(group.count for group in groups) ** 0.5
@@ -156,13 +156,6 @@ def compose(
         things = canvas.things()
         if things:
             return Collage(canvas.image, tuple(sorted(things, key=lambda thing: thing.centre)))
-
-
-def _base(rng: random.Random) -> tuple[int, int, int]:
-    """Returns a background's colour; most are pale, as walls and skies are."""
-    gray, strength = rng.randint(60, 235), rng.uniform(0.1, 0.8)
-    red, green, blue = (round(gray + strength * (rng.randint(0, 255) - gray)) for _ in "rgb")
-    return red, green, blue
 
 
 def _posed(kind: Kind, pixels: int, rng: random.Random) -> Image.Image:
