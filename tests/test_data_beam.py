@@ -14,7 +14,7 @@ from qwenvl_jax.data.sources.prepared import Prepared
 def test_without_beam_the_command_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "apache_beam", None)
     (tmp_path / "a.txt").write_text("hello")
-    assert main(["prepare", str(tmp_path), str(tmp_path / "out"), "--beam"]) == 2
+    assert main(["prepare", str(tmp_path / "a.txt"), str(tmp_path / "out"), "--beam"]) == 2
     assert "--beam needs Apache Beam, which is not installed" in capsys.readouterr().err
 
 

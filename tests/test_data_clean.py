@@ -101,6 +101,8 @@ def test_the_longest_of_several_texts_stays():
     after, changed = clean(row, ACADEMIC, Limits())
     assert after.fields == {"text": "a much longer one", "language": "en"}
     assert changed == ["longest_text"]
+    row = caption("红星", texts=["红星", "a star that is red"])
+    assert clean(row, ACADEMIC, Limits())[0].fields["language"] == "en"
 
 
 @pytest.mark.parametrize("tag", ["<PERSON>", "<unk>", "[UNK]"])

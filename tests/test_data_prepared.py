@@ -148,6 +148,7 @@ def test_the_same_command_again_has_nothing_to_do(copy):
         ({"source": Pairs(fingerprint="changed")}, "begun from another source, or the source has"),
         ({"rules": ("web",)}, r"begun with other settings: its rules was \[\], now \['clip"),
         ({"tokenizer": None}, "its tokenizer was"),
+        ({"source": Pairs(39)}, "begun with another --limit or --rows-per-shard"),
     ],
 )
 def test_another_preparation_into_the_folder_is_refused(copy, change, message):
@@ -259,7 +260,7 @@ def test_sizes_of_other_rows_are_told(copy):
         Prepared(copy).row_bytes()
 
 
-def test_grain_workers_read_prepared_rows(folder):
+def test_grain_reads_prepared_rows(folder):
     import grain
 
     source = grain.MapDataset.source(Prepared(folder)).map(lambda row: row.key)

@@ -139,7 +139,7 @@ def test_a_file_that_is_no_tar_is_refused(tmp_path):
 # --- parquet --------------------------------------------------------------------------------------
 
 
-def write_parquet(path: Path, columns: dict[str, list]) -> Path:
+def write_parquet(path: Path, columns: dict) -> Path:
     pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
     return path
 
@@ -173,6 +173,14 @@ def test_pictures_in_a_struct_and_missing_ones(tmp_path):
     rows, reasons = rows_and_reasons(ParquetFiles(tmp_path / "a.parquet"))
     assert [row.key for row in rows] == ["a.parquet/0"]
     assert reasons == ["no picture"] * 2
+
+
+def test_text_that_is_not_utf8_costs_its_row(tmp_path):
+    texts = pyarrow.array([b"a", b"\xff", b"c"]).cast(pyarrow.string(), safe=False)
+    columns = {"jpg": [JPG] * 3, "caption": texts}
+    rows, reasons = rows_and_reasons(ParquetFiles(write_parquet(tmp_path / "a.parquet", columns)))
+    assert [row.key for row in rows] == ["a.parquet/0", "a.parquet/2"]
+    assert reasons == ["not UTF-8"]
 
 
 def test_parquet_of_addresses_is_told(tmp_path):
@@ -383,8 +391,11 @@ def test_what_lies_there_says_how_it_is_read(tmp_path, name, content, kind):
 
 
 def test_a_folder_of_nothing_known_is_told(tmp_path, capsys):
-    (tmp_path / "a.zip").write_bytes(b"")
-    assert main(["prepare", str(tmp_path), str(tmp_path / "out")]) == 2
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.zip").write_bytes(b"")
+    assert main(["prepare", str(tmp_path / "in"), str(tmp_path / "in" / "out")]) == 2
+    assert "OUT lies in SOURCE" in capsys.readouterr().err
+    assert main(["prepare", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     assert "holds nothing that can be prepared" in capsys.readouterr().err
     assert main(["prepare", str(tmp_path / "gone"), str(tmp_path / "out")]) == 2
     assert "no data at" in capsys.readouterr().err
@@ -421,12 +432,14 @@ def test_a_folder_of_tars_is_prepared_by_the_command(tmp_path, capsys):
         (["--limits.min-side", "9"], "--limits.* has no effect without rules"),
         (["--rules", "wbe"], "unknown cleaning rules: got wbe"),
         (["--tokenizer", "nowhere"], "nowhere"),
+        (["--limit", "0"], "--limit must be positive"),
         (["--limtis.min-side", "9"], "--limits.min-side"),
     ],
 )
 def test_wrong_words_are_told_in_one_line(tmp_path, capsys, words, message):
-    write_tar(tmp_path / "0.tar", {"1.jpg": JPG, "1.txt": b"a"})
-    assert main(["prepare", str(tmp_path), str(tmp_path / "out"), *words]) == 2
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "0.tar", {"1.jpg": JPG, "1.txt": b"a"})
+    assert main(["prepare", str(tmp_path / "in"), str(tmp_path / "out"), *words]) == 2
     shown = capsys.readouterr().err
     assert message in shown
     assert len(shown.splitlines()) == 1

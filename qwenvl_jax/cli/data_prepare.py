@@ -78,10 +78,10 @@ def _run(argv: Sequence[str]) -> int:
 
     plan = Plan(
         stream=_stream(options),
-        folder=options.out,
+        folder=options.out.absolute(),  # Beam's workers start in folders of their own
         rules=options.rules,
         limits=options.limits,
-        tokenizer=options.tokenizer,
+        tokenizer=options.tokenizer.absolute() if options.tokenizer else None,
     )
     engine: Engine
     if beam is None:
@@ -106,19 +106,25 @@ def _check(options: PrepareOptions) -> None:
             "--limits.* has no effect without rules: got no --rules; add --rules web, or the names "
             "of single rules"
         )
+    if options.out.absolute().is_relative_to(options.source.absolute()):
+        raise ConfigError(
+            f"OUT lies in SOURCE: got {str(options.out)!r}, expected a folder elsewhere, as what "
+            "is written there would count as a change of the source"
+        )
 
 
 def _stream(options: PrepareOptions) -> "Stream":
     from qwenvl_jax.data.sources.open_stream import open_stream
     from qwenvl_jax.data.sources.stream import First, InRanges
 
-    stream = open_stream(options.source, options.pictures)
+    place = options.source.absolute()
+    stream = open_stream(place, options.pictures)
     if stream is not None:
         return stream if options.limit is None else First(stream, options.limit)
 
     from qwenvl_jax.data.sources.open import open_source
 
-    source = open_source(options.source, options.pictures)
+    source = open_source(place, options.pictures)
     num_rows = len(source) if options.limit is None else min(options.limit, len(source))
     return InRanges(source, options.rows_per_shard, num_rows)
 

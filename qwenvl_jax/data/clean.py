@@ -78,7 +78,8 @@ def longest_text(row: Record, limits: Limits) -> Record:
     if not texts:
         return row
     fields = {name: value for name, value in row.fields.items() if name != "texts"}
-    return row._replace(fields=fields | {"text": max(texts, key=len)})
+    text = max(texts, key=len)
+    return row._replace(fields=fields | {"text": text, "language": language_of(text)})
 
 
 def special_tags(row: Record, limits: Limits) -> Record:

@@ -173,6 +173,8 @@ def _check_same(folder: Path, begun: Mapping[str, Any], facts: Mapping[str, Any]
         return
     if "source" in differing:
         what = "from another source, or the source has changed since"
+    elif "cut" in differing:
+        what = "with another --limit or --rows-per-shard"
     else:
         name = differing[0]
         what = f"with other settings: its {name} was {begun.get(name)}, now {facts[name]}"
@@ -217,6 +219,7 @@ def _finish(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
             f"no row of {index['read']} was kept: {_told(index['refused'])}; see {folder / REFUSED}"
             ", delete the folder, and mend the source or the rules"
         )
+    check_files(folder, shards)
     with appearing(folder / INDEX) as file:
         file.write(json.dumps(index, indent=1).encode())
     _clear(folder)

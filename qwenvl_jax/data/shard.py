@@ -52,11 +52,13 @@ class Plan:
     def facts(self) -> dict[str, Any]:
         """Returns all that the prepared rows depend on, as JSON; equal facts, equal files."""
         vocabulary = _tokenizer(self.tokenizer)
+        shards = self.stream.shards()
         limits = {name: _as_json(value) for name, value in dataclasses.asdict(self.limits).items()}
         return {
             "format": FORMAT,
             "source": self.stream.fingerprint,
-            "shards": len(self.stream.shards()),
+            "shards": len(shards),
+            "cut": hashlib.sha256("\n".join(shards).encode()).hexdigest(),
             "rules": [rule.__name__ for rule in chain(self.rules)],
             "limits": limits if self.rules else {},
             "tokenizer": None if vocabulary is None else vocabulary.fingerprint,

@@ -14,7 +14,8 @@ from qwenvl_jax.data.sources.stream import Refusal, files_fingerprint, find_file
 
 ENDINGS = (".parquet",)
 _PICTURES = ("jpg", "png", "webp", "image")
-_BATCH = 64  # rows in memory at a time, besides the compressed row group
+_BATCH = 64  # rows in memory at a time
+_BUFFER = 2**20  # bytes; without it, or with its pre-buffering, Arrow holds a whole row group
 
 
 class ParquetFiles:
@@ -42,7 +43,7 @@ class ParquetFiles:
         path, number = self.root / shard, 0
         with path.open("rb") as file:  # so that a missing file is not taken for a damaged one
             try:
-                table = pyarrow.parquet.ParquetFile(file)
+                table = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)
                 names = table.schema_arrow.names
                 picture = next((name for name in _PICTURES if name in names), None)
                 if picture is None:
@@ -52,13 +53,16 @@ class ParquetFiles:
                     )
                 wanted = [picture, *(name for name in COLUMNS if name in names)]
                 for batch in table.iter_batches(_BATCH, columns=wanted, use_threads=False):
-                    for columns in batch.to_pylist():
-                        key = f"{shard}/{columns.get('key') or number}"
-                        number += 1
+                    for place in range(batch.num_rows):
+                        key, number = f"{shard}/{number}", number + 1
                         try:
+                            (columns,) = batch.slice(place, 1).to_pylist()
+                            key = f"{shard}/{columns['key']}" if columns.get("key") else key
                             yield from rows_of(key, _bytes(columns.pop(picture)), columns)
                         except Refusal as refusal:
                             yield refusal
+                        except UnicodeDecodeError as error:
+                            yield Refusal(key, "not UTF-8", f"a text of it is not UTF-8: {error}")
             except (pyarrow.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the disk, not the data; Arrow's own have no number

@@ -86,7 +86,7 @@ class First(NamedTuple):
         return self.stream.fingerprint
 
     def shards(self) -> list[str]:
-        return ["first"]
+        return [f"first {self.num_rows}"]
 
     def read(self, shard: str) -> Iterator[Record | DataError]:
         rows = itertools.chain.from_iterable(map(self.stream.read, self.stream.shards()))
