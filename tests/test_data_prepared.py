@@ -14,8 +14,9 @@ from prepared_rows import Pairs, picture, plan
 import qwenvl_jax
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.prepare import Progress, prepare, processes
-from qwenvl_jax.data.record import Record
+from qwenvl_jax.data.record import FIELDS, Record
 from qwenvl_jax.data.shard import PrepareError
+from qwenvl_jax.data.sizes import sizes_of
 from qwenvl_jax.data.sources.prepared import Prepared
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
@@ -73,6 +74,8 @@ def test_sizes_are_those_of_the_samples(folder):
     assert sizes.tolist() == expected
     assert rows.picture_sizes()[:3].tolist() == [[80, 70], [90, 70], [100, 70]]
     assert len(rows.row_bytes()) == 38
+    assert {list(FIELDS)[place] for place in rows.tasks()} == {"caption"}
+    assert sizes_of(rows, tokenizer).sizes.tolist() == expected
     other = type(tokenizer)({bytes([b]): b for b in range(256)}, slots=9)
     assert rows.sizes(other) is None
 

@@ -382,6 +382,15 @@ def test_what_lies_there_says_how_it_is_read(tmp_path, name, content, kind):
             open_stream(tmp_path, tmp_path)
 
 
+def test_a_folder_of_nothing_known_is_told(tmp_path, capsys):
+    (tmp_path / "a.zip").write_bytes(b"")
+    assert main(["prepare", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "holds nothing that can be prepared" in capsys.readouterr().err
+    assert main(["prepare", str(tmp_path / "gone"), str(tmp_path / "out")]) == 2
+    assert "no data at" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_tars_is_prepared_by_the_command(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for number in range(3):

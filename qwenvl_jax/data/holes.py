@@ -10,8 +10,10 @@ from typing import NamedTuple
 from qwenvl_jax.data.example import DataError
 
 QUARANTINE = "quarantine.jsonl"
-# A rate is judged with this much grace, so that one bad sample among the first few stops no run.
+# A rate is judged with this much grace, so that one bad sample among the first few stops no run,
 _GRACE_SAMPLES, _GRACE_SIGMAS = 3, 3
+# and over samples enough for about this many bad ones, so that a good year hides no bad day.
+_WINDOW_BAD = 100
 
 
 class Hole(NamedTuple):
@@ -29,7 +31,7 @@ class Tally:
         """`file` gets one JSON line a hole: key, reason, detail, step. Lines in it stay."""
         self._limit, self._file = max_bad_fraction, file
         self._listed = _keys(file) if file is not None else set()
-        self.num_samples = 0  # good and bad
+        self._recent_samples = self._recent_bad = 0.0  # halved when the window is full
         self.reasons: Counter[str] = Counter()
 
     @property
@@ -38,14 +40,18 @@ class Tally:
 
     def add(self, step: int, num_samples: int, holes: Iterable[Hole]) -> None:
         """Counts the samples of one step. Raises: DataError where too many have been bad."""
-        self.num_samples += num_samples
         holes = list(holes)
         self.reasons.update(hole.reason for hole in holes)
         self.list(step, holes)
-        expected = self._limit * self.num_samples
+        self._recent_samples += num_samples
+        self._recent_bad += len(holes)
+        expected = self._limit * self._recent_samples
         grace = _GRACE_SIGMAS * math.sqrt(expected) + _GRACE_SAMPLES if self._limit else 0
-        if holes and self.num_bad > expected + grace:
-            raise DataError(too_many(self.num_bad, self.num_samples, self._limit, holes[-1]))
+        if holes and self._recent_bad > expected + grace:
+            bad, seen = round(self._recent_bad), round(self._recent_samples)
+            raise DataError(too_many(bad, seen, self._limit, holes[-1]))
+        if expected > _WINDOW_BAD:
+            self._recent_samples, self._recent_bad = self._recent_samples / 2, self._recent_bad / 2
 
     def list(self, step: int, holes: Iterable[Hole]) -> None:
         """Writes the holes that have not been listed yet; a disk that is full is an OSError."""

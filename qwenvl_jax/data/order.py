@@ -32,6 +32,8 @@ class Slots(NamedTuple):
     row: np.ndarray  # int64 [S]
     source: np.ndarray  # int64 [S]
     index: np.ndarray  # int64 [S]
+    tokens: np.ndarray  # int64 [S], that the row keeps for it
+    pictures: np.ndarray  # int64 [S], likewise
 
 
 class _Walks(NamedTuple):
@@ -83,10 +85,9 @@ class Order:
             taken = len(members) if num_taken is None else num_taken[number]
             walks.append(_walks(members, keys, taken, length + 1))
         self._join(walks)
-        tokens = self._class_key % (length + 1)
-        pictures = self._class_key // (length + 1) % (max_images + 1)
-        group = self._class_key // (length + 1) // (max_images + 1)
-        classes = Classes(tokens, pictures, self._class_places, group)
+        rest, tokens = np.divmod(self._class_key, length + 1)
+        group, pictures = np.divmod(rest, max_images + 1)
+        self._classes = classes = Classes(tokens, pictures, self._class_places, group)
         self._packing = pack_classes(classes, length, max_images)
         self.num_rows = self._packing.num_rows  # of a round
         self.num_samples = sum(walk.taken for walk in walks)  # of a round
@@ -116,11 +117,11 @@ class Order:
         found = []
         for number in np.unique(rounds).tolist():
             here = np.flatnonzero(rounds == number)
-            row, source, index = self._rows_of_round(number, places[here])
-            found.append((here[row], source, index))
-        row, source, index = (np.concatenate(part) for part in zip(*found, strict=True))
-        by_row = np.argsort(row, kind="stable")
-        return Slots(row[by_row], source[by_row], index[by_row])
+            slots = self._rows_of_round(number, places[here])
+            found.append(slots._replace(row=here[slots.row]))
+        joined = Slots(*(np.concatenate(part) for part in zip(*found, strict=True)))
+        by_row = np.argsort(joined.row, kind="stable")
+        return Slots(*(part[by_row] for part in joined))
 
     def _rows_of_round(self, number: int, places: np.ndarray) -> Slots:
         packing, seed = self._packing, self._seed
@@ -141,14 +142,20 @@ class Order:
         step = place - self._first_place[walk]
         begin, end = self._walked(number)[walk], self._walked(number + 1)[walk]
         is_used = step < end - begin
-        row, walk, place = row[is_used], walk[is_used], place[is_used]
+        row, walk, place, size = row[is_used], walk[is_used], place[is_used], size[is_used]
         epoch, step = np.divmod((begin + step)[is_used], self._size[walk])
         key = key_of(seed, _MEMBERS, walk, epoch)
         member = self._start[walk] + shuffled(step, self._size[walk], key)
         # Patterns go from long to short, which rows that are read across should not.
         mixed = np.lexsort((key_of(seed, _PLACES, number, place), row))
-        index = self._members[member].astype(np.int64)
-        return Slots(row[mixed], self._source[walk][mixed], index[mixed])
+        slots = Slots(
+            row=row,
+            source=self._source[walk],
+            index=self._members[member].astype(np.int64),
+            tokens=self._classes.tokens[size],
+            pictures=self._classes.pictures[size],
+        )
+        return Slots(*(part[mixed] for part in slots))
 
     def _walked(self, number: int) -> np.ndarray:
         """Returns how far each walk has come before a round."""

@@ -7,7 +7,7 @@ the global batch, and pictures are decoded after the plan has said where they go
 import concurrent.futures
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,24 +176,19 @@ class RowMaker:
         rows: Sequence[int],
         num_threads: int,
     ):
-        self._config, self._tokenizer, self._opened = config, tokenizer, opened
+        self._config, self._tokenizer = config, tokenizer
+        self._order, self._sources = opened.order, list(opened.sources.items())
         self._rows = np.array(rows, np.int64)
         self._num_threads = num_threads
         self._pool: concurrent.futures.Executor | None = None
 
     def __call__(self, step: int) -> tuple[Batch, Notes]:
         config = self._config
-        slots = self._opened.order.rows(step * config.rows + self._rows)
-        names = list(self._opened.sources)
-        wanted = [
-            (names[source], index)
-            for source, index in zip(slots.source.tolist(), slots.index.tolist(), strict=True)
-        ]
+        slots = self._order.rows(step * config.rows + self._rows)
+        wanted = zip(*(part.tolist() for part in slots[1:]), strict=True)
         rows: list[list[Example]] = [[] for _ in self._rows]
-        room = [(config.length, config.max_images)] * len(rows)
         holes = []
         for row, sample in zip(slots.row.tolist(), self._map(wanted), strict=True):
-            sample, room[row] = _placed(sample, *room[row])
             if isinstance(sample, Hole):
                 holes.append(sample)
             else:
@@ -206,21 +201,29 @@ class RowMaker:
             self._tokenizer,
             config.attend_across,
         )
-        return batch, Notes(len(wanted), tuple(holes))
+        return batch, Notes(len(slots.row), tuple(holes))
 
-    def _map(self, wanted: Sequence[tuple[str, int]]) -> Iterator[Example | Hole]:
+    def _map(self, wanted: Iterable[tuple[int, int, int, int]]) -> Iterator[Example | Hole]:
         if self._num_threads < 2:
             return map(self._sample, wanted)
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(self._num_threads, "decode")
         return self._pool.map(self._sample, wanted)
 
-    def _sample(self, wanted: tuple[str, int]) -> Example | Hole:
-        name, index = wanted
-        source = self._opened.sources[name]
+    def _sample(self, wanted: tuple[int, int, int, int]) -> Example | Hole:
+        """Returns one sample with its pixels, given (source, index, tokens, pictures)."""
+        number, index, tokens, pictures = wanted
+        name, source = self._sources[number]
         example = read_sample(source, name, index, self._tokenizer, self._config)
         if isinstance(example, Hole):
             return example
+        if len(example.ids) > tokens or len(example.images) > pictures:
+            detail = (
+                f"sample {example.key} is larger than when rows were planned: got "
+                f"{len(example.ids)} tokens and {len(example.images)} pictures, expected at most "
+                f"{tokens} and {pictures}; its source has changed since, so prepare it again"
+            )
+            return Hole(example.key, "length", detail)
         try:
             size = self._config.image_size
             images = tuple(pixels(example, image, size) for image in example.images)
@@ -230,23 +233,3 @@ class RowMaker:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
-
-
-def _placed(
-    sample: Example | Hole, tokens: int, images: int
-) -> tuple[Example | Hole, tuple[int, int]]:
-    """Returns the sample and the room that is left in its row after it."""
-    if isinstance(sample, Hole):
-        return sample, (tokens, images)
-    tokens, images = tokens - len(sample.ids), images - len(sample.images)
-    if tokens < 0 or images < 0:
-        detail = (
-            f"sample {sample.key} is larger than it was when the rows were planned: got "
-            f"{len(sample.ids)} tokens and {len(sample.images)} pictures; its source has changed "
-            "since, so prepare it again"
-        )
-        return Hole(sample.key, "length", detail), (
-            tokens + len(sample.ids),
-            images + len(sample.images),
-        )
-    return sample, (tokens, images)

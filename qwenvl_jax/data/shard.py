@@ -22,7 +22,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from qwenvl_jax.data.clean import Limits, chain, clean, picture_sizes
 from qwenvl_jax.data.example import DataError
-from qwenvl_jax.data.record import Record, decode_record, encode_record
+from qwenvl_jax.data.record import FIELDS, Record, decode_record, encode_record
 from qwenvl_jax.data.sources.prepared import FORMAT, ROWS_ENDING, sizes_name
 from qwenvl_jax.data.sources.stream import Refusal, Stream
 from qwenvl_jax.data.tasks import example_of
@@ -32,6 +32,7 @@ PARTS = "parts"  # the folder of finished shards' facts, gone when the index is 
 # A group of one row is a chunk of its own, which random access and damage to single rows need.
 # Pictures do not compress further, so the cheapest level that still shrinks text.
 _WRITER_OPTIONS = "group_size:1,zstd:1"
+_TASKS = list(FIELDS)
 
 
 class PrepareError(ValueError):
@@ -119,11 +120,13 @@ class _Sizes:
     def __init__(self) -> None:
         self.tokens, self.pictures = array.array("i"), array.array("i")
         self.bytes, self.width_height = array.array("i"), array.array("i")
+        self.tasks = array.array("B")
 
     def add(self, stored: "_Stored") -> None:
         self.tokens.append(stored.num_tokens)
         self.pictures.append(len(stored.pictures))
         self.bytes.append(len(stored.data))
+        self.tasks.append(_TASKS.index(stored.task))
         for size in stored.pictures:
             self.width_height.extend(size)
 
@@ -131,6 +134,8 @@ class _Sizes:
         arrays = {
             "pictures": np.array(self.pictures, np.int32),
             "bytes": np.array(self.bytes, np.int32),
+            "tasks": np.array(self.tasks, np.uint8),
+            "task_names": np.array(_TASKS),
             "width_height": np.array(self.width_height, np.int32).reshape(-1, 2),
         }
         return arrays | ({"tokens": np.array(self.tokens, np.int32)} if has_tokens else {})

@@ -14,6 +14,7 @@ from qwenvl_jax.config import ConfigError, RematPolicy, TrainConfig
 from qwenvl_jax.planning.compile import abstract_batch
 from qwenvl_jax.planning.memory import CLASSES, shard_bytes
 from qwenvl_jax.sharding import BATCH_AXES, MESH_AXES, mesh_sizes
+from qwenvl_jax.training.optimizer import trained_parts
 from qwenvl_jax.training.state import make_layout
 
 
@@ -31,7 +32,8 @@ def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
             "data.rows must be a multiple of micro_batches x data x fsdp: got "
             f"{config.data.rows}, {config.micro_batches} and {shards}"
         )
-    state = make_layout(config, mesh).abstract
+    layout = make_layout(config, mesh)
+    state = layout.abstract
     gradients = shard_bytes(state.trainable)
     rows = config.data.rows // config.micro_batches // shards
     tensor = mesh.shape["tensor"]
@@ -42,7 +44,7 @@ def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
     )
     decoder = _layer_floats(model.decoder.width, model.decoder.mlp_dim, 3, tensor)
     vit = _layer_floats(model.vision.width, model.vision.mlp_dim, 2, tensor)
-    is_vit_trained = "vit" not in config.freeze
+    is_vit_trained = "vit" in trained_parts(layout.plan)
     vit_remat = model.vit_remat or model.remat
     kept = tokens * decoder[model.remat] * model.decoder.num_layers
     kept += patches * vit[vit_remat] * model.vision.num_layers * is_vit_trained

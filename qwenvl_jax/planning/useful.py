@@ -10,6 +10,8 @@ whether filled or not.
 import dataclasses
 
 from qwenvl_jax.config import ModelConfig, TrainConfig
+from qwenvl_jax.model.qwenvl import abstract_state
+from qwenvl_jax.training.optimizer import plan_parameters, trained_parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,13 +42,15 @@ def useful_flops(config: TrainConfig) -> float:
     """Returns the work of one optimizer step over the whole batch, all chips together."""
     data = config.data
     work = forward_work(config.model, data.image_size, data.length)
+    _, abstract = abstract_state(config.model)
+    trained = trained_parts(plan_parameters(abstract, config.parameters))
     total, is_any_trained = 0.0, False
     for part, per_row in (
         ("vit", work.vit * data.max_images),
         ("adapter", work.adapter * data.max_images),
         ("decoder", work.decoder),
     ):
-        is_trained = part not in config.freeze
+        is_trained = part in trained
         is_any_trained |= is_trained
         total += data.rows * per_row * (1 + is_any_trained + is_trained)
     return total

@@ -27,7 +27,7 @@ from qwenvl_jax.config import ConfigError, TrainConfig
 from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data.example import Batch
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
-from qwenvl_jax.training.feed import Feed
+from qwenvl_jax.training.feed import Feed, HeldRows, rows_of_process
 from qwenvl_jax.training.optimizer import describe_plan
 from qwenvl_jax.training.report import Report, plot_loss
 from qwenvl_jax.training.run_dir import open_run
@@ -74,8 +74,12 @@ def train(
             if first_step >= config.steps:
                 report.say("nothing to do: this run is finished")
                 return first_step
-            source = batches(first_step) if batches else _configured_batches(config, first_step)
-            feed = Feed(source, batch_sharding(mesh))
+            if batches:
+                held, source = None, batches(first_step)
+            else:
+                held = rows_of_process(batch_sharding(mesh), config.data.rows)
+                source = _configured_batches(config, first_step, held)
+            feed = Feed(source, batch_sharding(mesh), held=held)
             with contextlib.closing(feed), StopRequest() as stop:
                 last_step = _loop(config, train_step, state, feed, store, report, stop)
     print(plot_loss(config.run_dir), flush=True)
@@ -99,19 +103,19 @@ def _loop(
         # Reading numbers waits for the device, so those of a step are read when the next one is
         # already on its way.
         if unlogged is not None:
-            _log(report, *unlogged)
+            _log(report, feed, *unlogged)
         unlogged = (step, metrics)
         if stop.signal is not None:
             report.say(f"{stop.signal}: stopping after step {step}")
             break
         if step % config.checkpoint.every_steps == 0 and step < config.steps:
             # The line first: a resumed run does not make the steps before its checkpoint again.
-            _log(report, *unlogged)
+            _log(report, feed, *unlogged)
             unlogged = None
             _tolerate(report, step, lambda: store.save(step, to_items(state)))  # noqa: B023
         _tolerate(report, step, store.check)
     if unlogged is not None:
-        _log(report, *unlogged)
+        _log(report, feed, *unlogged)
     _tolerate(report, step, store.wait)
     store.save(step, to_items(state))
     store.wait()  # when this last save fails, the run fails
@@ -119,9 +123,9 @@ def _loop(
     return step
 
 
-def _log(report: Report, step: int, metrics: Metrics) -> None:
+def _log(report: Report, feed: Feed, step: int, metrics: Metrics) -> None:
     numbers = {name: value.item() for name, value in jax.device_get(metrics).items()}
-    report.step({"step": step} | numbers)
+    report.step({"step": step} | numbers | feed.metrics(step - 1))
 
 
 def _tolerate(report: Report, step: int, action: Callable[[], None]) -> None:
@@ -177,8 +181,8 @@ def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
     return {path: variable.get_value() for path, variable in named_variables(state).items()}
 
 
-def _configured_batches(config: TrainConfig, first_step: int) -> Iterator[Batch]:
-    from qwenvl_jax.data.pipeline import batches
+def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) -> Iterator[Batch]:
+    from qwenvl_jax.data.pipeline import Share, batches
     from qwenvl_jax.prompt.tokenizer import load_tokenizer
 
     slots = config.model.adapter.num_queries
@@ -193,7 +197,10 @@ def _configured_batches(config: TrainConfig, first_step: int) -> Iterator[Batch]
             f"decoder.vocab_size has no rows for every id of {config.data.tokenizer}: got "
             f"{config.model.decoder.vocab_size}, expected at least {tokenizer.vocab_size}"
         )
-    return batches(config.data, config.seed, first_step, slots=slots)
+    share = Share(held.rows, jax.process_index())
+    return batches(
+        config.data, config.seed, first_step, slots=slots, share=share, folder=config.run_dir
+    )
 
 
 def _introduction(config: TrainConfig, layout: Layout, first_step: int) -> list[str]:

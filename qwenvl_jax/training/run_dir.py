@@ -31,6 +31,8 @@ FREE_TO_CHANGE = (
     "mesh",
     "checkpoint",
     "data.num_workers",
+    "data.max_bad_fraction",
+    "data.path",  # the place; its content is compared by fingerprint
     "data.tokenizer",  # the path; its content is compared by digest in the manifest
     "model.attention_backend",
     "model.attention_block",

@@ -149,7 +149,7 @@ def _role_faults(roles: list[object]) -> Iterator[tuple[int | None, Fault]]:
         if known[turn] == known[turn - 1] and known[turn] in _ROLES:
             yield turn, Fault("order", f"a second turn of the {known[turn]} in a row")
     if known[-1] == "user":
-        yield len(known) - 1, Fault("order", "ends with a question: nothing is learnt from it")
+        yield len(known) - 1, Fault("order", "ends with a question that has no answer")
 
 
 def _file_faults(source: Conversations, path: str, decode: bool) -> Iterable[Fault]:

@@ -25,7 +25,8 @@ def open_stream(path: Path, pictures: Path | None = None) -> Stream | None:
     """Returns the stream of tar, parquet, PDF, text or evaluation files; None for all that
     `open_source` opens: conversations, prepared folders, TFDS folders, and what is not there.
 
-    Raises: DataError where `pictures` is given and the stream has its pictures inside.
+    Raises: DataError for a folder with none of these, and where `pictures` is given and the stream
+    has its pictures inside.
     """
     if path.is_file() and path.suffix.lower() in (".json", ".jsonl"):
         kind = _json_kind(path)
@@ -44,6 +45,11 @@ def open_stream(path: Path, pictures: Path | None = None) -> Stream | None:
                     f"{str(pictures)!r} for {str(path)!r}"
                 )
             return stream(path)
+    if path.is_dir():
+        raise DataError(
+            f"{str(path)!r} holds nothing that can be prepared: expected .tar, .parquet, .txt or "
+            ".jsonl files, a prepared folder or a TFDS folder; check the path"
+        )
     return None
 
 

@@ -2,7 +2,7 @@
 
     index.json                 counts, the name, length and digest of each file, how it was made
     rows-N-of-M.array_record   rows as `encode_record` writes them, each in a chunk of its own
-    rows-N-of-M.sizes.npz      tokens, pictures, bytes of each row; width, height of each picture
+    rows-N-of-M.sizes.npz      task, tokens, pictures, bytes of rows; width, height of pictures
     refused.jsonl              rows left out: key, reason, detail
 
 ArrayRecord notices damage inside a chunk, so one flipped bit costs one row; a file that is cut
@@ -23,7 +23,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
 from qwenvl_jax.data.example import DataError
-from qwenvl_jax.data.record import Record, decode_record
+from qwenvl_jax.data.record import FIELDS, Record, decode_record
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -100,6 +100,15 @@ class Prepared:
         ]
         return np.concatenate(parts)
 
+    def tasks(self) -> np.ndarray:
+        """Returns uint8 [N]: the place of each row's task among those of `record.FIELDS`."""
+        order = list(FIELDS)
+        parts = []
+        for arrays in self._arrays():
+            places = [order.index(name) for name in arrays["task_names"].tolist()]
+            parts.append(np.array(places, np.uint8)[arrays["tasks"]])
+        return np.concatenate(parts)
+
     def picture_sizes(self) -> np.ndarray:
         """Returns int32 [P, 2]: width and height of all pictures, row after row."""
         return np.concatenate([arrays["width_height"] for arrays in self._arrays()])
@@ -167,7 +176,8 @@ def sizes_name(rows_name: str) -> str:
 
 
 def read_sizes(folder: Path, shard: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns `tokens` (where a vocabulary was given), `pictures`, `bytes`, `width_height`.
+    """Returns `tokens` (where a vocabulary was given), `pictures`, `bytes`, `tasks` with
+    `task_names`, and `width_height`.
 
     Raises: DataError where the file is damaged or belongs to other rows.
     """
