@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 from qwenvl_jax.data.example import DataError
-from qwenvl_jax.data.sources import parquet_files, tar_shards, text_files
+from qwenvl_jax.data.sources import parquet_files, pdf, tar_shards, text_files
 from qwenvl_jax.data.sources.eval_files import ROW_KEYS, EvalFile
 from qwenvl_jax.data.sources.parquet_files import ParquetFiles
+from qwenvl_jax.data.sources.pdf import PdfPages
 from qwenvl_jax.data.sources.stream import Stream
 from qwenvl_jax.data.sources.tar_shards import TarShards
 from qwenvl_jax.data.sources.text_files import TextFiles
@@ -15,13 +16,14 @@ _HEAD = 2**20  # bytes in which the first row of a JSON file should end
 _STREAMS = (  # the first that finds a file takes the folder
     (TarShards, tar_shards.ENDINGS),
     (ParquetFiles, parquet_files.ENDINGS),
+    (PdfPages, pdf.ENDINGS),
     (TextFiles, text_files.ENDINGS),
 )
 
 
 def open_stream(path: Path, pictures: Path | None = None) -> Stream | None:
-    """Returns the stream of tar, parquet, text or evaluation files; None for what `open_source`
-    opens: conversations, prepared folders, TFDS folders, and what is not there.
+    """Returns the stream of tar, parquet, PDF, text or evaluation files; None for all that
+    `open_source` opens: conversations, prepared folders, TFDS folders, and what is not there.
 
     Raises: DataError for a folder with none of these, and where `pictures` is given and the stream
     has its pictures inside.

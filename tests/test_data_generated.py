@@ -1,0 +1,41 @@
+"""Generated sources as commands open them."""
+
+import pickle
+
+import pytest
+
+from qwenvl_jax.data.example import DataError
+from qwenvl_jax.data.sources.collages import Collages
+from qwenvl_jax.data.sources.documents import Documents
+from qwenvl_jax.data.sources.generated import GeneratedOptions, open_generated
+from qwenvl_jax.data.sources.page_photo import PageSettings
+
+
+def test_options_reach_the_sources(tmp_path):
+    (tmp_path / "a.txt").write_text("some plain words of a text " * 40)
+    options = GeneratedOptions(split="heldout", tasks=("vqa",), side=96, languages=("zh",))
+    made = open_generated("collages", 7, options)
+    assert made == Collages(7, "heldout", side=96, tasks=("vqa",), languages=("zh",))
+    page = PageSettings(short_side=(100, 100), max_lines=2)
+    made = open_generated("documents", 5, GeneratedOptions(page=page, corpus=tmp_path))
+    assert made == Documents(5, "train", page=page, corpus=tmp_path)
+    assert len(open_generated("collages", 3)) == 3
+
+
+def test_what_has_no_effect_or_is_unknown_is_refused(tmp_path):
+    with pytest.raises(DataError, match="got 'scenes', expected collages or documents"):
+        open_generated("scenes", 1)
+    with pytest.raises(DataError, match="corpus has no effect on collages"):
+        open_generated("collages", 1, GeneratedOptions(corpus=tmp_path))
+    with pytest.raises(DataError, match="side, emoji has no effect on documents"):
+        open_generated("documents", 1, GeneratedOptions(side=64, emoji=True))
+
+
+@pytest.mark.parametrize("name", ["collages", "documents"])
+def test_a_worker_that_is_handed_a_source_makes_the_same_rows(name):
+    page = PageSettings(short_side=(80, 90), max_lines=2)
+    options = GeneratedOptions(page=page) if name == "documents" else GeneratedOptions(side=80)
+    made = open_generated(name, 4, options)
+    copy = pickle.loads(pickle.dumps(made))
+    assert copy[2] == made[2]
+    assert copy.fingerprint == made.fingerprint
