@@ -51,25 +51,25 @@ class Options:
     """Also load the list with json.load, for comparison."""
 
 
-def make_files(folder: Path, num_rows: int) -> tuple[Path, Path]:
-    """Writes the rows as a list and as lines; returns both paths."""
+def make_files(folder: Path, num_rows: int, picture: str = "train/{:08d}.jpg") -> tuple[Path, Path]:
+    """Writes the rows as a list and as lines; returns both paths. No picture is made."""
     folder.mkdir(parents=True, exist_ok=True)
     as_list, as_lines = folder / "rows.json", folder / "rows.jsonl"
     rng = random.Random(0)
     with as_list.open("w", encoding="utf-8") as one, as_lines.open("w", encoding="utf-8") as other:
         for i in range(num_rows):
-            line = json.dumps(make_row(i, rng), ensure_ascii=False)
+            line = json.dumps(make_row(i, rng, picture.format(i)), ensure_ascii=False)
             one.write(f"{'[' if i == 0 else ','}\n{line}")
             other.write(f"{line}\n")
         one.write("\n]\n")
     return as_list, as_lines
 
 
-def make_row(i: int, rng: random.Random) -> dict:
+def make_row(i: int, rng: random.Random, picture: str) -> dict:
     """Returns a dialogue of two turns about one picture, with a box, quotes and line breaks."""
     x, y = rng.randrange(500), rng.randrange(500)
     turns = [
-        ("user", f"Picture 1: <img>train/{i:08d}.jpg</img>\nWhat is it? {_words(rng, 8)}"),
+        ("user", f"Picture 1: <img>{picture}</img>\nWhat is it? {_words(rng, 8)}"),
         ("assistant", f'It is "{_words(rng, 12)}".'),
         ("user", f"Where?\n{_words(rng, 6)}"),
         ("assistant", f"<ref>it</ref><box>({x},{y}),({x + 300},{y + 400})</box>"),

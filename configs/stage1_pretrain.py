@@ -14,7 +14,7 @@ The source drawn here is this package's own; the paper's 1.4 billion pairs are n
 import dataclasses
 
 from qwenvl_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import qwen_vl
+from qwenvl_jax.presets import qwen_vl, stage_1
 
 
 def get_config() -> TrainConfig:
@@ -37,14 +37,12 @@ def get_config() -> TrainConfig:
             peak_lr=2e-4,
             end_lr=1e-6,
             warmup_steps=500,
-            vit_layer_decay=0.95,
             beta1=0.9,
             beta2=0.98,
             eps=1e-6,
-            weight_decay=0.05,
             clip_norm=1.0,
         ),
-        freeze=("decoder",),
+        parameters=stage_1(tower_decay=0.95, weight_decay=0.05),
         micro_batches=6,
         mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
     )

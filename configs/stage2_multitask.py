@@ -13,7 +13,7 @@ weights are the paper's millions of samples (Table 3), the sources this package'
 import dataclasses
 
 from qwenvl_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import qwen_vl
+from qwenvl_jax.presets import qwen_vl, stage_2
 
 
 def get_config() -> TrainConfig:
@@ -44,14 +44,12 @@ def get_config() -> TrainConfig:
             peak_lr=5e-5,
             end_lr=1e-5,
             warmup_steps=400,
-            vit_layer_decay=0.95,
             beta1=0.9,
             beta2=0.98,
             eps=1e-6,
-            weight_decay=0.05,
             clip_norm=1.0,
         ),
-        freeze=(),
+        parameters=stage_2(tower_decay=0.95, weight_decay=0.05),
         micro_batches=8,
         mesh=MeshConfig(data=1, fsdp=-1, tensor=2),
     )

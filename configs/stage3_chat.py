@@ -12,7 +12,7 @@ The paper trains on 350,000 dialogues that are not published; the source here is
 import dataclasses
 
 from qwenvl_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import qwen_vl
+from qwenvl_jax.presets import qwen_vl, stage_3
 
 
 def get_config() -> TrainConfig:
@@ -38,10 +38,9 @@ def get_config() -> TrainConfig:
             beta1=0.9,
             beta2=0.98,
             eps=1e-6,
-            weight_decay=0.05,
             clip_norm=1.0,
         ),
-        freeze=("vit",),
+        parameters=stage_3(weight_decay=0.05),
         micro_batches=8,
         mesh=MeshConfig(data=1, fsdp=-1, tensor=2),
     )

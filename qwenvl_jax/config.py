@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-AttentionBackend = Literal["xla", "xla_chunked"]
+AttentionBackend = Literal["auto", "xla", "xla_chunked", "splash", "cudnn"]
 RematPolicy = Literal["none", "dots", "full"]
 DType = Literal["float32", "bfloat16"]
 Mixing = Literal["counts", "weights", "temperature"]
@@ -132,10 +132,17 @@ class ModelConfig:
     image_start_id: int  # `<img>`; `</img>` and `<imgpad>` are the next two ids
     dtype: DType = "float32"  # of activations and matrix products
     param_dtype: DType = "float32"
-    attention_backend: AttentionBackend = "xla"
+    attention_backend: AttentionBackend = "xla"  # "auto": splash on TPU, xla_chunked elsewhere
+    attention_block: int = 512  # queries and keys that the splash kernel works on at once
     remat: RematPolicy = "none"
+    vit_remat: RematPolicy | None = None  # of the tower; None: as `remat`
 
     def __post_init__(self):
+        if self.attention_block < 128 or self.attention_block % 128:
+            raise ConfigError(
+                "ModelConfig.attention_block must be a multiple of 128, the lanes of a TPU "
+                f"register: got {self.attention_block}"
+            )
         if self.image_size % self.vision.patch_size:
             raise ConfigError(
                 "ModelConfig.image_size must be a multiple of vision.patch_size: "
@@ -208,24 +215,53 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay (paper Table 8)."""
+    """AdamW with linear warm-up and cosine decay (paper Table 8); weight decay is a row's."""
 
     peak_lr: float
     end_lr: float
     warmup_steps: int
-    vit_layer_decay: float = 1.0  # 0.95 in stages 1 and 2
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
-    weight_decay: float = 0.05
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        _positive(self, "peak_lr", "vit_layer_decay", "eps", "clip_norm")
+        _positive(self, "peak_lr", "eps", "clip_norm")
         if self.end_lr < 0 or self.end_lr > self.peak_lr:
             raise ConfigError(
                 "OptimizerConfig.end_lr must lie between 0 and peak_lr: "
                 f"got {self.end_lr}, peak_lr {self.peak_lr}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterRule:
+    """One row of the table that says what trains: the first row that matches a path decides.
+
+    `pattern` is a shell pattern over the dotted path, in which `*` also matches dots:
+    `vit.blocks.*.kernel`, `*.bias`.
+    """
+
+    pattern: str = dataclasses.field(kw_only=False)
+    is_trained: bool = True
+    rate: float = 1.0  # factor on the learning rate
+    # Layer i of K stacked ones has this to the power K - i as a further factor, what stands before
+    # the layers of its part the power K + 1: 0.95 for the tower in stages 1 and 2.
+    layer_decay: float = 1.0
+    weight_decay: float = 0.0  # multiplied by the row's rate too, as AdamW does
+
+    def __post_init__(self):
+        _positive(self, "rate", "layer_decay")
+        if self.weight_decay < 0:
+            raise ConfigError(
+                f"ParameterRule.weight_decay of {self.pattern!r} must not be negative: "
+                f"got {self.weight_decay}"
+            )
+        if not self.is_trained and (self.rate, self.layer_decay, self.weight_decay) != (1, 1, 0):
+            raise ConfigError(
+                f"the row {self.pattern!r} is not trained, so its rates have no effect: got "
+                f"rate={self.rate}, layer_decay={self.layer_decay}, "
+                f"weight_decay={self.weight_decay}; leave them out"
             )
 
 
@@ -257,7 +293,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
-    freeze: tuple[Literal["vit", "adapter", "decoder"], ...]  # parts without gradient
+    parameters: tuple[ParameterRule, ...]  # what trains, and how fast; the first match decides
     micro_batches: int = 1  # gradient accumulation, weighted by scored tokens
     loss_chunk: int = 256  # tokens whose logits exist at once
     mesh: MeshConfig = MeshConfig()
@@ -276,8 +312,8 @@ class TrainConfig:
                 "optimizer.warmup_steps must be smaller than steps: "
                 f"got {self.optimizer.warmup_steps} of {self.steps}"
             )
-        if set(self.freeze) >= {"vit", "adapter", "decoder"}:
-            raise ConfigError("TrainConfig.freeze names every part: nothing would be trained")
+        if not any(rule.is_trained for rule in self.parameters):
+            raise ConfigError("TrainConfig.parameters has no trained row: nothing would be trained")
 
 
 # --- to and from JSON ---------------------------------------------------------------------------

@@ -1,6 +1,14 @@
-"""The model sizes that this project trains and loads: the released and the small shipped one."""
+"""What configs are put together from: model sizes, and the tables of what trains in each stage."""
 
-from qwenvl_jax.config import AdapterConfig, DecoderConfig, ModelConfig, VisionConfig
+from qwenvl_jax.config import (
+    AdapterConfig,
+    DecoderConfig,
+    ModelConfig,
+    ParameterRule,
+    VisionConfig,
+)
+
+# --- model sizes --------------------------------------------------------------------------------
 
 
 def qwen_vl() -> ModelConfig:
@@ -55,4 +63,67 @@ def nano() -> ModelConfig:
         image_size=112,
         image_start_id=736,
         remat="dots",  # on a CPU faster than keeping everything, which is bound by memory
+    )
+
+
+# --- what trains --------------------------------------------------------------------------------
+
+ParameterTable = tuple[ParameterRule, ...]
+
+
+def stage_1(*, tower_decay: float = 0.95, weight_decay: float = 0.05) -> ParameterTable:
+    """Returns the table of stage 1: tower and adapter trained, the decoder frozen (paper 3.1)."""
+    return (
+        ParameterRule("decoder.*", is_trained=False),
+        *trained("vit.*", layer_decay=tower_decay, weight_decay=weight_decay),
+        *trained("adapter.*", weight_decay=weight_decay),
+    )
+
+
+def stage_2(*, tower_decay: float = 0.95, weight_decay: float = 0.05) -> ParameterTable:
+    """Returns the table of stage 2: everything trained (paper 3.2)."""
+    return (
+        *trained("vit.*", layer_decay=tower_decay, weight_decay=weight_decay),
+        *trained("*", weight_decay=weight_decay),
+    )
+
+
+def stage_3(*, weight_decay: float = 0.05) -> ParameterTable:
+    """Returns the table of stage 3: the tower frozen, adapter and decoder trained (paper 3.3)."""
+    return (
+        ParameterRule("vit.*", is_trained=False),
+        *trained("*", weight_decay=weight_decay),
+    )
+
+
+def text_only(*, weight_decay: float = 0.05) -> ParameterTable:
+    """Returns the table of a run without pictures: the decoder alone is trained."""
+    return (
+        ParameterRule("vit.*", is_trained=False),
+        ParameterRule("adapter.*", is_trained=False),
+        *trained("decoder.*", weight_decay=weight_decay),
+    )
+
+
+def released_finetune(*, weight_decay: float = 0.1) -> ParameterTable:
+    """Returns what the original `finetune.py` trains with its default `fix_vit`.
+
+    There the adapter's attention is switched on again after the whole of `visual` was frozen, but
+    not the norm and the matrix behind it: drop these two rows to train the adapter whole.
+    """
+    return (
+        ParameterRule("vit.*", is_trained=False),
+        ParameterRule("adapter.ln_post.*", is_trained=False),
+        ParameterRule("adapter.proj.*", is_trained=False),
+        *trained("*", weight_decay=weight_decay),
+    )
+
+
+def trained(pattern: str, *, weight_decay: float, layer_decay: float = 1.0) -> ParameterTable:
+    """Returns three rows that train what `pattern` matches; norms and biases do not decay."""
+    prefix = pattern.removesuffix("*")
+    return (
+        ParameterRule(f"{prefix}*.scale", layer_decay=layer_decay),
+        ParameterRule(f"{prefix}*.bias", layer_decay=layer_decay),
+        ParameterRule(pattern, layer_decay=layer_decay, weight_decay=weight_decay),
     )

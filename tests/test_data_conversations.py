@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 import random
 import re
@@ -170,9 +171,13 @@ def test_other_threads_processes_and_forks_read_the_same(tmp_path):
 
 
 def test_pictures_have_a_folder_of_their_own(tmp_path):
-    source = open_source(write(tmp_path, ROWS), pictures=tmp_path / "pictures")
+    (tmp_path / "pictures").mkdir()
+    path = write(tmp_path, ROWS)
+    source = open_source(path, pictures=tmp_path / "pictures")
     assert source[0].images == (tmp_path / "pictures" / "one.png",)
     assert source[2].images == (Path("/abs/two.png"),)
+    with pytest.raises(DataError, match=r"no folder of pictures at .*nowhere"):
+        open_source(path, pictures=tmp_path / "nowhere")
 
 
 def test_a_row_goes_through_bytes_with_its_pictures(tmp_path, tok):
@@ -247,6 +252,19 @@ def test_the_whole_rows_of_a_damaged_file_can_still_be_read(tmp_path):
     table = find_rows(path)
     source = Conversations(path, rows=table)
     assert [source.row(i) for i in range(len(source))] == ROWS[:2]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(DataError, match="is not a file: got a pipe"):
+        Conversations(tmp_path / "pipe.json")
+
+
+def test_other_keys_of_a_turn_are_left_out(tmp_path):
+    turns = [one | {"score": 10**30} for one in ROWS[1]["conversations"]]
+    record = Conversations(write(tmp_path, [{"conversations": turns, "score": 1}]))[0]
+    assert record.fields == {"conversations": ROWS[1]["conversations"]}
+    assert decode_record(encode_record(record), "here") == record
 
 
 def test_a_large_row_is_refused_and_not_read(tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ def test_a_cut_through_a_picture_is_told_from_one_through_text(folder):
     assert fitting == list(range(fitting[0], 100))
 
 
-def test_long_ascii_rows_are_measured_and_short_ones_skipped(folder, monkeypatch):
+def test_long_rows_are_counted_and_short_ones_skipped(folder, monkeypatch):
     tokenizer = load_tokenizer(NANO, slots=16)
     row = {"conversations": dialogue("word " * 30, "b")}
     assert kinds_of(folder, row, Checks(tokenizer, 40)) == ["too_long"]

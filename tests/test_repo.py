@@ -41,8 +41,11 @@ ALLOWED = {
     "conversion": MATHS | {"checkpoint"},
     "inference": MATHS | {"checkpoint", "conversion", "prompt", "image"},
     "training": MATHS | {"checkpoint", "conversion"} | HOST,
+    "planning": MATHS | {"checkpoint", "conversion", "inference", "training"} | HOST,
     "evaluation": MATHS | {"checkpoint", "conversion", "inference", "training"} | HOST,
-    "cli": MATHS | {"checkpoint", "conversion", "inference", "training", "evaluation"} | HOST,
+    "cli": MATHS
+    | {"checkpoint", "conversion", "inference", "training", "evaluation", "planning"}
+    | HOST,
     "__init__": MATHS | {"checkpoint", "conversion", "inference", "evaluation"} | HOST,
 }
 HOST_ROOMS = ("prompt", "image", "data")
@@ -347,7 +350,7 @@ def third_party_imports() -> set[str]:
 def test_what_the_package_imports_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["plot"]]
+    wanted = [*project["dependencies"], *extras["plot"], *extras["generate"], *extras["beam"]]
     declared = {re.split(r"[\[>=]", line)[0].lower().replace("-", "_") for line in wanted}
     names = {"PIL": "pillow", "orbax": "orbax_checkpoint", "absl": "absl_py"}
     used = {names.get(root, root).lower() for root in third_party_imports()}

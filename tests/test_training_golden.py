@@ -10,16 +10,16 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from qwenvl_jax.config import ModelConfig, OptimizerConfig, TrainConfig
+from qwenvl_jax.config import ModelConfig, OptimizerConfig, ParameterRule, TrainConfig
 from qwenvl_jax.conversion.config import model_config_from_released
 from qwenvl_jax.conversion.rules import qwen_vl_rules
 from qwenvl_jax.data.example import NO_IMAGE, Batch
+from qwenvl_jax.presets import stage_1, stage_2, stage_3
 from qwenvl_jax.sharding import batch_sharding, make_mesh
 from qwenvl_jax.training.state import make_layout, start_state
 from qwenvl_jax.training.step import make_train_step
 
 GOLDEN = Path(__file__).parent / "golden"
-FREEZE = {"stage1": ("decoder",), "stage2": (), "stage3": ("vit",)}
 PICTURES = {"two_images": [1, 0], "one_image": [0]}
 LENGTH = 59  # longer than both sequences: padding must change nothing
 
@@ -66,15 +66,21 @@ def run_config(stage: str, facts: dict) -> TrainConfig:
             peak_lr=facts["peak_lr"],
             end_lr=facts["end_lr"],
             warmup_steps=facts["warmup_steps"],
-            vit_layer_decay=facts["vit_layer_decay"],
             beta1=facts["betas"][0],
             beta2=facts["betas"][1],
             eps=facts["eps"],
-            weight_decay=facts["weight_decay"],
             clip_norm=facts["clip_norm"],
         ),
-        freeze=FREEZE[stage],
+        parameters=table_of(stage, facts),
     )
+
+
+def table_of(stage: str, facts: dict) -> tuple[ParameterRule, ...]:
+    decays = {"weight_decay": facts["weight_decay"]}
+    if stage == "stage3":
+        return stage_3(**decays)
+    table = {"stage1": stage_1, "stage2": stage_2}[stage]
+    return table(tower_decay=facts["vit_layer_decay"], **decays)
 
 
 def our_weights(config: ModelConfig) -> dict[str, np.ndarray]:

@@ -150,9 +150,7 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
     other = tiny.train_config(
         tmp_path,
         seed=8,
-        optimizer=OptimizerConfig(
-            peak_lr=1e-3, end_lr=1e-4, warmup_steps=2, vit_layer_decay=0.9, weight_decay=0.05
-        ),
+        optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=1e-4, warmup_steps=2),
     )
     with pytest.raises(
         ConfigError, match=r"optimizer\.peak_lr: was 0\.003, now 0\.001; seed: was 7"
@@ -263,8 +261,10 @@ def config_file(tmp_path):
 
 
 def test_overrides(config_file):
-    config = read_config(config_file, ["--optimizer.peak-lr=0.5", "--steps=11", "--freeze", "vit"])
-    assert (config.optimizer.peak_lr, config.steps, config.freeze) == (0.5, 11, ("vit",))
+    config = read_config(config_file, ["--optimizer.peak-lr=0.5", "--steps=11"])
+    assert (config.optimizer.peak_lr, config.steps) == (0.5, 11)
+    rule = read_config(config_file, ["--parameters.5.weight-decay=0.5"]).parameters[5]
+    assert (rule.pattern, rule.weight_decay) == ("*", 0.5)
     assert read_config(config_file, ["--data.rows=16"]).data.rows == 16
 
 

@@ -18,6 +18,7 @@ from qwenvl_jax.config import (
     VisionConfig,
 )
 from qwenvl_jax.data.example import NO_IMAGE, Batch
+from qwenvl_jax.presets import stage_2
 
 IMAGE_START_ID = 50
 
@@ -60,10 +61,8 @@ def train_config(run_dir: str | Path = "unused", **changes) -> TrainConfig:
             rows=8,
             tokenizer="no such file",
         ),
-        optimizer=OptimizerConfig(
-            peak_lr=3e-3, end_lr=1e-4, warmup_steps=2, vit_layer_decay=0.9, weight_decay=0.05
-        ),
-        freeze=(),
+        optimizer=OptimizerConfig(peak_lr=3e-3, end_lr=1e-4, warmup_steps=2),
+        parameters=stage_2(tower_decay=0.9),
         loss_chunk=40,
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
         checkpoint=CheckpointConfig(every_steps=2, keep=2),

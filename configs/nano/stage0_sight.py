@@ -8,7 +8,7 @@ it should have seen. From captions alone shapes were not learnt (docs/decisions.
 """
 
 from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import nano
+from qwenvl_jax.presets import nano, stage_2
 
 
 def get_config() -> TrainConfig:
@@ -28,5 +28,5 @@ def get_config() -> TrainConfig:
             tokenizer="qwenvl_jax/assets/nano",
         ),
         optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=3e-4, warmup_steps=100),
-        freeze=(),
+        parameters=stage_2(tower_decay=1.0),
     )

@@ -8,7 +8,7 @@ letters join the lists of shapes and colours, and captions and questions come ba
 """
 
 from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import nano
+from qwenvl_jax.presets import nano, stage_2
 
 
 def get_config() -> TrainConfig:
@@ -36,5 +36,5 @@ def get_config() -> TrainConfig:
             tokenizer="qwenvl_jax/assets/nano",
         ),
         optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=6e-4, warmup_steps=50),
-        freeze=(),
+        parameters=stage_2(tower_decay=1.0),
     )

@@ -8,7 +8,7 @@ decoder learns to look answers up in what stands before the question.
 """
 
 from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import nano
+from qwenvl_jax.presets import nano, text_only
 
 
 def get_config() -> TrainConfig:
@@ -37,5 +37,5 @@ def get_config() -> TrainConfig:
             tokenizer="qwenvl_jax/assets/nano",
         ),
         optimizer=OptimizerConfig(peak_lr=2e-3, end_lr=1e-4, warmup_steps=50),
-        freeze=("vit", "adapter"),
+        parameters=text_only(),
     )

@@ -8,7 +8,7 @@ to learn from, where a thing is must be told, not guessed.
 """
 
 from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import nano
+from qwenvl_jax.presets import nano, stage_1
 
 
 def get_config() -> TrainConfig:
@@ -28,5 +28,5 @@ def get_config() -> TrainConfig:
             tokenizer="qwenvl_jax/assets/nano",
         ),
         optimizer=OptimizerConfig(peak_lr=6e-4, end_lr=3e-4, warmup_steps=50),
-        freeze=("decoder",),
+        parameters=stage_1(tower_decay=1.0),
     )

@@ -8,7 +8,7 @@ shortest way from the loss to the tower.
 """
 
 from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import nano
+from qwenvl_jax.presets import nano, stage_2
 
 
 def get_config() -> TrainConfig:
@@ -39,5 +39,5 @@ def get_config() -> TrainConfig:
             tokenizer="qwenvl_jax/assets/nano",
         ),
         optimizer=OptimizerConfig(peak_lr=8e-4, end_lr=1e-5, warmup_steps=100),
-        freeze=(),
+        parameters=stage_2(tower_decay=1.0),
     )

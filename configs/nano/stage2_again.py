@@ -7,13 +7,13 @@ falling when stage 3 began. Everything is trained, and half of the samples now h
 """
 
 from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import nano
+from qwenvl_jax.presets import nano, stage_2
 
 
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/nano/stage2_again",
-        steps=8000,
+        steps=11000,
         seed=7,
         init="runs/nano/stage3",
         model=nano(),
@@ -38,5 +38,5 @@ def get_config() -> TrainConfig:
             tokenizer="qwenvl_jax/assets/nano",
         ),
         optimizer=OptimizerConfig(peak_lr=6e-4, end_lr=1e-5, warmup_steps=100),
-        freeze=(),
+        parameters=stage_2(tower_decay=1.0),
     )

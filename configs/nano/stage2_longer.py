@@ -7,7 +7,7 @@ questions at once. The rate starts lower, so that what is there stays.
 """
 
 from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import nano
+from qwenvl_jax.presets import nano, stage_2
 
 
 def get_config() -> TrainConfig:
@@ -38,5 +38,5 @@ def get_config() -> TrainConfig:
             tokenizer="qwenvl_jax/assets/nano",
         ),
         optimizer=OptimizerConfig(peak_lr=6e-4, end_lr=1e-5, warmup_steps=50),
-        freeze=(),
+        parameters=stage_2(tower_decay=1.0),
     )

@@ -6,7 +6,7 @@ The other tasks stay in the mixture, so that what stage 2 learned is not lost.
 """
 
 from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import nano
+from qwenvl_jax.presets import nano, stage_3
 
 
 def get_config() -> TrainConfig:
@@ -33,5 +33,5 @@ def get_config() -> TrainConfig:
             tokenizer="qwenvl_jax/assets/nano",
         ),
         optimizer=OptimizerConfig(peak_lr=5e-4, end_lr=1e-5, warmup_steps=50),
-        freeze=("vit",),
+        parameters=stage_3(),
     )

@@ -7,7 +7,10 @@ K: stacked layers.
 """
 
 import dataclasses
+import difflib
+import fnmatch
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,21 +19,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from qwenvl_jax.config import ConfigError, OptimizerConfig, TrainConfig
+from qwenvl_jax.config import ConfigError, OptimizerConfig, ParameterRule
 from qwenvl_jax.sharding import named_variables
-
-PARTS = ("vit", "adapter", "decoder")
-
-# Weight decay by the last name of the path: a tensor decays when it has two or more dimensions in
-# the released layout. Our own dimensions do not tell, because projection biases are [N, H] here.
-DECAYS = {
-    "kernel": True,
-    "embedding": True,
-    "position_embed": True,  # of the tower; the adapter's table is never trained
-    "query": True,
-    "scale": False,
-    "bias": False,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +28,7 @@ class ParameterPlan:
     """What happens to one parameter."""
 
     is_trained: bool
-    decays: bool
+    weight_decay: float
     rate: tuple[float, ...]  # factor on the learning rate: one for all, or one a stacked layer
 
     def rate_for(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -46,44 +36,89 @@ class ParameterPlan:
         return np.asarray(self.rate, np.float32).reshape(-1, *(1,) * (len(shape) - 1))
 
 
-def plan_parameters(abstract: nnx.State, config: TrainConfig) -> dict[str, ParameterPlan]:
-    """Returns the plan of every parameter, by path.
+def plan_parameters(
+    abstract: nnx.State, table: Sequence[ParameterRule]
+) -> dict[str, ParameterPlan]:
+    """Returns the plan of every parameter, by path: what the first row that matches it says.
 
-    Tower layer decay d over K blocks: block i has factor d**(K-i), what comes before the blocks
-    d**(K+1); adapter and decoder have 1. Weight decay is scaled by the same factor, as in AdamW
-    with one parameter group a layer.
+    Fixed tables (a Variable that is no Param) are saved and converted but no parameters: no row
+    reaches them.
 
     Raises:
-        ConfigError: a parameter has a last name without a row in DECAYS, or nothing is trained.
+        ConfigError: rows that match nothing, that earlier ones leave nothing to, or whose layer
+            decay meets no stacked layers; parameters without a row; all are named together.
     """
     variables = named_variables(abstract)
-    plan = {}
-    for path, variable in variables.items():
-        part, leaf = path.split(".")[0], path.split(".")[-1]
-        if part not in PARTS or leaf not in DECAYS:
-            raise ConfigError(
-                f"no weight decay rule for {path}: got part {part!r} and last name {leaf!r}, "
-                f"expected one of {PARTS} and one of {tuple(DECAYS)}; add a row to DECAYS"
-            )
-        plan[path] = ParameterPlan(
-            # A Variable that is no Param is a fixed table: saved and converted, never trained.
-            is_trained=isinstance(variable, nnx.Param) and part not in config.freeze,
-            decays=DECAYS[leaf],
-            rate=_layer_rates(path, variables, config.optimizer.vit_layer_decay),
+    paths = [path for path, variable in variables.items() if isinstance(variable, nnx.Param)]
+    depth = {
+        path.split(".")[0]: variables[path].get_value().shape[0]
+        for path in paths
+        if _is_stacked(path)
+    }
+    rows = {path: next((r for r in table if _matches(r, path)), None) for path in paths}
+    problems = _problems(table, rows, depth)
+    if problems:
+        raise ConfigError(
+            f"the table TrainConfig.parameters does not fit the model: {'; '.join(problems)}"
         )
-    if not any(row.is_trained for row in plan.values()):
-        raise ConfigError(f"nothing is trained: freeze={config.freeze}")
+    fixed = ParameterPlan(is_trained=False, weight_decay=0.0, rate=(1.0,))
+    plan = dict.fromkeys(variables, fixed)
+    for path, row in rows.items():
+        assert row is not None  # _problems names paths without one
+        plan[path] = ParameterPlan(
+            is_trained=row.is_trained,
+            weight_decay=row.weight_decay,
+            rate=_rates(row, path, depth.get(path.split(".")[0], 0)),
+        )
     return plan
 
 
-def _layer_rates(path: str, variables: dict[str, nnx.Variable], decay: float) -> tuple[float, ...]:
-    if not path.startswith("vit.") or decay == 1.0:
-        return (1.0,)
-    stacked = [v for name, v in variables.items() if name.startswith("vit.blocks.")]
-    num_layers = stacked[0].get_value().shape[0]
-    if path.startswith("vit.blocks."):
-        return tuple(decay ** (num_layers - i) for i in range(num_layers))
-    return (decay ** (num_layers + 1),)
+def trained_parts(plan: Mapping[str, ParameterPlan]) -> set[str]:
+    """Returns those of `vit`, `adapter` and `decoder` that hold a trained parameter."""
+    return {path.split(".")[0] for path, parameter in plan.items() if parameter.is_trained}
+
+
+def _matches(row: ParameterRule, path: str) -> bool:
+    return fnmatch.fnmatchcase(path, row.pattern)
+
+
+def _is_stacked(path: str) -> bool:
+    return path.split(".")[1] == "blocks"
+
+
+def _problems(
+    table: Sequence[ParameterRule],
+    rows: dict[str, ParameterRule | None],
+    depth: dict[str, int],
+) -> list[str]:
+    """Returns what is wrong with the table, one phrase a fault."""
+    found = []
+    for number, row in enumerate(table):
+        reached = [path for path in rows if _matches(row, path)]
+        earlier = {r.pattern: None for r in table[:number] for p in reached if _matches(r, p)}
+        if not reached:
+            near = difflib.get_close_matches(row.pattern, rows, n=1, cutoff=0.0)[0]
+            found.append(f"row {row.pattern!r} matches no parameter (one is {near})")
+        elif all(any(_matches(r, path) for r in table[:number]) for path in reached):
+            found.append(
+                f"row {row.pattern!r} has no effect, because {', '.join(map(repr, earlier))} "
+                "before it match all that it does: move it up, or drop it"
+            )
+        elif row.layer_decay != 1.0 and not any(p.split(".")[0] in depth for p in reached):
+            found.append(f"row {row.pattern!r} has a layer_decay and matches no stacked layers")
+    bare = [path for path, row in rows.items() if row is None]
+    if bare:
+        listed = ", ".join(bare[:3]) + (", ..." if len(bare) > 3 else "")
+        found.append(f"{len(bare)} parameters match no row ({listed}): add a row '*' at the end")
+    return found
+
+
+def _rates(row: ParameterRule, path: str, num_layers: int) -> tuple[float, ...]:
+    if row.layer_decay == 1.0:
+        return (row.rate,)
+    if _is_stacked(path):
+        return tuple(row.rate * row.layer_decay ** (num_layers - i) for i in range(num_layers))
+    return (row.rate * row.layer_decay ** (num_layers + 1),)
 
 
 def learning_rate(step: jax.Array, config: OptimizerConfig, num_steps: int) -> jax.Array:
@@ -105,16 +140,15 @@ def make_optimizer(
     a step whose update was dropped must not shift the schedule.
     """
 
-    def scale_by_rates(updates: Any, _: Any) -> dict[str, jax.Array]:
-        return {name: u * plan[name].rate_for(u.shape) for name, u in updates.items()}
-
-    def decays(parameters: Any) -> dict[str, bool]:
-        return {name: plan[name].decays for name in parameters}
+    def decay_and_scale(updates: Any, parameters: Any) -> dict[str, jax.Array]:
+        return {
+            name: (u + plan[name].weight_decay * parameters[name]) * plan[name].rate_for(u.shape)
+            for name, u in updates.items()
+        }
 
     return optax.chain(
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
-        optax.stateless(scale_by_rates),
+        optax.stateless(decay_and_scale),
     )
 
 
@@ -134,18 +168,26 @@ def describe_plan(abstract: nnx.State, plan: dict[str, ParameterPlan]) -> str:
         names = path.split(".")
         group = ".".join(names[:2]) if names[1] == "blocks" else names[0]
         groups.setdefault(group, []).append((variable.get_value().size, plan[path]))
-    lines = [f"{'part':<16}{'trained':>16}{'fixed':>16}{'decayed':>16}  rate factor"]
+    lines = [f"{'part':<16}{'trained':>16}{'fixed':>16}{'decayed':>16}  {'rate':<18}weight decay"]
     totals = [0, 0, 0]
     for group, rows in groups.items():
         trained = [(size, row) for size, row in rows if row.is_trained]
         counts = [
             sum(size for size, _ in trained),
             sum(size for size, row in rows if not row.is_trained),
-            sum(size for size, row in trained if row.decays),
+            sum(size for size, row in trained if row.weight_decay),
         ]
         totals = [a + b for a, b in zip(totals, counts, strict=True)]
-        rates = [rate for _, row in trained for rate in row.rate]
-        span = f"{min(rates):.4g} .. {max(rates):.4g}" if rates else "frozen"
-        lines.append(f"{group:<16}" + "".join(f"{c:>16,}" for c in counts) + f"  {span}")
-    lines.append(f"{'total':<16}" + "".join(f"{c:>16,}" for c in totals))
+        rates = _span([rate for _, row in trained for rate in row.rate]) if trained else "frozen"
+        decays = _span([row.weight_decay for _, row in trained if row.weight_decay])
+        counted = "".join(f"{count:>16,}" for count in counts)
+        lines.append(f"{group:<16}{counted}  {rates:<18}{decays}".rstrip())
+    lines.append(f"{'total':<16}" + "".join(f"{count:>16,}" for count in totals))
     return "\n".join(lines)
+
+
+def _span(values: list[float]) -> str:
+    if not values:
+        return ""
+    least, most = min(values), max(values)
+    return f"{least:.4g}" if least == most else f"{least:.4g} .. {most:.4g}"

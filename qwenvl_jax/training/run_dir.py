@@ -35,7 +35,9 @@ FREE_TO_CHANGE = (
     "data.path",  # the place; its content is compared by fingerprint
     "data.tokenizer",  # the path; its content is compared by digest in the manifest
     "model.attention_backend",
+    "model.attention_block",
     "model.remat",
+    "model.vit_remat",
 )
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 

@@ -50,7 +50,7 @@ def make_layout(config: TrainConfig, mesh: Mesh) -> Layout:
     """Returns names, shapes, placement and training plan of a run; allocates nothing."""
     graphdef, state = abstract_state(config.model)
     state = with_shardings(state, mesh)
-    plan = plan_parameters(state, config)
+    plan = plan_parameters(state, config.parameters)
     weights = {path: v.get_value() for path, v in named_variables(state).items()}
     trainable, frozen = split_weights(weights, plan)
     moments = jax.eval_shape(make_optimizer(config.optimizer, plan).init, trainable)

@@ -17,6 +17,7 @@ from qwenvl_jax.config import ConfigError, TrainConfig
 from qwenvl_jax.data.example import Batch
 from qwenvl_jax.model.qwenvl import NO_IMAGE
 from qwenvl_jax.sharding import AXIS_TABLE, batch_sharding
+from qwenvl_jax.training.compiler import compiler_options
 from qwenvl_jax.training.loss import next_token_loss
 from qwenvl_jax.training.optimizer import clip_by_norm, learning_rate, make_optimizer
 from qwenvl_jax.training.state import Layout, TrainState, Weights, merge_model
@@ -81,6 +82,7 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
         donate_argnums=0,
         in_shardings=(layout.shardings, batch_sharding(layout.mesh)),
         out_shardings=(layout.shardings, replicated),
+        compiler_options=compiler_options(layout.mesh),
     )
 
 

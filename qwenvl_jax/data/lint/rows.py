@@ -1,6 +1,7 @@
 """All problems of one row of a fine-tuning file, and of a run of rows."""
 
 import functools
+import unicodedata
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -10,13 +11,12 @@ import numpy as np
 
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.lint.problems import Fault, Problem
-from qwenvl_jax.data.lint.text import picture_faults, text_faults
+from qwenvl_jax.data.lint.text import picture_faults, spans_of, text_faults
 from qwenvl_jax.data.record import Record
 from qwenvl_jax.data.sources.conversations import Conversations
 from qwenvl_jax.data.turns import fit_turns
 from qwenvl_jax.image.decode import FORMATS, ImageError
 from qwenvl_jax.image.load import load_image
-from qwenvl_jax.prompt.boxes import scan
 from qwenvl_jax.prompt.chat import DEFAULT_SYSTEM, messages_from_conversations, render_example
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
@@ -107,7 +107,7 @@ def row_faults(
     paths = [
         (turn, span.body)
         for turn, value in enumerate(values)
-        for span in scan(value)
+        for span in spans_of(value)
         if span.kind == "image"
     ]
     if "image" in row and not paths:
@@ -149,7 +149,7 @@ def _role_faults(roles: list[object]) -> Iterator[tuple[int | None, Fault]]:
         if known[turn] == known[turn - 1] and known[turn] in _ROLES:
             yield turn, Fault("order", f"a second turn of the {known[turn]} in a row")
     if known[-1] == "user":
-        yield len(known) - 1, Fault("order", "ends with a question: nothing is learnt from it")
+        yield len(known) - 1, Fault("order", "ends with a question that has no answer")
 
 
 def _file_faults(source: Conversations, path: str, decode: bool) -> Iterable[Fault]:
@@ -186,11 +186,11 @@ def _length_faults(record: Record, tokenizer: Tokenizer, checks: Checks) -> Iter
     """Yields one fault where a row has more ids than fit."""
     turns = record.fields["conversations"]
     values = [turn["value"] for turn in turns]
-    # Each token is at least one byte; plain ASCII is not changed before it is tokenised.
-    if all(value.isascii() for value in values):
-        most = sum(map(len, values)) + _TURN_BYTES * (len(values) + 1)
-        most += len(record.fields["system"].encode()) + (tokenizer.slots + 2) * len(record.images)
-        if most <= checks.length:
+    # Each token is at least one byte of the text once it is normalised, so most rows need no count.
+    if all(unicodedata.is_normalized("NFC", value) for value in values):
+        texts = [*values, record.fields["system"]]
+        most = sum(len(text.encode("utf-8", "replace")) + _TURN_BYTES for text in texts)
+        if most + (tokenizer.slots + 2) * len(record.images) <= checks.length:
             return
     messages = messages_from_conversations(turns, record.fields["system"])
     ids = render_example(tokenizer, messages).ids

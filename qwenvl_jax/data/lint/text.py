@@ -1,5 +1,6 @@
 """Faults that a dialogue's text shows by itself: tags, places, control tokens, picture numbers."""
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 
@@ -15,6 +16,11 @@ _MENTION = re.compile(r"\bPicture (\d+)\b(:?)")
 _NEAR = 24  # characters shown on each side of a place
 
 
+@functools.lru_cache(maxsize=64)  # each turn of a row is asked for several times
+def spans_of(text: str) -> tuple[Span, ...]:
+    return tuple(scan(text))
+
+
 def text_faults(text: str) -> Iterator[Fault]:
     """Yields the faults of one turn's text, in order, except those of its pictures."""
     if not text.strip():
@@ -24,7 +30,7 @@ def text_faults(text: str) -> Iterator[Fault]:
             yield Fault("special_token", f"{token} in {_around(text, text.index(token))}")
     for token in _FOREIGN.findall(text):
         yield Fault("foreign_format", f"{token} in {_around(text, text.index(token))}")
-    for span in scan(text):
+    for span in spans_of(text):
         match span.kind:
             case "text":
                 for tag in _TAG.finditer(span.body):
@@ -84,10 +90,10 @@ def picture_faults(values: Sequence[str]) -> Iterator[tuple[int, Fault]]:
     `Picture 2: <img>b.jpg</img>`.
     """
     number = 0
-    total = sum(span.kind == "image" for value in values for span in scan(value))
+    total = sum(span.kind == "image" for value in values for span in spans_of(value))
     for turn, value in enumerate(values):
         before = ""
-        for span in scan(value):
+        for span in spans_of(value):
             if span.kind == "image":
                 number += 1
                 label = _LABEL.search(before)

@@ -9,6 +9,7 @@ A file opens without its rows being parsed; a row is read from the disk each tim
 
 import os
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,19 @@ class Conversations:
     ):
         """`rows` are those of `find_rows` where the caller has them, also of a damaged file.
 
-        Raises: DataError where the file as a whole is no list of rows; OSError where it cannot be
-        read.
+        Raises: DataError where the file as a whole is no list of rows, or there is no such folder
+        of pictures; OSError where the file cannot be read.
         """
         self.path = Path(path)
         self.pictures = self.path.parent if pictures is None else Path(pictures)
+        if pictures is not None and not self.pictures.is_dir():
+            raise DataError(f"no folder of pictures at {str(pictures)!r}; check the path")
         if rows is None:
             rows = find_rows(self.path)
             if rows.damage is not None:
                 raise DataError(f"{self.path} {rows.damage}")
         self.rows = rows
-        self._file: Any = None
+        self._file: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -73,13 +76,14 @@ class Conversations:
                 f"row {key} has no dialogue: got keys {', '.join(map(repr, row)) or 'none'}, "
                 'expected "conversations": [{"from": ..., "value": ...}, ...]'
             )
-        fields: dict[str, Any] = {"conversations": conversations}
+        turns = [{name: turn.get(name) for name in ("from", "value")} for turn in conversations]
+        fields: dict[str, Any] = {"conversations": turns}
         if "system" in row:
             if not isinstance(row["system"], str):
                 raise DataError(f"row {key} has a system that is no text: got {row['system']!r}")
             fields["system"] = row["system"]
         try:
-            paths = picture_paths(conversations)
+            paths = picture_paths(turns)
         except (ChatError, TokenizerError) as error:
             raise DataError(f"row {key}: {error}") from error
         return Record(key, "chat", fields, tuple(self.picture(path, key) for path in paths))
@@ -132,15 +136,20 @@ class Conversations:
                 f"{MAX_ROW_BYTES}"
             )
         if self._file is None:
-            file = self.path.open("rb", buffering=0)
-            if os.fstat(file.fileno()).st_size != self.rows.num_bytes:
-                raise DataError(
-                    f"{self.path} has changed since it was opened: got "
-                    f"{os.fstat(file.fileno()).st_size} bytes, expected {self.rows.num_bytes}; "
-                    "open it again"
-                )
-            self._file = file
-        return os.pread(self._file.fileno(), end - start, start)
+            self._file = self._opened()
+        # with the place given, threads and forks share one file without a lock
+        return os.pread(self._file, end - start, start)
+
+    def _opened(self) -> int:
+        file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, file)
+        num_bytes = os.fstat(file).st_size
+        if num_bytes != self.rows.num_bytes:
+            raise DataError(
+                f"{self.path} has changed since it was opened: got {num_bytes} bytes, expected "
+                f"{self.rows.num_bytes}; open it again"
+            )
+        return file
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}

@@ -9,6 +9,7 @@ Sizes: N rows.
 
 import json
 import mmap
+import stat
 import zlib
 from hashlib import blake2b
 from pathlib import Path
@@ -58,8 +59,11 @@ def find_rows(path: Path) -> RowTable:
 
     Raises: OSError where the file cannot be read.
     """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        return _no_rows(0, "is not a file: got a pipe or a device; save it as a file first")
     with path.open("rb") as file:
-        if path.stat().st_size == 0:
+        if status.st_size == 0:
             return _no_rows(0, "holds no rows: got an empty file")
         view_B = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     first = len(_BOM) if view_B[: len(_BOM)].tobytes() == _BOM else 0

@@ -32,11 +32,11 @@ def open_source(
             f"pictures are given apart only for .json and .jsonl files: got {str(place)!r}"
         )
     if (place / "index.json").is_file():
-        from qwenvl_jax.data.sources.prepared import Prepared  # pyright: ignore[reportMissingImports]
+        from qwenvl_jax.data.sources.prepared import Prepared
 
         return Prepared(place)
     if (place / "dataset_info.json").is_file():
-        from qwenvl_jax.data.sources.tfds_rows import TfdsRows  # pyright: ignore[reportMissingImports]
+        from qwenvl_jax.data.sources.tfds_rows import TfdsRows
 
         return TfdsRows(place)
     raise DataError(
