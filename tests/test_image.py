@@ -17,6 +17,7 @@ from PIL import Image
 
 from qwenvl_jax.image import ImageError, load_image, to_square
 from qwenvl_jax.image import load as load_module
+from qwenvl_jax.image.load import open_image
 
 RED, BLUE, WHITE = [255, 0, 0], [0, 0, 255], [255, 255, 255]
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
@@ -91,7 +92,7 @@ def test_unusable_arrays_are_named(pixels, words):
 
 
 def test_other_types_are_refused():
-    unchecked = inspect.unwrap(load_image)  # outside the tests no annotation is checked
+    unchecked = inspect.unwrap(open_image)  # outside the tests no annotation is checked
     with pytest.raises(TypeError, match="got list, expected a path, bytes"):
         unchecked([[1, 2], [3, 4]])
 
@@ -467,3 +468,15 @@ def test_wrong_sizes_are_refused(size):
 def test_wrong_pixels_are_refused(shape):
     with pytest.raises(ValueError, match="expected pixels as uint8"):
         to_square(np.zeros(shape, np.uint8), 28)
+
+
+def test_an_opened_image_has_the_loaded_pixels_and_gives_the_same_square():
+    random = np.random.default_rng(3)
+    pixels = random.integers(0, 256, (37, 53, 3), np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    opened, loaded = open_image(data.getvalue()), load_image(data.getvalue())
+    assert np.array_equal(np.asarray(opened), loaded)
+    assert np.array_equal(to_square(opened, 28), to_square(loaded, 28))
+    with pytest.raises(ValueError, match="expected an image of mode RGB: got L"):
+        to_square(Image.new("L", (5, 5)), 28)

@@ -12,8 +12,9 @@ import tiny
 
 from qwenvl_jax.cli.train import join_cluster
 from qwenvl_jax.config import ConfigError, MeshConfig
+from qwenvl_jax.data.example import Batch
 from qwenvl_jax.sharding import batch_sharding, make_mesh
-from qwenvl_jax.training.feed import Feed
+from qwenvl_jax.training.feed import Feed, rows_of_process
 from qwenvl_jax.training.state import make_layout, random_weights, start_state
 from qwenvl_jax.training.step import make_train_step
 
@@ -46,7 +47,9 @@ def losses(mesh_config: MeshConfig | None) -> list[list[float]]:
     found = []
     with jax.set_mesh(mesh):
         state = start_state(config, layout, random_weights(config, mesh))
-        feed = Feed(tiny.batches(config), batch_sharding(mesh), patience=60.0)
+        held = rows_of_process(batch_sharding(mesh), config.data.rows)
+        ours = (Batch(*(x[list(held.rows)] for x in b)) for b in tiny.batches(config))
+        feed = Feed(ours, batch_sharding(mesh), patience=60.0, held=held)
         for _ in range(3):
             state, metrics = step(state, next(feed))
             found.append([float(metrics["loss"]), float(metrics["grad_norm"])])

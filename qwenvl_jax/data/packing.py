@@ -16,7 +16,7 @@ import numpy as np
 
 from qwenvl_jax.data.example import NO_IMAGE, Batch, DataError, Example, Picture
 from qwenvl_jax.image.decode import ImageError
-from qwenvl_jax.image.load import load_image
+from qwenvl_jax.image.load import open_image
 from qwenvl_jax.image.transform import to_square
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
@@ -167,7 +167,7 @@ def pixels(example: Example, image: Picture, image_size: int) -> np.ndarray:
             )
         return image
     try:
-        return to_square(load_image(image), image_size)
+        return to_square(open_image(image), image_size)
     except (ImageError, OSError) as error:
         raise DataError(f"sample {example.key} has a picture that cannot be read: {error}") from (
             error

@@ -134,7 +134,7 @@ def batches(
         opened = open_rows(config, tokenizer, seed, sources)
         if first_step == 0 and share.process == 0:
             tally.list(0, unusable_rows(opened, tokenizer, config))
-        num_threads = 1 if config.num_workers else os.cpu_count() or 1
+        num_threads = 1 if config.num_workers else _num_cores()
         make = RowMaker(config, tokenizer, opened, rows, num_threads)
         num_rows = opened.order.num_rows
     else:
@@ -169,6 +169,12 @@ def check_unchanged(folder: Path, now: str, first_step: int, process: int = 0) -
         beside = file.with_name(f"{file.name}.new")
         beside.write_text(json.dumps({"fingerprint": now}) + "\n", encoding="utf-8")
         os.replace(beside, file)
+
+
+def _num_cores() -> int:
+    """Returns how many cores this process may use, where the system tells."""
+    mask = getattr(os, "sched_getaffinity", None)
+    return len(mask(0)) if mask is not None else os.cpu_count() or 1
 
 
 def _quarantine_name(process: int) -> str:

@@ -78,8 +78,8 @@ OTHER_KINDS = (
 )
 
 
-def decode(stream: io.BufferedReader | io.BytesIO, name: str, max_pixels: int) -> np.ndarray:
-    """Upright RGB pixels, uint8[Y, X, 3], of the encoded picture in a seekable binary stream.
+def decode(stream: io.BufferedReader | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
+    """The upright RGB image of the encoded picture in a seekable binary stream.
 
     Of an animation the first frame is read. `name` says in messages which picture is meant.
 
@@ -141,8 +141,8 @@ def _opened(stream: io.BufferedReader | io.BytesIO, name: str) -> tuple[ImageFil
         raise ImageError(damaged) from error
 
 
-def to_rgb(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
-    """Upright RGB pixels, uint8[Y, X, 3], of a PIL image of any 8-bit or 16-bit mode.
+def to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    """The upright RGB form of a PIL image of any 8-bit or 16-bit mode; maybe the image itself.
 
     Transparent pixels are laid over white, 16-bit gray is divided by 257, EXIF orientation is
     applied. Colour profiles are not: the released preprocessing ignores them too.
@@ -160,7 +160,7 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:
         raise ImageError(
             f"{name} cannot be turned into RGB: got PIL mode {image.mode}; convert it to RGB first"
         ) from error
-    return np.array(rgb if turn is None else rgb.transpose(turn))
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def check_size(size_XY: tuple[int, int], name: str, max_pixels: int) -> None:
@@ -235,7 +235,7 @@ def _gray16_to_8(image: Image.Image) -> Image.Image:
 
 def _over_white(image: Image.Image) -> Image.Image:
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     canvas = Image.new("RGB", image.size, "white")
     canvas.paste(rgba, mask=rgba.getchannel("A"))

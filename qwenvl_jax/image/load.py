@@ -55,6 +55,13 @@ def load_image(
     Differs: the released loader clips 16-bit gray, shows colours hidden under alpha, ignores
       orientation and fetches any address without a time limit.
     """
+    return np.array(open_image(source, max_pixels=max_pixels, allow_fetch=allow_fetch))
+
+
+def open_image(
+    source: ImageSource, *, max_pixels: int = 25_000_000, allow_fetch: bool = False
+) -> Image.Image:
+    """The picture of `load_image` as a PIL image of mode RGB, to be read and not changed."""
     if isinstance(source, Image.Image):
         return to_rgb(source, "the PIL image", max_pixels)
     if isinstance(source, np.ndarray):
@@ -96,7 +103,7 @@ def image_size(encoded: bytes, *, max_pixels: int = 25_000_000) -> tuple[int, in
     return upright_size(io.BytesIO(encoded), name, max_pixels)
 
 
-def _from_array(pixels: np.ndarray, max_pixels: int) -> np.ndarray:
+def _from_array(pixels: np.ndarray, max_pixels: int) -> Image.Image:
     if pixels.dtype != np.uint8:
         raise ImageError(
             f"an array of pixels must be uint8 in 0..255: got {pixels.dtype}; scale it and use "
@@ -114,12 +121,12 @@ def _from_array(pixels: np.ndarray, max_pixels: int) -> np.ndarray:
     return to_rgb(Image.fromarray(np.ascontiguousarray(pixels)), "the array of pixels", max_pixels)
 
 
-def _from_bytes(encoded: bytes, name: str, max_pixels: int) -> np.ndarray:
+def _from_bytes(encoded: bytes, name: str, max_pixels: int) -> Image.Image:
     _check_bytes(len(encoded), name)
     return decode(io.BytesIO(encoded), name, max_pixels)
 
 
-def _from_path(path: str | bytes, max_pixels: int) -> np.ndarray:
+def _from_path(path: str | bytes, max_pixels: int) -> Image.Image:
     name = f"picture {_short(os.fsdecode(path))}"
     try:
         status = os.stat(path)

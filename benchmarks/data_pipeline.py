@@ -1,0 +1,179 @@
+"""How fast pictures come through the data pipeline, as ratios to doing only what must be done.
+
+    python benchmarks/data_pipeline.py
+
+Writes 96 JPEG files of 640 x 480 and a fine-tuning file about them into a temporary folder, then
+lets four ways take turns, several times, and prints medians of the ratios, so that other work on
+the machine weighs on all alike:
+
+    bare      Pillow decodes and resizes the files, nothing else, on one core
+    pipeline  rows planned, read, tokenised, decoded, resized, packed: threads, 1 and 2 processes
+    torch     a DataLoader with as many processes that reads, tokenises, decodes, resizes, collates
+
+A minute on two free cores. PyTorch comes with the extra `bench`; without it its lines are left out.
+"""
+
+import argparse
+import importlib.util
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qwenvl_jax.config import DataConfig
+from qwenvl_jax.data.pipeline import batches
+from qwenvl_jax.data.sources.conversations import Conversations
+from qwenvl_jax.data.tasks import example_of
+from qwenvl_jax.prompt.tokenizer import load_tokenizer
+
+SIDE, SLOTS, MAX_IMAGES, ROWS = 448, 256, 7, 2
+NUM_FILES, WIDTH, HEIGHT = 96, 640, 480
+VOCABULARY = Path(__file__).parents[1] / "qwenvl_jax" / "assets" / "nano"
+DRAINED, TIMED = 8, 16  # batches: those made ahead are not timed
+
+
+def write_files(folder: Path) -> Path:
+    """Returns a fine-tuning file of dialogues about as many pictures with the grain of photos."""
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(NUM_FILES):
+        coarse = random.integers(0, 256, (HEIGHT // 16, WIDTH // 16, 3), np.uint8)
+        smooth = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        grain = random.normal(0, 8, (HEIGHT, WIDTH, 3))
+        pixels = np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=85)
+        question = f"Picture 1: <img>{number}.jpg</img>\nWhat is it?"
+        turns = [("user", question), ("assistant", "a red star")]
+        rows.append({"conversations": [{"from": who, "value": text} for who, text in turns]})
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+# --- the ways: each yields the number of pictures that it has just finished -----------------------
+
+
+def bare(path: Path) -> Iterator[int]:
+    files = itertools.cycle(sorted(path.parent.glob("*.jpg")))
+    while True:
+        for file in itertools.islice(files, ROWS * MAX_IMAGES):
+            image = Image.open(file).convert("RGB")
+            np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        yield ROWS * MAX_IMAGES
+
+
+def pipeline(path: Path, num_workers: int) -> Iterator[int]:
+    config = DataConfig(
+        source="rows",
+        path=str(path),
+        length=2300,  # seven of these samples
+        max_images=MAX_IMAGES,
+        image_size=SIDE,
+        rows=ROWS,
+        tokenizer=str(VOCABULARY),
+        num_workers=num_workers,
+    )
+    for batch in batches(config, 0, slots=SLOTS):
+        yield int((batch.image_start < 2**30).sum())
+
+
+class TorchRows:
+    """The same rows as a map-style dataset: token ids and pixels of one picture."""
+
+    def __init__(self, path: Path):
+        self._source = Conversations(path)
+        self._tokenizer = load_tokenizer(VOCABULARY, slots=SLOTS)
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, index: int) -> tuple:
+        import torch
+
+        example = example_of(self._source[index * 31 % NUM_FILES], self._tokenizer)
+        with Image.open(example.images[0]) as file:
+            image = file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        return torch.from_numpy(example.ids), torch.from_numpy(np.array(image))
+
+
+def torch_loader(path: Path, num_workers: int) -> Iterator[int]:
+    from torch.nn.utils.rnn import pad_sequence
+    from torch.utils.data import DataLoader, default_collate
+
+    def collate(samples: list) -> tuple:
+        ids, images = zip(*samples, strict=True)
+        return pad_sequence(list(ids), batch_first=True), default_collate(list(images))
+
+    loader = DataLoader(
+        TorchRows(path),  # pyright: ignore[reportArgumentType]  a dataset by its methods
+        batch_size=ROWS * MAX_IMAGES,
+        num_workers=num_workers,
+        collate_fn=collate,
+    )
+    for _, images in loader:
+        yield len(images)
+
+
+# --- timing --------------------------------------------------------------------------------------
+
+
+def turn(way: Iterator[int], clock: Callable[[], float]) -> float:
+    """Returns pictures a second of a clock over one turn of a way."""
+    for _ in range(DRAINED):
+        next(way)
+    start = clock()
+    pictures = sum(itertools.islice(way, TIMED))
+    return pictures / (clock() - start)
+
+
+def compare(
+    ways: dict[str, Iterator[int]], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Returns each way's speeds, measured in turns."""
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            speeds[name].append(turn(way, clock))
+    return speeds
+
+
+def ratio(speeds: dict[str, list[float]], one: str, other: str) -> str:
+    """Returns the median of the ratios of each round, and their range."""
+    found = sorted(a / b for a, b in zip(speeds[one], speeds[other], strict=True))
+    return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_files(Path(folder))
+        ways = {"bare": bare(path), "threads": pipeline(path, 0)}
+        # Seconds of this process on a core: what other programs do meanwhile does not count.
+        a_core = compare(ways, rounds, time.process_time)
+        lines = [("pipeline to bare loop, a second of one core", ratio(a_core, "threads", "bare"))]
+        ways |= {f"{count} process": pipeline(path, count) for count in (1, 2)}
+        if importlib.util.find_spec("torch"):
+            ways |= {f"torch {count}": torch_loader(path, count) for count in (0, 2)}
+        wall = compare(ways, rounds, time.perf_counter)
+        lines.append(("2 processes to 1", ratio(wall, "2 process", "1 process")))
+        lines.append(("2 processes to bare loop", ratio(wall, "2 process", "bare")))
+        if "torch 2" in wall:
+            lines.append(("2 processes to DataLoader with 2", ratio(wall, "2 process", "torch 2")))
+            lines.append(("threads to DataLoader with 0", ratio(wall, "threads", "torch 0")))
+        for name, value in lines:
+            print(f"{name:<45} {value}")
+        print(
+            "pictures a second, median:", {n: round(statistics.median(v)) for n, v in wall.items()}
+        )
+
+
+if __name__ == "__main__":
+    main()
