@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, init_state
@@ -35,7 +35,7 @@ class TrainState(NamedTuple):
 class Layout(NamedTuple):
     """The fixed side of a run: decided from the config and the mesh, before any array exists."""
 
-    mesh: Mesh
+    mesh: Any  # a Mesh; abstract where only sizes are asked for
     graphdef: nnx.GraphDef
     model_state: nnx.State  # of ShapeDtypeStructs that carry their shardings
     plan: dict[str, ParameterPlan]
@@ -46,7 +46,7 @@ class Layout(NamedTuple):
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
 
-def make_layout(config: TrainConfig, mesh: Mesh) -> Layout:
+def make_layout(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Layout:
     """Returns names, shapes, placement and training plan of a run; allocates nothing."""
     graphdef, state = abstract_state(config.model)
     state = with_shardings(state, mesh)
