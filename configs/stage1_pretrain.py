@@ -23,7 +23,13 @@ def get_config() -> TrainConfig:
         steps=50_000,
         seed=0,
         init="weights/start",
-        model=dataclasses.replace(qwen_vl(), image_size=224, dtype="bfloat16"),
+        model=dataclasses.replace(
+            qwen_vl(),
+            image_size=224,
+            dtype="bfloat16",
+            attention_backend="auto",
+            remat="dots",
+        ),
         data=DataConfig(
             source="scenes",
             tasks={"caption": 1.0},
@@ -43,6 +49,7 @@ def get_config() -> TrainConfig:
             clip_norm=1.0,
         ),
         parameters=stage_1(tower_decay=0.95, weight_decay=0.05),
-        micro_batches=6,
-        mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
+        micro_batches=30,  # 4 rows a chip on 256 chips; fewer where there is more memory
+        loss_chunk=512,
+        mesh=MeshConfig(data=-1, fsdp=128, tensor=1),  # widths divide by 128, not by 256
     )

@@ -22,7 +22,13 @@ def get_config() -> TrainConfig:
         steps=19_000,
         seed=0,
         init="runs/stage1",
-        model=dataclasses.replace(qwen_vl(), dtype="bfloat16"),
+        model=dataclasses.replace(
+            qwen_vl(),
+            dtype="bfloat16",
+            attention_backend="auto",
+            remat="dots",
+            vit_remat="full",
+        ),
         data=DataConfig(
             source="scenes",
             tasks={
@@ -50,6 +56,7 @@ def get_config() -> TrainConfig:
             clip_norm=1.0,
         ),
         parameters=stage_2(tower_decay=0.95, weight_decay=0.05),
-        micro_batches=8,
-        mesh=MeshConfig(data=1, fsdp=-1, tensor=2),
+        micro_batches=16,  # one row a chip on 256 chips; fewer where there is more memory
+        loss_chunk=512,
+        mesh=MeshConfig(data=-1, fsdp=128, tensor=1),  # widths divide by 128, not by 256
     )

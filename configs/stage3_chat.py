@@ -21,7 +21,9 @@ def get_config() -> TrainConfig:
         steps=8_000,
         seed=0,
         init="runs/stage2",
-        model=dataclasses.replace(qwen_vl(), dtype="bfloat16"),
+        model=dataclasses.replace(
+            qwen_vl(), dtype="bfloat16", attention_backend="auto", remat="full"
+        ),
         data=DataConfig(
             source="scenes",
             tasks={"chat": 1.0},
@@ -41,6 +43,7 @@ def get_config() -> TrainConfig:
             clip_norm=1.0,
         ),
         parameters=stage_3(weight_decay=0.05),
-        micro_batches=8,
+        micro_batches=8,  # two rows for every two chips of 16
+        loss_chunk=512,
         mesh=MeshConfig(data=1, fsdp=-1, tensor=2),
     )

@@ -158,12 +158,12 @@ def shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
     return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the placement of step inputs: rows over `data` and `fsdp`, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(AXIS_TABLE[axes.BATCH]))
 
 
-def with_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+def with_shardings(state: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
     """Returns an abstract state whose ShapeDtypeStructs carry their shardings.
 
     Restore, conversion and compilation for absent hardware all start from this tree.
@@ -196,7 +196,7 @@ class Placement:
     note: str
 
 
-def placements(state: nnx.State, mesh: Mesh) -> list[Placement]:
+def placements(state: nnx.State, mesh: Mesh | AbstractMesh) -> list[Placement]:
     """Returns one row a parameter; `note` names each dimension that should be split and is not."""
     rows = []
     for path, variable in named_variables(state).items():
@@ -220,7 +220,7 @@ def placements(state: nnx.State, mesh: Mesh) -> list[Placement]:
     return rows
 
 
-def describe(state: nnx.State, mesh: Mesh) -> str:
+def describe(state: nnx.State, mesh: Mesh | AbstractMesh) -> str:
     """Returns a table: path, shape, spec and bytes a device, with a total.
 
     >>> print(describe(abstract_state(config)[1], make_mesh()))  # doctest: +SKIP

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.data.example import Batch
@@ -47,7 +47,7 @@ class CompiledStep:
     host_bytes: int  # of this process at its largest so far
 
 
-def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+def abstract_batch(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Batch:
     """Returns the shapes of a step's global batch, with their shardings."""
     data = config.data
     sharding = batch_sharding(mesh)

@@ -6,7 +6,6 @@ are the better answer where there are any; docs/pods.md has both side by side.
 """
 
 import math
-from typing import Any
 
 from jax.sharding import AbstractMesh
 
@@ -25,7 +24,7 @@ def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
         ConfigError: the mesh does not fit the number of devices, or the rows do not divide.
     """
     model = config.model
-    mesh: Any = AbstractMesh(mesh_sizes(config.mesh, num_devices), MESH_AXES)
+    mesh = AbstractMesh(mesh_sizes(config.mesh, num_devices), MESH_AXES)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if config.data.rows % (config.micro_batches * shards):
         raise ConfigError(
@@ -73,4 +72,4 @@ def _layer_floats(width: int, hidden: int, matrices: int, tensor: int) -> dict[R
     """
     projected = (4 * width + (matrices - 1) * hidden) / tensor
     dots = width + projected + 2 * width
-    return {"full": width, "dots": dots, "none": dots + 3 * width + 2 * hidden / tensor}
+    return {"full": float(width), "dots": dots, "none": dots + 3 * width + 2 * hidden / tensor}

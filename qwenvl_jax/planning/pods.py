@@ -133,6 +133,8 @@ class Pod:
         """
         # libtpu would ask a server of the cloud which TPU it runs on, and wait for the answer.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        # And it lets one process a machine in, to guard chips that are not touched here.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         from jax.experimental import topologies
 
         options: dict[str, Any] = {"num_slices": self.num_slices} if self.num_slices > 1 else {}
@@ -147,7 +149,7 @@ class Pod:
         except Exception as error:
             raise PlanError(
                 f"cannot compile for {self.name}: {_first_line(error)}; the TPU compiler comes "
-                "with pip install 'qwenvl-jax[plan]', and its version must match jaxlib's"
+                "with pip install 'qwenvl-jax[tpu]', and its version must match jaxlib's"
             ) from error
         return list(found.devices)
 

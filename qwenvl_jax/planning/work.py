@@ -10,7 +10,7 @@ import re
 from collections import defaultdict
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from qwenvl_jax.planning.hlo import ArrayShape, Instruction, Program
 
@@ -73,7 +73,7 @@ class Work:
         return dict(total)
 
 
-def measure(program: Program, mesh: Mesh, *, causal_block: int) -> Work:
+def measure(program: Program, mesh: Mesh | AbstractMesh, *, causal_block: int) -> Work:
     """Returns the work of one chip. `causal_block`: the attention kernel's block, see below."""
     flops = hbm = 0.0
     collectives: list[Collective] = []
@@ -86,7 +86,7 @@ def measure(program: Program, mesh: Mesh, *, causal_block: int) -> Work:
                 kind = inner.opcode.removesuffix("-start")
                 if kind in _COLLECTIVES and _channel(inner) not in seen:
                     seen.add(_channel(inner))
-                    collectives.append(_collective(inner, instruction, kind, times, mesh))
+                    collectives.append(_collective(inner, kind, times, mesh))
     return Work(flops=flops, hbm_bytes=hbm, collectives=tuple(collectives))
 
 
@@ -185,11 +185,11 @@ def hbm_bytes(program: Program, instruction: Instruction) -> float:
     return total
 
 
-def _touched(body: dict[str, Instruction], user: Instruction, parameter: Instruction) -> float:
+def _touched(body: dict[str, Instruction], user: Instruction, parameter: Instruction) -> int:
     if user.opcode in ("dynamic-slice", "slice", "gather"):
         return user.shapes[0].num_bytes
     if user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-        return 0.0  # written in place; counted at the root
+        return 0  # written in place; counted at the root
     return parameter.hbm_bytes
 
 
@@ -201,12 +201,12 @@ def _channel(instruction: Instruction) -> str:
 
 
 def _collective(
-    instruction: Instruction, caller: Instruction, kind: str, times: int, mesh: Mesh
+    instruction: Instruction, kind: str, times: int, mesh: Mesh | AbstractMesh
 ) -> Collective:
     groups = exchange_groups(instruction, mesh)
     size = len(groups[0])
     # The compiler writes a scatter of sums as a sum of which each chip keeps its slice.
-    if kind == "all-reduce" and "reduce-scatter" in caller.name:
+    if kind == "all-reduce" and "reduce-scatter" in instruction.home:
         kind = "reduce-scatter"
     # Started ahead, an exchange lists what goes in beside what comes out.
     shapes = instruction.shapes
@@ -229,7 +229,7 @@ def _plain(shape: ArrayShape) -> int:
     return shape.plain_bytes
 
 
-def exchange_groups(instruction: Instruction, mesh: Mesh) -> np.ndarray:
+def exchange_groups(instruction: Instruction, mesh: Mesh | AbstractMesh) -> np.ndarray:
     """Returns int [groups, members]: which devices, counted along the mesh, exchange together."""
     text = instruction.attribute("replica_groups") or instruction.attribute("source_target_pairs")
     everyone = np.arange(mesh.size)
@@ -249,7 +249,7 @@ def exchange_groups(instruction: Instruction, mesh: Mesh) -> np.ndarray:
     return np.array(groups) if groups else everyone[None]
 
 
-def _axes_that_vary(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+def _axes_that_vary(groups: np.ndarray, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     places = np.unravel_index(groups[0], tuple(mesh.shape.values()))
     return tuple(
         axis for axis, place in zip(mesh.axis_names, places, strict=True) if np.ptp(place) > 0

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, init_state
@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
 class Layout(NamedTuple):
     """The fixed side of a run: decided from the config and the mesh, before any array exists."""
 
-    mesh: Mesh
+    mesh: Any  # a Mesh; abstract where only sizes are asked for
     graphdef: nnx.GraphDef
     model_state: nnx.State  # of ShapeDtypeStructs that carry their shardings
     plan: dict[str, ParameterPlan]
@@ -48,7 +48,7 @@ class Layout(NamedTuple):
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
 
-def make_layout(config: TrainConfig, mesh: Mesh) -> Layout:
+def make_layout(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Layout:
     """Returns names, shapes, placement and training plan of a run; allocates nothing."""
     graphdef, state = abstract_state(config.model)
     state = with_shardings(state, mesh)

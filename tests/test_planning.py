@@ -1,0 +1,337 @@
+"""Reading a compiled program back: loops, products, exchanges, memory; and what is made of it."""
+
+import dataclasses
+import json
+
+import pytest
+import tiny
+from jax.sharding import AbstractMesh
+
+from qwenvl_jax import presets
+from qwenvl_jax.cli.plan import split_options
+from qwenvl_jax.config import ConfigError, MeshConfig
+from qwenvl_jax.model.qwenvl import abstract_state
+from qwenvl_jax.planning.bound import Bound
+from qwenvl_jax.planning.compile import read_refusal
+from qwenvl_jax.planning.estimate import estimate_memory
+from qwenvl_jax.planning.gpus import find_gpus
+from qwenvl_jax.planning.hlo import ArrayShape, Program
+from qwenvl_jax.planning.liveness import fullest_moment
+from qwenvl_jax.planning.memory import Memory
+from qwenvl_jax.planning.plan import Plan
+from qwenvl_jax.planning.pods import find_pod, known_pods
+from qwenvl_jax.planning.search import REMATS, meshes_of, nearest_fit, settings
+from qwenvl_jax.planning.useful import useful_flops
+from qwenvl_jax.planning.work import exchange_groups, measure
+from qwenvl_jax.sharding import MESH_AXES, mesh_sizes, placements
+
+# A loop of five turns around a product and an exchange in flight, which is listed in both fusions
+# that it overlaps; a gather of a weight before it; 2 x 3 x 4 devices.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%start (p: bf16[8,4]) -> bf16[8,16] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %ag = bf16[8,16]{1,0} all-gather(%p), channel_id=7, replica_groups=[6,4]<=[24]
+}
+
+%goes_on (q: bf16[8,4]) -> bf16[8,16] {
+  %q = bf16[8,4]{1,0} parameter(0)
+  ROOT %ag2 = bf16[8,16]{1,0} all-gather(%q), channel_id=7, replica_groups=[6,4]<=[24]
+}
+
+%condition (c: (s32[], f32[6,8], f32[5,6,16])) -> pred[] {
+  %c = (s32[], f32[6,8]{1,0}, f32[5,6,16]{2,1,0}) parameter(0)
+  %turns = s32[] constant(5)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %turns), direction=LT
+}
+
+%body (b: (s32[], f32[6,8], f32[5,6,16])) -> (s32[], f32[6,8], f32[5,6,16]) {
+  %b = (s32[], f32[6,8]{1,0}, f32[5,6,16]{2,1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%b), index=0
+  %x = f32[6,8]{1,0} get-tuple-element(%b), index=1
+  %kept = f32[5,6,16]{2,1,0} get-tuple-element(%b), index=2
+  %w = bf16[8,4]{1,0} convert(%x)
+  %one = bf16[8,16]{1,0} fusion(%w), kind=kCustom, calls=%start
+  %two = bf16[8,16]{1,0} fusion(%w), kind=kCustom, calls=%goes_on
+  %dot = f32[6,16]{1,0} dot(%x, %two), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %row = f32[1,6,16]{2,1,0} bitcast(%dot)
+  %zero = s32[] constant(0)
+  %kept2 = f32[5,6,16]{2,1,0} dynamic-update-slice(%kept, %row, %j, %zero, %zero)
+  ROOT %next = (s32[], f32[6,8]{1,0}, f32[5,6,16]{2,1,0}) tuple(%j, %x, %kept2)
+}
+
+ENTRY %main (a: f32[6,8], n: s32[]) -> f32[5,6,16] {
+  %a = f32[6,8]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %sum = f32[6,8]{1,0} all-reduce(%a), channel_id=1, replica_groups=mesh['x'=2,'y'=3,'z'=4] {'x'}
+  %room = f32[5,6,16]{2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %init = (s32[], f32[6,8]{1,0}, f32[5,6,16]{2,1,0}) tuple(%n, %sum, %room)
+  %loop = (s32[], f32[6,8]{1,0}, f32[5,6,16]{2,1,0}) while(%init), condition=%condition, body=%body
+  ROOT %out = f32[5,6,16]{2,1,0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+MESH = AbstractMesh((2, 3, 4), MESH_AXES)
+
+
+@pytest.fixture
+def program() -> Program:
+    return Program(PROGRAM)
+
+
+def test_work_is_multiplied_by_the_loops_around_it(program):
+    work = measure(program, MESH, causal_block=512)
+    assert work.flops == 5 * 2 * 6 * 8 * 16
+    # Four chips each gather 8 x 16 numbers of two bytes, a quarter of which they had.
+    gathered = 5 * 8 * 16 * 2 * 3 / 4
+    summed = 2 * (6 * 8 * 4) / 2  # there and back, half of it each of two chips
+    assert work.link_bytes() == {"tensor": gathered, "data": summed}
+    (gather,) = [x for x in work.collectives if x.kind == "all-gather"]
+    assert (gather.times, gather.shape) == (5, "bf16[8,16]"), "one exchange, though listed twice"
+
+
+def test_a_loop_without_a_bound_is_an_error(program):
+    loop = program.computations["main"]["loop"]
+    assert program.trip_count(loop) == 5
+    del program.computations["condition"]["turns"]
+    with pytest.raises(ValueError, match="how often the loop loop runs: no constant bound"):
+        program.trip_count(loop)
+
+
+def test_a_slice_update_costs_its_slice(program):
+    work = measure(program, MESH, causal_block=512)
+    x, w, gathered, row = 6 * 8 * 4, 8 * 4 * 2, 8 * 16 * 2, 6 * 16 * 4
+    each = (x + w) + 2 * (w + gathered) + (x + gathered + row) + 2 * row
+    whole = 2 * x + 5 * 6 * 16 * 4  # the sum, and the room that is set aside
+    assert work.hbm_bytes == pytest.approx(5 * each + whole, rel=0.01)
+
+
+def test_fullest_moment_follows_what_is_written_in_place(program):
+    peak = fullest_moment(program)
+    names = sorted(array.name for array in peak.arrays)
+    # In the loop: the carried arrays, and beside the product its two inputs of this turn.
+    assert {"room", "sum", "two", "dot"} <= set(names)
+    assert "kept2" not in names, "an update lies where the array before it lay"
+    assert peak.num_bytes == sum(array.hbm_bytes for array in peak.arrays)
+
+
+@pytest.mark.parametrize(
+    ("text", "dims", "stored", "in_hbm"),
+    [
+        ("bf16[3,5]{1,0}", (3, 5), 30, True),
+        ("bf16[3,5]{1,0:T(8,128)(2,1)}", (3, 5), 8 * 128 * 2, True),
+        ("f32[2,3,200]{1,2,0:T(8,128)S(1)}", (2, 3, 200), 2 * 128 * 200 * 4, False),
+        ("pred[]", (), 1, True),
+        ("s4[16]{0}", (16,), 8, True),
+    ],
+)
+def test_arrays_are_padded_to_their_tiles(text, dims, stored, in_hbm):
+    dtype, _, rest = text.partition("[")
+    sizes, _, layout = rest.partition("]")
+    shape = ArrayShape.parse(dtype, sizes, layout.strip("{}"))
+    assert (shape.dims, shape.num_bytes, shape.is_in_hbm) == (dims, stored, in_hbm)
+
+
+CONVOLUTIONS = [
+    # A plain product; one whose batch of three became a window; and a real 3 x 3 convolution.
+    ("f32[6,8]", "f32[8,16]", "f32[6,16]", "dim_labels=bf_io->bf", 2 * 6 * 8 * 16),
+    (
+        "f32[3,6,8]",
+        "f32[3,8,16]",
+        "f32[3,6,16]",
+        "window={size=3 stride=2 pad=0_0 lhs_dilate=3}, dim_labels=0bf_0io->0bf",
+        2 * 3 * 6 * 8 * 16,
+    ),
+    (
+        "f32[1,4,4,2]",
+        "f32[3,3,2,5]",
+        "f32[1,4,4,5]",
+        "window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f",
+        2 * 2 * 5 * (4 * 3 - 2) ** 2,  # at the edges one of three rows meets padding
+    ),
+]
+
+
+@pytest.mark.parametrize(("left", "right", "out", "how", "expected"), CONVOLUTIONS)
+def test_products_count_what_meets(left, right, out, how, expected):
+    text = (
+        f"ENTRY %main (a: {left}, b: {right}) -> {out} {{\n  %a = {left} parameter(0)\n"
+        f"  %b = {right} parameter(1)\n  ROOT %c = {out} convolution(%a, %b), {how}\n}}\n"
+    )
+    assert measure(Program(text), MESH, causal_block=512).flops == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "first", "count"),
+    [
+        ("[6,4]<=[24]", [0, 1, 2, 3], 6),
+        ("[12,2]<=[2,12]T(1,0)", [0, 12], 12),
+        ("mesh['x'=2,'y'=3,'z'=4] {'y'}", [0, 4, 8], 8),
+        ("mesh['x'=2,'y'=3,'z'=4] {'x','z'}", [0, 1, 2, 3, 12, 13, 14, 15], 3),
+        ("{{0,2},{1,3}}", [0, 2], 2),
+    ],
+)
+def test_groups_of_every_notation(text, first, count):
+    program = Program(
+        "ENTRY %m (a: f32[2]) -> f32[2] {\n  %a = f32[2] parameter(0)\n"
+        f"  ROOT %s = f32[2] all-reduce(%a), channel_id=1, replica_groups={text}\n}}\n"
+    )
+    groups = exchange_groups(program.computations["m"]["s"], MESH)
+    assert groups[0].tolist() == first
+    assert len(groups) == count
+
+
+# --- work that counts -----------------------------------------------------------------------------
+
+
+def test_useful_work_of_a_full_step_is_that_of_the_published_sizes():
+    """1.84 B tower weights see the 1,024 patches of a 448-pixel picture, 7.1 B a token."""
+    config = dataclasses.replace(tiny.train_config(), model=presets.qwen_vl())
+    data = dataclasses.replace(config.data, image_size=448, length=2048, max_images=1, rows=8)
+    config = dataclasses.replace(config, data=data, parameters=presets.stage_2())
+    attention = 32 * 2 * 2048 * 2048 * 4096
+    row = 4.11e12 + 0.11e12 + 2 * 7.10e9 * 2048 + attention
+    assert useful_flops(config) == pytest.approx(3 * 8 * row, rel=0.01)
+    frozen = dataclasses.replace(config, parameters=presets.stage_3())
+    assert useful_flops(config) - useful_flops(frozen) == pytest.approx(2 * 8 * 4.11e12, rel=0.01)
+
+
+# --- pods and settings ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "chips"), [("v5e-256", 256), ("v6e-8", 8), ("v5p-256", 128), ("v4-256", 128)]
+)
+def test_names_count_what_the_vendor_counts(name, chips):
+    pod = find_pod(name)
+    assert pod.num_chips == chips
+    assert f"counts {'cores' if chips == 128 else 'chips'}: {chips} chips" in pod.title
+    assert find_pod(name, 2).num_chips == 2 * chips
+
+
+def test_unknown_pods_name_known_ones():
+    with pytest.raises(ConfigError, match=r"got 'v5e-255', expected for example v5e-1, .* v5e-256"):
+        find_pod("v5e-255")
+    with pytest.raises(ConfigError, match="slices must be at least 1: got 0"):
+        find_pod("v5e-8", 0)
+    assert find_gpus("v5e-8") is None
+    assert find_gpus("a100-80-8").count == 8  # type: ignore[union-attr]
+
+
+def test_every_mesh_of_every_pod_splits_every_large_tensor():
+    """On up to 512 chips no tensor of the paper's model of a megabyte or more is copied."""
+    _, state = abstract_state(presets.qwen_vl())
+    seen = set()
+    for pod in known_pods().values():
+        for mesh in meshes_of(pod):
+            sizes = mesh_sizes(mesh, pod.num_chips)
+            if pod.num_chips > 512 or sizes in seen:
+                continue
+            seen.add(sizes)
+            rows = placements(state, AbstractMesh(sizes, MESH_AXES))
+            large = [row for row in rows if row.note and row.bytes_per_device >= 1e6]
+            assert [row.path for row in large] == [], sizes
+    assert (2, 128, 1) in seen
+    assert (2, 128, 2) in seen
+
+
+def plan_that_fits_from(micro_batches: int):
+    """Returns a planner for which a step fits once it has so many micro-batches."""
+
+    def plan(config, pod) -> Plan:
+        fits = config.micro_batches >= micro_batches
+        return Plan(
+            pod=pod.title,
+            num_chips=pod.num_chips,
+            mesh={},
+            rows=config.data.rows,
+            micro_batches=config.micro_batches,
+            remat="",
+            hbm_bytes=1,
+            refusal=None if fits else "too large",
+            memory=Memory(by_class={}, largest=()) if fits else None,
+            work=None,
+            bound=None,
+            useful_flops=1.0,
+            peak_flops=1.0,
+            replicated=(),
+            compile_seconds=0.0,
+            host_bytes=0,
+        )
+
+    return plan
+
+
+def test_the_nearest_setting_recomputes_before_it_splits_the_batch():
+    config = tiny.train_config(mesh=MeshConfig(data=1, fsdp=-1, tensor=1))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=64))
+    pod = find_pod("v5e-8")
+    said = []
+    found = nearest_fit(config, pod, plan=plan_that_fits_from(2), tries=9, say=said.append)
+    assert found is not None
+    setting, _ = found
+    assert (setting.micro_batches, setting.remat, setting.vit_remat) == (2, "none", "none")
+    assert [line.split()[1:3] for line in said[:3]] == [
+        [f"--model.remat={remat}", f"--model.vit-remat={vit}"] for remat, vit in REMATS[1:]
+    ], "more recomputation is tried first"
+    assert setting.apply(config).micro_batches == 2
+    assert nearest_fit(config, pod, plan=plan_that_fits_from(99), tries=3) is None
+
+
+def test_settings_divide_the_rows():
+    config = dataclasses.replace(
+        tiny.train_config(), data=dataclasses.replace(tiny.train_config().data, rows=48)
+    )
+    found = settings(config, find_pod("v5e-8"))
+    assert found
+    for setting in found:
+        mesh = setting.mesh
+        assert 48 % (setting.micro_batches * mesh.data * mesh.fsdp) == 0
+        assert mesh.data * mesh.fsdp * mesh.tensor == 8
+
+
+def test_estimate_counts_state_exactly_and_shrinks_with_remat():
+    config = tiny.train_config(mesh=MeshConfig(data=1, fsdp=8, tensor=1))
+    by_class = estimate_memory(config, 8)
+    plain = estimate_memory(dataclasses.replace(config, mesh=MeshConfig(data=8, fsdp=1)), 8)
+    # Adam keeps two moments of every weight but the adapter's fixed table.
+    assert by_class["optimizer"] == pytest.approx(2 * by_class["weights"], rel=0.01)
+    assert plain["weights"] == pytest.approx(8 * by_class["weights"], rel=0.1)
+    full = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="full"))
+    assert estimate_memory(full, 8)["activations"] < by_class["activations"] / 3
+    with pytest.raises(ConfigError, match=r"multiple of micro_batches x data x fsdp: got 8, 8 and"):
+        estimate_memory(dataclasses.replace(config, micro_batches=8), 8)
+
+
+def test_a_refusal_is_read():
+    message = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory
+space hbm. Used 23.45G of 15.75G hbm. Exceeded hbm capacity by 7.70G.
+  1. Size: 9.27G
+     Operator: op_name="jit(train_step)/while/body/dot_general" source_file="x"
+     Shape: f32[256,2048,4736]{2,1,0:T(8,128)}
+  2. Size: 1.50G
+     Operator: op_name="jit(train_step)/mul"
+     Shape: bf16[48,1024,1664]{2,1,0}
+"""
+    refusal = read_refusal(message)
+    assert refusal.needed == int(23.45 * 2**30)
+    assert str(refusal) == (
+        "needs 25.2 GB of 16.9 GB a chip; largest: 9.27G f32[256,2048,4736] (dot_general); "
+        "1.50G bf16[48,1024,1664] (mul)"
+    )
+
+
+def test_options_of_the_command_and_of_the_config_may_mix():
+    words = "--mesh.fsdp=8 --topology v5e-8 --micro-batches 4 --search --steps=3".split()
+    ours, rest = split_options(words)
+    assert ours == ["--topology", "v5e-8", "--search"]
+    assert rest == ["--mesh.fsdp=8", "--micro-batches", "4", "--steps=3"]
+
+
+def test_bound_takes_the_slowest_clock_or_all_links_after_it():
+    clocks = Bound(compute=3.0, hbm=2.0, links={"fsdp": 4.0, "tensor": 1.0})
+    assert clocks.best == 4.0
+    assert clocks.apart == 8.0
+    assert json.dumps(dataclasses.asdict(clocks))

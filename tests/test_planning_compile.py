@@ -1,0 +1,153 @@
+"""The paper's three runs, made small, compiled for a TPU slice that is not there.
+
+`tests/golden/plans/` holds where each parameter lies and what crosses the links; a change of either
+is seen as a difference of text. `python tests/test_planning_compile.py` writes them again; it needs
+the TPU compiler (`pip install libtpu`, at the version that jax names), as the last tests here do.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from jax.sharding import AbstractMesh
+
+from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.config import MeshConfig, TrainConfig
+from qwenvl_jax.planning.compile import CompiledStep, compile_step
+from qwenvl_jax.planning.plan import Plan, describe
+from qwenvl_jax.planning.pods import find_pod
+from qwenvl_jax.planning.report import plan_text, table_row
+from qwenvl_jax.sharding import MESH_AXES
+from qwenvl_jax.sharding import describe as describe_placement
+from qwenvl_jax.training.state import make_layout
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden" / "plans"
+STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_chat")
+POD = "v5e-8"
+
+
+def reduced(stage: str) -> TrainConfig:
+    """Returns the stage's config with few layers and narrow widths; the recipe stays."""
+    config = read_config(str(ROOT / "configs" / f"{stage}.py"))
+    model = config.model
+    model = dataclasses.replace(
+        model,
+        image_size=112,
+        image_start_id=1000,
+        attention_block=128,
+        vision=dataclasses.replace(model.vision, width=208, num_heads=2, mlp_dim=512, num_layers=3),
+        adapter=dataclasses.replace(model.adapter, num_queries=64, num_heads=2),
+        decoder=dataclasses.replace(
+            model.decoder, width=256, num_heads=2, mlp_dim=768, num_layers=2, vocab_size=1024
+        ),
+    )
+    data = dataclasses.replace(config.data, length=256, max_images=2, image_size=112, rows=16)
+    return dataclasses.replace(
+        config,
+        model=model,
+        data=data,
+        micro_batches=2,
+        loss_chunk=128,
+        mesh=MeshConfig(data=1, fsdp=4, tensor=2),
+    )
+
+
+def placements_text(stage: str) -> str:
+    config = reduced(stage)
+    layout = make_layout(config, AbstractMesh((1, 4, 2), MESH_AXES))
+    return describe_placement(layout.model_state, layout.mesh) + "\n"
+
+
+def collectives_text(plan: Plan) -> str:
+    """Returns one line a kind of exchange: how often a step makes it, over which axes, of what."""
+    assert plan.work is not None
+    count: Counter[str] = Counter()
+    for x in plan.work.collectives:
+        count[f"{x.kind} over {'+'.join(x.axes)} of {x.shape}"] += x.times
+    return "".join(f"{times:>5} x {what}\n" for what, times in sorted(count.items()))
+
+
+def differences(name: str, text: str) -> list[str]:
+    before = (GOLDEN / name).read_text(encoding="utf-8").splitlines()
+    return [*difflib.unified_diff(before, text.splitlines(), "before", "now", lineterm="", n=0)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_lie_where_they_lay(stage):
+    assert differences(f"{stage}_placements.txt", placements_text(stage)) == []
+
+
+# --- with the TPU compiler ------------------------------------------------------------------------
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is not installed: pip install libtpu",
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> CompiledStep:
+    return compile_step(reduced("stage2_multitask"), find_pod(POD))
+
+
+@pytest.fixture(scope="module")
+def plan(compiled) -> Plan:
+    return describe(compiled, find_pod(POD))
+
+
+@needs_compiler
+def test_exchanges_are_those_of_the_snapshot(plan):
+    assert differences("stage2_multitask_collectives.txt", collectives_text(plan)) == []
+
+
+@needs_compiler
+def test_rows_stay_where_they_are(plan):
+    """Over `fsdp` weights and their gradients travel, never the activations of the rows."""
+    rows, length, patches = 2, 256, 64  # of a chip in a micro-batch; a picture
+    for exchange in plan.work.collectives:
+        if "fsdp" in exchange.axes and exchange.num_bytes > 1e5:
+            dims = [int(n) for n in exchange.shape.split("[")[1][:-1].split(",") if n]
+            assert [rows * 4, length] != dims[:2], exchange
+            assert [rows * 4 * 2, patches] != dims[:2], exchange
+
+
+@needs_compiler
+def test_state_is_given_up_and_counted(compiled, plan):
+    stats = compiled.executable.memory_analysis()
+    new = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    assert new < 1e5, "only the metrics are new: the state takes the place of the old one"
+    assert plan.memory.total == (
+        stats.argument_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+        + new
+    )
+    assert plan.memory.by_class["gradients"] > plan.memory.by_class["weights"] / 2
+    assert plan.replicated == ()
+
+
+@needs_compiler
+def test_executed_work_is_useful_work_and_what_remat_adds(plan):
+    """The tower is computed twice going forward; the decoder keeps its products."""
+    assert 1.0 < plan.recompute < 1.34
+    text = plan_text(plan)
+    assert "v5e-8 (counts chips: 8 chips, 2x4)" in text
+    assert f"executed {plan.work.flops / 1e12:.1f} (x {plan.recompute:.2f})" in text
+    assert table_row("stage 2", plan).count("|") == 13
+
+
+def write_snapshots() -> None:
+    """Writes every snapshot again; look at the differences before committing them."""
+    for stage in STAGES:
+        (GOLDEN / f"{stage}_placements.txt").write_text(placements_text(stage), encoding="utf-8")
+    found = describe(compile_step(reduced("stage2_multitask"), find_pod(POD)), find_pod(POD))
+    text = collectives_text(found)
+    (GOLDEN / "stage2_multitask_collectives.txt").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_snapshots()
