@@ -156,11 +156,13 @@ def parsed(data: bytes) -> object:
         return None
 
 
-def test_other_threads_processes_and_forks_read_the_same(tmp_path):
+def test_threads_and_pickled_copies_read_the_same(tmp_path):
     source = Conversations(write(tmp_path, [row(str(i), "q", f"answer {i}") for i in range(200)]))
     before = source[7]
-    again = pickle.loads(pickle.dumps(source))
-    assert again[7] == before
+    sent = pickle.dumps(source)
+    del source  # its open file goes with it: the other one must have its own
+    source = pickle.loads(sent)
+    assert source[7] == before
     with ThreadPoolExecutor(4) as pool:
         keys = list(pool.map(lambda i: source.row(i)["id"], range(200)))
     assert keys == [str(i) for i in range(200)]
@@ -442,6 +444,8 @@ def test_a_question_without_an_answer_is_no_place_to_cut(tmp_path, tok):
     record = Conversations(write(tmp_path, [{"conversations": turns}]))[0]
     shorter = fit_turns(record, tok, len(tasks.example_of(record, tok).ids) - 3)
     assert shorter.fields["conversations"] == turns[:4]
+    with pytest.raises(DataError, match="do not fit"):  # nor is half of an answer in two turns
+        fit_turns(record, tok, len(tasks.example_of(shorter, tok).ids) - 1)
 
 
 # --- opening by path ------------------------------------------------------------------------------
