@@ -16,7 +16,7 @@ from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.prepare import Progress, prepare, processes
 from qwenvl_jax.data.record import FIELDS, Record
 from qwenvl_jax.data.shard import PrepareError
-from qwenvl_jax.data.sizes import sizes_of
+from qwenvl_jax.data.sizes import measure, sizes_of
 from qwenvl_jax.data.sources.prepared import Prepared
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
@@ -75,7 +75,9 @@ def test_sizes_are_those_of_the_samples(folder):
     assert rows.picture_sizes()[:3].tolist() == [[80, 70], [90, 70], [100, 70]]
     assert len(rows.row_bytes()) == 38
     assert {list(FIELDS)[place] for place in rows.tasks()} == {"caption"}
-    assert sizes_of(rows, tokenizer).sizes.tolist() == expected
+    known = sizes_of(rows, tokenizer, with_tasks=True)
+    assert known.sizes.tolist() == expected
+    assert known.tasks.tolist() == measure(rows, tokenizer).tasks.tolist()
     other = type(tokenizer)({bytes([b]): b for b in range(256)}, slots=9)
     assert rows.sizes(other) is None
 

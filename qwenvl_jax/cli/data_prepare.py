@@ -12,6 +12,7 @@ Example:
 
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -90,8 +91,13 @@ def _run(argv: Sequence[str]) -> int:
         from qwenvl_jax.data.beam import on_beam
 
         engine = on_beam(beam)
-    with _watch(options.out) as report:
-        index = prepare(plan, engine, report)
+    # a terminated preparation stops its processes as an interrupted one does
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _watch(options.out) as report:
+            index = prepare(plan, engine, report)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(_summary(options.out, index))
     return SUCCESS
 

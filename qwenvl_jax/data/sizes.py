@@ -40,11 +40,15 @@ def sizes_of(
 ) -> Sizes:
     """Returns the sizes of all rows of a source; `num_workers` processes measure where needed.
 
-    A source may know them: its method `sizes(tokenizer)` returns the array, or None.
+    A source may know them: its method `sizes(tokenizer)` returns the array, or None; `tasks()`
+    those of the tasks.
     """
-    ask = getattr(source, "sizes", None)
-    if ask is not None and not with_tasks and (known := ask(tokenizer)) is not None:
+    ask, ask_tasks = getattr(source, "sizes", None), getattr(source, "tasks", None)
+    known = ask(tokenizer) if ask is not None else None
+    if known is not None and not with_tasks:
         return Sizes(known, np.zeros(0, np.uint8))
+    if known is not None and ask_tasks is not None:
+        return Sizes(known, ask_tasks())
     place = cache_folder() / f"{_digest(source, tokenizer)}.npz"
     measured = _load(place)
     if measured is None or len(measured.sizes) != len(source):
