@@ -216,6 +216,10 @@ def test_language_of(text, language):
 def test_missing_material_is_named(tmp_path):
     with pytest.raises(DataError, match="holds no text"):
         Documents(1, "train", corpus=tmp_path)
+    with pytest.raises(DataError, match=r"corpus .* does not exist"):
+        Documents(1, "train", corpus=tmp_path / "none")
+    with pytest.raises(DataError, match=r"photos .* does not exist"):
+        Documents(1, "train", photos=tmp_path / "none")
     with pytest.raises(DataError, match=r"fonts .* does not exist"):
         Documents(1, "train", fonts=tmp_path / "none")
     with pytest.raises(DataError, match="languages of documents must be of en, zh"):

@@ -222,6 +222,17 @@ def test_inspect_shows_rows_that_cannot_be_used(tmp_path):
     assert "did you mean" in text  # a missing picture
 
 
+@pytest.mark.parametrize(
+    ("source", "setting"),
+    [("collages", "--generated.side=80"), ("documents", "--generated.page.max-lines=3")],
+)
+def test_inspect_shows_generated_rows(source, setting, tmp_path):
+    output = tmp_path / "page.html"
+    words = ["inspect", source, "--num", "3", "--output", str(output)]
+    assert data.main([*words, setting]) == SUCCESS
+    assert f"{source}/train/" in output.read_text(encoding="utf-8")
+
+
 def test_inspect_of_scenes_has_every_task(tmp_path):
     output = tmp_path / "page.html"
     assert data.main(["inspect", "scenes", "--num", "12", "--output", str(output)]) == SUCCESS
@@ -242,6 +253,8 @@ def test_inspect_of_scenes_has_every_task(tmp_path):
         (["inspect", "tests"], "folder without index.json"),
         (["inspect", SHELF, "--task", "captoin"], "no row of task 'captoin' .* got tasks chat"),
         (["inspect", "scenes", "--task", "captoin"], "unknown task of the scenes"),
+        (["inspect", "scenes", "--generated.emoji"], "has no effect on 'scenes'"),
+        (["inspect", "documents", "--generated.emoji"], "emoji has no effect on documents"),
         (["inspect", SHELF, "--num", "0"], "--num must be positive"),
         (["inspect", SHELF, "--max-images", "-1"], "--max-images must not be negative"),
         (["inspect", SHELF, "--output", "nowhere/a.html"], "no folder for the page"),

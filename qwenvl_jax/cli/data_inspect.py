@@ -2,12 +2,13 @@
 
 Each sample shows its pictures with boxes and quads drawn, its text with what is learnt in colour,
 and its sizes. SOURCE is a .json or .jsonl file of conversations, a prepared folder, a TFDS folder,
-or `scenes` for drawn scenes. The page is one file that needs nothing else.
+or `scenes`, `collages` or `documents`, which are made. The page needs no other file.
 
 Examples:
     qwenvl data inspect my.json --tokenizer Qwen-VL-Chat --output samples.html
     qwenvl data inspect my.json --num 40 --packed --length 2048 --max-images 8
     qwenvl data inspect scenes --task ref_grounding --seed 3
+    qwenvl data inspect collages --generated.emoji --generated.side 224
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from qwenvl_jax.cli.errors import SUCCESS, run_command
 from qwenvl_jax.cli.opening import SHIPPED_MODEL
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.data.sources.generated import NAMES, GeneratedOptions, open_generated
 
 if TYPE_CHECKING:
     from qwenvl_jax.data.sample_page import Packing, Shown
@@ -30,13 +32,14 @@ if TYPE_CHECKING:
 
 SCENES = "scenes"
 _SCENE_SIDE = 448
+_GENERATED_ROWS = 1_000_000  # of which some are drawn
 _MAX_LOOKS = 20_000  # rows that are looked at for those of a task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectOptions:
     source: tyro.conf.Positional[str]
-    """A .json or .jsonl file, a prepared folder, a TFDS folder, or scenes."""
+    """A .json or .jsonl file, a prepared folder, a TFDS folder, scenes, collages, or documents."""
     num: int = 12
     """Samples to show, drawn at random."""
     seed: int = 0
@@ -59,6 +62,8 @@ class InspectOptions:
     """Tokens a picture; of the tokenizer's config.json, or 256."""
     pictures: Path | None = None
     """The folder that picture paths of a conversation file start from."""
+    generated: GeneratedOptions = dataclasses.field(default_factory=GeneratedOptions)
+    """What collages or documents are made of."""
 
     def check(self) -> None:
         """Raises ConfigError for options that cannot be served."""
@@ -67,6 +72,10 @@ class InspectOptions:
                 raise ConfigError(f"--{name} must be positive: got {getattr(self, name)}")
         if self.max_images < 0:
             raise ConfigError(f"--max-images must not be negative: got {self.max_images}")
+        if self.source not in NAMES and self.generated != GeneratedOptions():
+            raise ConfigError(
+                f"--generated.* has no effect on {self.source!r}: expected {' or '.join(NAMES)}"
+            )
         if not self.output.parent.is_dir():
             raise ConfigError(
                 f"no folder for the page: got {str(self.output)!r}; make {self.output.parent} first"
@@ -113,7 +122,10 @@ def _row_samples(options: InspectOptions, tokenizer: "Tokenizer") -> "tuple[list
     from qwenvl_jax.data.sources.open import open_source
     from qwenvl_jax.data.tasks import example_of
 
-    source = open_source(options.source, options.pictures)
+    if options.source in NAMES:
+        source = open_generated(options.source, _GENERATED_ROWS, options.generated)
+    else:
+        source = open_source(options.source, options.pictures)
     looks = min(len(source), options.num if options.task is None else _MAX_LOOKS)
     samples: list[Shown] = []
     tasks: set[str] = set()

@@ -27,6 +27,8 @@ def photo_files(folder: Path | None) -> tuple[Path, ...]:
     """
     if folder is None:
         return ()
+    if not folder.is_dir():
+        raise DataError(f"the folder of photos {folder} does not exist; give a folder of pictures")
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not found:
         raise DataError(

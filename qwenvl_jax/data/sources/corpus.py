@@ -90,6 +90,8 @@ def open_corpus(folder: Path | None) -> Corpus:
     """
     if folder is None:
         return Corpus({})
+    if not folder.is_dir():
+        raise DataError(f"the corpus {folder} does not exist; give a folder of text files")
     found: dict[str, list[tuple[Path, int]]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in _SUFFIXES and path.is_file():

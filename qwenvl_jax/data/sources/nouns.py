@@ -69,6 +69,7 @@ _ENDING_MEASURES = {
         "块": "饼干 奶酪 拼图 巧克力 手绢 砖",
         "面": "旗 旗子 鼓 镜子",
         "封": "信",
+        "所": "大学",
         "道": "彩虹",
         "株": "盆栽 植物",
         "副": "眼镜",
@@ -99,6 +100,10 @@ _BETTER_CHINESE = {
     "camel": "骆驼",
     "drum kit": "架子鼓",
     "electric kettle": "电水壶",
+    "scream balloon": "喊叫气泡",
+    "thought balloon": "思考气泡",
+    "party horn": "派对喇叭",
+    "sitting gnu": None,
 }
 _MAX_HAN = 6
 _NUMERAL = re.compile(
