@@ -23,7 +23,7 @@ check: $(VENV)/.installed-check
 	$(BIN)/basedpyright
 
 # Hours and tens of gigabytes of disk at full size: each script's first lines say what it takes.
-bench: $(VENV)/.installed-core
+bench: $(VENV)/.installed-bench
 	@for script in benchmarks/*.py; do echo "$$script" && $(BIN)/python $$script || exit 1; done
 
 # Trains the small model again, into runs/nano, and scores it: about two hours on two cores.
