@@ -6,13 +6,14 @@ Cost: 19,000 steps of 4,096 rows, 1.1e22 FLOP at four pictures a row; at half of
 H100 hours or 31,000 v5e chip-hours (a calculation).
 Expect: the paper gives no loss for this stage; its models are judged by their benchmarks.
 
-Whether the paper's batch counts samples or packed rows is not known; here it counts rows. The task
-weights are the paper's millions of samples (Table 3), the sources this package's own.
+Whether the paper's batch counts samples or packed rows is not known; here it counts rows. Each
+task's rows are a folder that `qwenvl data prepare` wrote, weighted by Table 3's samples.
 """
 
 import dataclasses
 
 from qwenvl_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from qwenvl_jax.data.mixture import STAGE_2_SAMPLES
 from qwenvl_jax.presets import qwen_vl, stage_2
 
 
@@ -30,16 +31,8 @@ def get_config() -> TrainConfig:
             vit_remat="full",
         ),
         data=DataConfig(
-            source="scenes",
-            tasks={
-                "caption": 19.7,
-                "vqa": 3.6,
-                "grounded_caption": 3.5,
-                "ref_grounding": 8.7,
-                "grounded_captioning": 8.7,
-                "ocr": 24.8,
-                "text": 7.8,
-            },
+            source="rows",
+            mixture={f"rows/{task}": samples for task, samples in STAGE_2_SAMPLES.items()},
             length=2048,
             max_images=7,  # 258 tokens each
             image_size=448,

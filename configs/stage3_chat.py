@@ -6,7 +6,7 @@ Cost: 8,000 steps of 128 rows, 1e20 FLOP; at half of the peak rate under 60 H100
 calculation).
 Expect: more than a third of the steps are warm-up, as in the paper.
 
-The paper trains on 350,000 dialogues that are not published; the source here is this package's own.
+The paper trains on 350,000 dialogues that are not published: give your own by --data.path=my.json
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ def get_config() -> TrainConfig:
             qwen_vl(), dtype="bfloat16", attention_backend="auto", remat="full"
         ),
         data=DataConfig(
-            source="scenes",
-            tasks={"chat": 1.0},
+            source="rows",
+            path="rows/chat.json",
             length=2048,
             max_images=7,
             image_size=448,

@@ -1,7 +1,10 @@
 """The order of finite sources: every sample once an epoch, rows from (seed, number) alone."""
 
 import itertools
+import pickle
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import paper_mixture
@@ -151,6 +154,25 @@ def test_rows_asked_for_together_or_alone_are_the_same():
         alone = order.rows(np.array([number]))
         here = together.row == place
         assert np.array_equal(together.index[here], alone.index)
+
+
+def test_processes_read_one_copy_of_a_large_order(monkeypatch):
+    order = order_of(some_sizes(60))
+    assert not list(_mapped(pickle.loads(pickle.dumps(order))))  # small: travels whole
+    monkeypatch.setattr("qwenvl_jax.data.shared.LEAST_BYTES", 0)
+    sent = pickle.dumps(order)
+    other = pickle.loads(sent)
+    assert pairs(other, 0, 9) == pairs(order, 0, 9)
+    (file,) = _mapped(other)
+    assert pickle.dumps(order) == sent  # written once
+    del order
+    assert not file.exists()
+    assert pairs(other, 0, 3)  # what is mapped stays
+
+
+def _mapped(order: Order) -> Iterator[Path]:
+    if isinstance(order._members.array, np.memmap):
+        yield Path(str(order._members.array.filename))
 
 
 def test_a_source_of_one_sample_is_repeated():

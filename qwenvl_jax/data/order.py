@@ -17,6 +17,7 @@ import numpy as np
 
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.plan import Classes, pack_classes
+from qwenvl_jax.data.shared import SharedArray
 from qwenvl_jax.data.shuffle import key_of, shuffled
 
 # A source that a round does not take a whole number of times gives a size now one sample more, now
@@ -98,7 +99,7 @@ class Order:
         starts = np.cumsum([0, *(walk.total for walk in walks)])
         keys = np.concatenate([walk.key for walk in walks])
         by_key = np.lexsort((source, keys))
-        self._members = np.concatenate([walk.members for walk in walks])
+        self._members = SharedArray(np.concatenate([walk.members for walk in walks]))
         self._source = source[by_key]
         start = np.concatenate([walk.start for walk in walks]) + starts[source]
         self._start = start[by_key]
@@ -151,7 +152,7 @@ class Order:
         slots = Slots(
             row=row,
             source=self._source[walk],
-            index=self._members[member].astype(np.int64),
+            index=self._members.array[member].astype(np.int64),
             tokens=self._classes.tokens[size],
             pictures=self._classes.pictures[size],
         )

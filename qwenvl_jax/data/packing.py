@@ -86,8 +86,12 @@ def pack(
     image_size: int,
     tokenizer: Tokenizer,
     attend_across: bool = False,
+    canvas: np.ndarray | None = None,
 ) -> Batch:
     """Returns the batch of given rows; padding holds `<|endoftext|>` in segment 0.
+
+    `canvas` becomes the batch's images, uint8 [B, I, Y, X, C]: pictures that are views of it are
+    already there, or move to the front of their row.
 
     Raises: DataError, with the sample's key, where a row overflows or a picture and its slots do
     not match.
@@ -98,7 +102,7 @@ def pack(
     loss_weight_BL = np.zeros((B, L), np.float32)
     segment_BL = np.zeros((B, L), np.int32)
     position_BL = np.zeros((B, L), np.int32)
-    images_BIYXC = np.zeros((B, I, image_size, image_size, 3), np.uint8)
+    images_BIYXC = new_canvas(B, I, image_size) if canvas is None else canvas
     image_start_BI = np.full((B, I), NO_IMAGE, np.int32)
     for b, row in enumerate(rows):
         start, num_images = 0, 0
@@ -113,10 +117,14 @@ def pack(
             segment_BL[b, start:end] = 1 if attend_across else number
             position_BL[b, start:end] = np.arange(size) + (start if attend_across else 0)
             for image, slot in zip(example.images, slots, strict=True):
-                images_BIYXC[b, num_images] = pixels(example, image, image_size)
+                place = images_BIYXC[b, num_images]
+                picture = pixels(example, image, image_size)
+                if picture.ctypes.data != place.ctypes.data:
+                    place[...] = picture
                 image_start_BI[b, num_images] = start + slot
                 num_images += 1
             start = end
+        images_BIYXC[b, num_images:] = 0
     return Batch(
         tokens=tokens_BL,
         targets=targets_BL,
@@ -126,6 +134,14 @@ def pack(
         images=images_BIYXC,
         image_start=image_start_BI,
     )
+
+
+def new_canvas(num_rows: int, max_images: int, image_size: int) -> np.ndarray:
+    """Returns uint8 [B, I, Y, X, C] for the pictures of a batch, not cleared.
+
+    numpy asks for huge pages only where it allocates without clearing.
+    """
+    return np.empty((num_rows, max_images, image_size, image_size, 3), np.uint8)
 
 
 def image_slots(example: Example, tokenizer: Tokenizer) -> list[int]:

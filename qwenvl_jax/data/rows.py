@@ -17,7 +17,7 @@ from qwenvl_jax.data.example import Batch, DataError, Example
 from qwenvl_jax.data.holes import Hole, too_many
 from qwenvl_jax.data.mixture import samples_per_round
 from qwenvl_jax.data.order import Order
-from qwenvl_jax.data.packing import check_fits, image_slots, pack, pixels
+from qwenvl_jax.data.packing import check_fits, image_slots, new_canvas, pack, pixels
 from qwenvl_jax.data.record import Source
 from qwenvl_jax.data.sizes import sizes_of
 from qwenvl_jax.data.tasks import example_of
@@ -162,6 +162,10 @@ def read_sample(
     return example
 
 
+# Source, row of the source, tokens, and views of the batch's images: what the plan keeps for it.
+_Wanted = tuple[int, int, int, np.ndarray]
+
+
 class RowMaker:
     """Makes the batch of any step: `maker(step)` returns (Batch, Notes). Goes to other processes.
 
@@ -185,7 +189,15 @@ class RowMaker:
     def __call__(self, step: int) -> tuple[Batch, Notes]:
         config = self._config
         slots = self._order.rows(step * config.rows + self._rows)
-        wanted = zip(*(part.tolist() for part in slots[1:]), strict=True)
+        canvas = new_canvas(len(self._rows), config.max_images, config.image_size)
+        first_image = np.cumsum(slots.pictures) - slots.pictures
+        first_image -= first_image[np.searchsorted(slots.row, slots.row)]  # within its row
+        wanted = [
+            (source, index, tokens, canvas[row, first : first + pictures])
+            for row, source, index, tokens, pictures, first in zip(
+                *(part.tolist() for part in (*slots, first_image)), strict=True
+            )
+        ]
         rows: list[list[Example]] = [[] for _ in self._rows]
         holes = []
         for row, sample in zip(slots.row.tolist(), self._map(wanted), strict=True):
@@ -200,36 +212,38 @@ class RowMaker:
             config.image_size,
             self._tokenizer,
             config.attend_across,
+            canvas,
         )
         return batch, Notes(len(slots.row), tuple(holes))
 
-    def _map(self, wanted: Iterable[tuple[int, int, int, int]]) -> Iterator[Example | Hole]:
+    def _map(self, wanted: Iterable[_Wanted]) -> Iterator[Example | Hole]:
         if self._num_threads < 2:
             return map(self._sample, wanted)
         if self._pool is None:
             self._pool = concurrent.futures.ThreadPoolExecutor(self._num_threads, "decode")
         return self._pool.map(self._sample, wanted)
 
-    def _sample(self, wanted: tuple[int, int, int, int]) -> Example | Hole:
-        """Returns one sample with its pixels, given (source, index, tokens, pictures)."""
-        number, index, tokens, pictures = wanted
+    def _sample(self, wanted: _Wanted) -> Example | Hole:
+        """Returns one sample, its pixels written to its places."""
+        number, index, tokens, places = wanted
         name, source = self._sources[number]
         example = read_sample(source, name, index, self._tokenizer, self._config)
         if isinstance(example, Hole):
             return example
-        if len(example.ids) > tokens or len(example.images) > pictures:
+        if len(example.ids) > tokens or len(example.images) > len(places):
             detail = (
                 f"sample {example.key} is larger than when rows were planned: got "
                 f"{len(example.ids)} tokens and {len(example.images)} pictures, expected at most "
-                f"{tokens} and {pictures}; its source has changed since, so prepare it again"
+                f"{tokens} and {len(places)}; its source has changed since, so prepare it again"
             )
             return Hole(example.key, "length", detail)
         try:
             size = self._config.image_size
-            images = tuple(pixels(example, image, size) for image in example.images)
+            for place, image in zip(places, example.images, strict=False):  # fewer need fewer
+                place[...] = pixels(example, image, size)
         except DataError as error:
             return Hole(example.key, "picture", str(error))
-        return example._replace(images=images)
+        return example._replace(images=tuple(places[: len(example.images)]))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}

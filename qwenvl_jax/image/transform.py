@@ -18,6 +18,7 @@ def to_square(picture: np.ndarray | Image.Image, size: SupportsIndex) -> UInt8[n
     """The picture stretched to uint8[size, size, 3] with PIL's bicubic filter.
 
     `picture` is uint8[Y, X, 3], or an RGB image of `open_image`: the same without a copy between.
+    The result is not to be written to.
 
     The aspect ratio is not kept, and boxes are relative to the sides, so they need no change. PIL
     widens the filter when it shrinks (antialiasing), which other bicubic resizes do not.
@@ -35,7 +36,7 @@ def to_square(picture: np.ndarray | Image.Image, size: SupportsIndex) -> UInt8[n
         raise ValueError(
             f"expected an image of mode RGB: got {image.mode}; open it with open_image"
         )
-    return np.array(image.resize((side, side), Image.Resampling.BICUBIC))
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
 
 def _from_pixels(image_YXC: np.ndarray) -> Image.Image:
