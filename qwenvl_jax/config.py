@@ -171,7 +171,7 @@ class DataConfig:
     max_images: int  # picture slots of one row
     image_size: int  # side in pixels
     rows: int  # B: global batch, in rows
-    tokenizer: str  # a qwen.tiktoken file or a folder that holds one
+    tokenizer: str  # a qwen.tiktoken file or a folder that holds one; "": the run's `init`
     num_workers: int = 0
 
     def __post_init__(self):
