@@ -8,12 +8,15 @@ before any array exists.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
-AttentionBackend = Literal["xla", "xla_chunked"]
+AttentionBackend = Literal["auto", "xla", "xla_chunked", "splash", "cudnn"]
 RematPolicy = Literal["none", "dots", "full"]
 DType = Literal["float32", "bfloat16"]
+Mixing = Literal["counts", "weights", "temperature"]
+LossMask = Literal["released", "assistant_only"]
 
 
 class ConfigError(ValueError):
@@ -129,10 +132,17 @@ class ModelConfig:
     image_start_id: int  # `<img>`; `</img>` and `<imgpad>` are the next two ids
     dtype: DType = "float32"  # of activations and matrix products
     param_dtype: DType = "float32"
-    attention_backend: AttentionBackend = "xla"
+    attention_backend: AttentionBackend = "xla"  # "auto": splash on TPU, xla_chunked elsewhere
+    attention_block: int = 512  # queries and keys that the splash kernel works on at once
     remat: RematPolicy = "none"
+    vit_remat: RematPolicy | None = None  # of the tower; None: as `remat`
 
     def __post_init__(self):
+        if self.attention_block < 128 or self.attention_block % 128:
+            raise ConfigError(
+                "ModelConfig.attention_block must be a multiple of 128, the lanes of a TPU "
+                f"register: got {self.attention_block}"
+            )
         if self.image_size % self.vision.patch_size:
             raise ConfigError(
                 "ModelConfig.image_size must be a multiple of vision.patch_size: "
@@ -165,21 +175,42 @@ class ModelConfig:
 class DataConfig:
     """What a training row is made of."""
 
-    source: str  # "scenes"; or "text": the same corpus without its pictures
-    tasks: dict[str, float]  # task name -> sampling weight
+    source: str  # "scenes"; "text": the same without pictures; "rows": `path` or `mixture`
     length: int  # L
     max_images: int  # picture slots of one row
     image_size: int  # side in pixels
     rows: int  # B: global batch, in rows
     tokenizer: str  # a qwen.tiktoken file or a folder that holds one; "": the run's `init`
-    num_workers: int = 0
+    num_workers: int = 0  # processes that make batches; 0: threads of this one
+    attend_across: bool = False  # samples of a row see those before them, as examples
+
+    # of generated scenes
+    tasks: dict[str, float] = dataclasses.field(default_factory=dict)  # name -> sampling weight
+
+    # of rows
+    path: str = ""  # a conversation file, a prepared folder or a TFDS folder
+    mixture: dict[str, float] = dataclasses.field(default_factory=dict)  # such path -> its weight
+    mixing: Mixing = "weights"  # what the weights of the mixture are; see `data/mixture.py`
+    temperature: float = 1.0  # of mixing="temperature": more draws the shares together
+    mask: LossMask = "released"  # of dialogues
+    same_task_rows: bool = False  # a row holds samples of one task
+    max_bad_fraction: float = 0.001  # of the samples that may be unusable before the run stops
 
     def __post_init__(self):
-        _positive(self, "length", "image_size", "rows")
-        if not self.tasks:
-            raise ConfigError("DataConfig.tasks is empty: name at least one task and its weight")
-        if any(weight <= 0 for weight in self.tasks.values()):
-            raise ConfigError(f"DataConfig.tasks must have positive weights: got {self.tasks}")
+        _positive(self, "length", "image_size", "rows", "temperature")
+        if self.num_workers < 0 or self.max_images < 0:
+            raise ConfigError(
+                "DataConfig.num_workers and max_images must not be negative: got "
+                f"{self.num_workers} and {self.max_images}"
+            )
+        for name in ("tasks", "mixture"):
+            weights = getattr(self, name)
+            if any(not 0 < weight < math.inf for weight in weights.values()):
+                raise ConfigError(f"DataConfig.{name} must have positive weights: got {weights}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(
+                f"DataConfig.max_bad_fraction must lie in 0..1: got {self.max_bad_fraction}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

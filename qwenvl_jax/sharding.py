@@ -2,7 +2,8 @@
 
 The mesh always has the three axes `data`, `fsdp` and `tensor`, also on one device, so there is one
 code path. `data` holds copies of the parameters, `fsdp` splits parameters and batch, `tensor`
-splits heads, MLPs and the vocabulary. Activations follow from these by XLA's propagation.
+splits heads, MLPs and the vocabulary. Activations follow from these by XLA's propagation, pinned by
+`constrain` where the compiler could choose to split a width instead of the rows.
 """
 
 import dataclasses
@@ -13,12 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import ConfigError, MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # that rows are split over
 
 # The whole placement policy. None: this axis is never split.
 AXIS_TABLE: dict[str, str | tuple[str, ...] | None] = {
@@ -35,7 +38,7 @@ AXIS_TABLE: dict[str, str | tuple[str, ...] | None] = {
     axes.VIT_HEADS: "tensor",
     axes.VIT_MLP: "tensor",
     axes.QUERY: None,
-    axes.BATCH: ("data", "fsdp"),
+    axes.BATCH: BATCH_AXES,
     axes.LENGTH: None,
 }
 
@@ -43,31 +46,81 @@ AXIS_TABLE: dict[str, str | tuple[str, ...] | None] = {
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh `data x fsdp x tensor` over `devices` (default: all of this job).
 
-    `config=None` is the 1x1x1 mesh of the first device.
+    `config=None` is the 1x1x1 mesh of the first device. Devices of several slices (pods joined by a
+    data-centre network) split `data`: whole copies of the parameters, and one sum of gradients
+    over the slow network a step.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices.
+        ConfigError: the sizes do not multiply to the number of devices, or `data` is no multiple of
+            the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     if config is None:
         config, devices = MeshConfig(data=1, fsdp=1, tensor=1), devices[:1]
-    sizes = [config.data, config.fsdp, config.tensor]
-    if sizes.count(-1) == 1:
-        sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
-    if min(sizes) < 1 or math.prod(sizes) != len(devices):
-        raise ConfigError(
-            f"the mesh data x fsdp x tensor must use all {len(devices)} devices: "
-            f"got {config.data} x {config.fsdp} x {config.tensor}; set one of them to -1"
-        )
+    sizes = mesh_sizes(config, len(devices))
     # Auto is written out: since jax 0.9 the default is Explicit, where a sharding constraint
     # asserts instead of asking.
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    num_slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
+    if num_slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=kinds)
+    data, *rest = sizes
+    if data % num_slices:
+        raise ConfigError(
+            f"mesh.data must be a multiple of the {num_slices} slices, which are joined by a slow "
+            f"network: got data={data}; set mesh.data=-1 and fsdp x tensor to at most one slice"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (data // num_slices, *rest), (num_slices, 1, 1), devices=devices
     )
+    return Mesh(grid, MESH_AXES, axis_types=kinds)
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Returns the sizes of `data`, `fsdp` and `tensor`, with what -1 stands for.
+
+    Raises:
+        ConfigError: they do not multiply to the number of devices.
+    """
+    sizes = [config.data, config.fsdp, config.tensor]
+    if sizes.count(-1) == 1:
+        sizes[sizes.index(-1)] = max(1, num_devices // -math.prod(sizes))
+    if min(sizes) < 1 or math.prod(sizes) != num_devices:
+        raise ConfigError(
+            f"the mesh data x fsdp x tensor must use all {num_devices} devices: "
+            f"got {config.data} x {config.fsdp} x {config.tensor}; set one of them to -1"
+        )
+    data, fsdp, tensor = sizes
+    return data, fsdp, tensor
+
+
+def context_platform() -> str:
+    """Returns "cpu", "gpu" or "tpu": where the program that is being traced will run.
+
+    That is the kind of device in the mesh of `jax.set_mesh`, which need not be attached, or else
+    jax's default.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        return jax.default_backend()
+    kind = device.device_kind.lower()
+    return "tpu" if kind.startswith("tpu") else "cpu" if kind == "cpu" else "gpu"
+
+
+def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
+    """Returns `x`, pinned where the table puts these axes on the mesh in context, if there is one.
+
+    Without it, XLA may follow the parameters, which split widths over `fsdp`, and gather or
+    exchange activations instead of gathering the much smaller weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(logical, x.shape, mesh))
 
 
 def partition_spec(
-    logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh
+    logical: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
     """Returns the spec of one array, by the table.
 

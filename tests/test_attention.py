@@ -7,16 +7,35 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwenvl_jax.config import MeshConfig
 from qwenvl_jax.model import attention as room
 from qwenvl_jax.model.attention import AttentionMask, attention
+from qwenvl_jax.sharding import make_mesh
 
-BACKENDS = ("xla", "xla_chunked")
+BACKENDS = ("xla", "xla_chunked", "splash", "cudnn")
 B, T, N, H = 2, 11, 3, 5
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(room, "CHUNK", 4)  # 11 keys: three chunks, the last one padded
+
+
+@pytest.fixture(autouse=True)
+def cudnn_on_a_cpu(monkeypatch, request):
+    """Has jax compute without a GPU what our call asks of cuDNN."""
+    if "backend" not in request.fixturenames or request.getfixturevalue("backend") != "cudnn":
+        return
+    call = jax.nn.dot_product_attention
+
+    def without_a_gpu(*args, implementation, **options):
+        assert implementation == "cudnn"
+        return call(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(room, "CUDNN_HEAD_MULTIPLE", 1)
+    monkeypatch.setattr(room, "CUDNN_BYTES", 4)
+    monkeypatch.setattr(room, "context_platform", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", without_a_gpu)
 
 
 def arrays(seed: int, keys: int = T):
@@ -133,3 +152,37 @@ def test_a_causal_mask_without_positions_is_refused():
     ones = jnp.ones((B, T), int)
     with pytest.raises(ValueError, match=r"causal mask needs .* got no positions"):
         attention(q, k, v, AttentionMask(True, ones, ones), backend="xla")
+
+
+def test_cudnn_is_refused_where_it_cannot_run(monkeypatch):
+    q, k, v = arrays(8)
+    with pytest.raises(ValueError, match=r"needs an NVIDIA GPU: got cpu"):
+        attention(q, k, v, AttentionMask(), backend="cudnn")
+    monkeypatch.setattr(room, "context_platform", lambda: "gpu")
+    with pytest.raises(ValueError, match=r"16-bit numbers .* got float32 and 5"):
+        attention(q, k, v, AttentionMask(), backend="cudnn")
+
+
+def test_auto_is_splash_on_a_tpu_only(monkeypatch):
+    assert room.chosen("auto") == "xla_chunked"
+    monkeypatch.setattr(room, "context_platform", lambda: "tpu")
+    assert room.chosen("auto") == "splash"
+    assert room.chosen("xla") == "xla"
+
+
+def test_splash_on_a_mesh_gives_the_numbers_of_one_device():
+    """Rows and heads over devices, two blocks, and the tower's 104 wide heads."""
+    random = np.random.default_rng(10)
+    q, k, v = (jnp.asarray(random.standard_normal((4, 130, 2, 104)), jnp.float32) for _ in "qkv")
+    segment = jnp.asarray(np.sort(random.integers(0, 4, (4, 130)), axis=1))
+    position = jnp.broadcast_to(jnp.arange(130), (4, 130))
+    mask = AttentionMask(True, segment, segment, position, position)
+    expected = attention(q, k, v, mask, backend="xla")
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        run = jax.jit(
+            lambda q, k, v: attention(q, k, v, mask, backend=room.Kernel("splash", block=128))
+        )
+        text = run.lower(q, k, v).as_text()
+        got = run(q, k, v)
+    assert "manual_computation" in text, "every device works on its own rows and heads"
+    np.testing.assert_allclose(got, expected, atol=2e-6)

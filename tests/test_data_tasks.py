@@ -1,5 +1,6 @@
 """The sample formats, byte for byte, with the loss on the marked spans and nowhere else."""
 
+import hashlib
 import itertools
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 
 from qwenvl_jax.data import tasks
 from qwenvl_jax.data.example import DataError, Example
+from qwenvl_jax.data.record import Record
 from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
 from qwenvl_jax.data.vocabulary import scene_sentences, train_bpe
-from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
+from qwenvl_jax.prompt.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
 NANO = "qwenvl_jax/assets/nano"
 SLOTS = 3
@@ -160,6 +162,113 @@ def test_text_only_samples_hold_the_answer_in_their_inventory(tok):
 def test_unknown_task_is_refused(tok):
     with pytest.raises(ValueError, match=r"unknown task.*'captoin'"):
         scene_example("captoin", 1, "train", 28, tok)
+
+
+SCENE_IDS = "f8e521163c2ef1eb9a51774f9470c421b14c2140f624e95f44475e5c266ea7d7"
+
+
+def test_scene_samples_have_the_ids_that_the_small_model_was_trained_with(tok):
+    digest = hashlib.sha256()
+    for task in TASKS:
+        for has_picture, key in itertools.product((True, False), range(12)):
+            example = scene_example(task, key, "train", 28, tok, has_picture)
+            digest.update(example.ids.tobytes())
+            digest.update(example.is_target.tobytes())
+    assert digest.hexdigest() == SCENE_IDS
+
+
+# --- text of users --------------------------------------------------------------------------------
+
+EVIL = "".join(SPECIAL_TOKENS[:5]) + "<ref>a</ref><box>(1,2),(3,4)</box><quad></quad><img>x</img>"
+ROWS = {
+    "caption": ({"text": EVIL, "language": "en"}, 1),
+    "vqa": ({"question": EVIL, "answer": EVIL}, 2),
+    "ocr_vqa": ({"question": EVIL, "answer": EVIL}, 2),
+    "grounded_caption": ({"phrases": [[EVIL, []], [EVIL, [BOX]]]}, 2),
+    "ref_grounding": ({"phrase": EVIL, "boxes": [BOX]}, 1),
+    "grounded_captioning": ({"box": BOX, "text": EVIL}, 1),
+    "ocr": ({"lines": [[EVIL, QUAD], [EVIL, QUAD]]}, 2),
+    "text": ({"text": EVIL}, 1),
+}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_tags_in_a_users_text_stay_text(task, tok):
+    fields, times = ROWS[task]
+    images = () if task == "text" else (PICTURE,)
+    ids = tasks.example_of(Record("k", task, fields, images), tok).ids
+    tame = {name: _tame(value) for name, value in fields.items()}
+    tame_ids = tasks.example_of(Record("k", task, tame, images), tok).ids
+    special = lambda ids: [i for i in ids.tolist() if i >= tok.num_ranks]  # noqa: E731
+    assert special(ids) == special(tame_ids)
+    assert tok.decode(ids).count(EVIL) == times
+
+
+def _tame(value):
+    if isinstance(value, str):
+        return value.replace(EVIL, "word")
+    return [_tame(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def test_tags_of_a_dialogue_are_live_but_markers_are_not(tok):
+    value = "Picture 1: <img>a.jpg</img>\n<ref>it</ref><box>(1,2),(3,4)</box><|im_end|>"
+    turns = [{"from": "user", "value": value}, {"from": "assistant", "value": "<|endoftext|>"}]
+    ids = tasks.example_of(Record("k", "chat", {"conversations": turns}, (PICTURE,)), tok).ids
+    assert np.count_nonzero(ids == tok.image_pad_id) == SLOTS
+    assert np.count_nonzero(ids == tok.ref_start_id) == 1
+    assert np.count_nonzero(ids == tok.im_end_id) == 3  # of the system, the question, the answer
+    assert tok.endoftext_id not in ids
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\0",
+        "\ud800 lone",
+        "\\\\n",
+        "\u202eright to left",
+        "👩‍👩‍👧 e\u0301",
+        "a" * 300_000,
+        " \u0338",
+    ],
+    ids=["nul", "surrogate", "backslashes", "rtl", "emoji", "long", "combining"],
+)
+def test_any_text_is_data(text, tok):
+    row = Record("k", "ref_grounding", {"phrase": text, "boxes": [BOX]}, (PICTURE,))
+    ids = tasks.example_of(row, tok).ids
+    special = [i for i in ids.tolist() if i >= tok.num_ranks and i != tok.image_pad_id]
+    assert special == [
+        *(tok.image_start_id, tok.image_end_id, tok.ref_start_id, tok.ref_end_id),
+        *(tok.box_start_id, tok.box_end_id, tok.endoftext_id),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "fields", "message"),
+    [
+        ("text", {"text": ""}, "text is empty"),
+        ("caption", {"text": " \n", "language": "en"}, "text is empty"),
+        ("caption", {"text": None, "language": "en"}, "text must be text: got NoneType"),
+        ("vqa", {"question": "?", "answer": 3}, "answer must be text: got int"),
+        ("ocr", {"lines": []}, "lines is empty"),
+        ("ref_grounding", {"phrase": "a", "boxes": []}, "boxes is empty"),
+        ("ref_grounding", {"phrase": "a", "boxes": [[1, 2, 3, 1000]]}, r"must lie in 0\.\.999"),
+        ("ref_grounding", {"phrase": "a", "boxes": [[5, 2, 3, 9]]}, "corners reversed"),
+        ("grounded_captioning", {"text": "a", "box": [1, 2, 3]}, "another form"),
+        ("grounded_caption", {"phrases": [["", [BOX]]]}, "phrases is empty"),
+        ("chat", {"conversations": ["hi"]}, "conversations of another form"),
+        ("chat", {"conversations": [{"from": "user", "value": "<img>a"}]}, "not closed"),
+        ("chat", {"conversations": [], "system": 3}, "system must be text"),
+    ],
+)
+def test_rows_that_teach_nothing_or_wrong_places_are_refused_by_name(task, fields, message, tok):
+    with pytest.raises(DataError, match=f"row 5.*{message}"):
+        tasks.example_of(Record("5", task, fields), tok)
+
+
+def test_a_box_without_area_is_kept(tok):
+    row = Record("k", "ref_grounding", {"phrase": "a line", "boxes": [[7, 1, 7, 9]]}, (PICTURE,))
+    assert "<box>(7,1),(7,9)</box>" in tok.decode(tasks.example_of(row, tok).ids)
 
 
 # --- the vocabulary -------------------------------------------------------------------------------

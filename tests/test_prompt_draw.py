@@ -32,7 +32,7 @@ def no_machine_fonts(monkeypatch):
 
 @pytest.fixture
 def no_shipped_font(monkeypatch):
-    monkeypatch.setattr(fonts, "_SHIPPED", "/nowhere.ttf")
+    monkeypatch.setattr(fonts, "SHIPPED_FONT", "/nowhere.ttf")
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_ascii_needs_no_machine_font(monkeypatch):
 def test_chinese_needs_no_machine_font(no_machine_fonts):
     font, text = fonts.font_for("两只狗 and a cat", 14)
     assert text == "两只狗 and a cat"
-    assert font.path == fonts._SHIPPED
+    assert font.path == fonts.SHIPPED_FONT
 
 
 def test_without_fonts_accents_are_dropped_and_chinese_is_visible(

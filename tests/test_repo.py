@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from qwenvl_jax import config as config_module
+from qwenvl_jax.cli.data import COMMANDS as DATA_COMMANDS
 from qwenvl_jax.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,8 +41,11 @@ ALLOWED = {
     "conversion": MATHS | {"checkpoint"},
     "inference": MATHS | {"checkpoint", "conversion", "prompt", "image"},
     "training": MATHS | {"checkpoint", "conversion"} | HOST,
+    "planning": MATHS | {"checkpoint", "conversion", "inference", "training"} | HOST,
     "evaluation": MATHS | {"checkpoint", "conversion", "inference", "training"} | HOST,
-    "cli": MATHS | {"checkpoint", "conversion", "inference", "training", "evaluation"} | HOST,
+    "cli": MATHS
+    | {"checkpoint", "conversion", "inference", "training", "evaluation", "planning"}
+    | HOST,
     "__init__": MATHS | {"checkpoint", "conversion", "inference", "evaluation"} | HOST,
 }
 HOST_ROOMS = ("prompt", "image", "data")
@@ -117,14 +121,26 @@ def long_functions(tree: ast.AST) -> list[str]:
 
 
 def stubs(tree: ast.AST) -> list[str]:
-    """Returns functions that promise something and do nothing."""
+    """Returns functions that promise something and do nothing; a Protocol only describes."""
     found = []
+    described = {
+        id(node)
+        for part in ast.walk(tree)
+        if isinstance(part, ast.ClassDef) and any(_named(base, "Protocol") for base in part.bases)
+        for node in part.body
+    }
     for node in ast.walk(tree):
+        if id(node) in described:
+            continue
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             if all(isinstance(line, ast.Pass) or _is_ellipsis(line) for line in body):
                 found.append(node.name)
     return found
+
+
+def _named(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def _is_ellipsis(line: ast.stmt) -> bool:
@@ -300,11 +316,17 @@ def help_of(door: str, *words: str) -> str:
     return done.stdout
 
 
+def written_commands() -> list[str]:
+    return [name for name in DATA_COMMANDS if (PACKAGE / "cli" / f"data_{name}.py").exists()]
+
+
 @pytest.mark.parametrize("door", sorted(COMMANDS))
 def test_options_in_the_pages_exist(door):
     used = set().union(*(options_of(path.read_text(encoding="utf-8"), door) for path in pages()))
     shown = help_of(door)
     assert len(re.findall(rf"{door}\.py|qwenvl {door}", shown)) > 1, "usage, and an example"
+    if door == "data":  # its commands have the options
+        shown += "".join(help_of(door, name) for name in written_commands())
     if door == "train":  # the fields of its config are its options
         shown = help_of(door, "configs/nano/stage1.py")
     assert used - set(re.findall(r"--[a-z][\w.-]*", shown)) - {"--help"} == set()
@@ -328,7 +350,7 @@ def third_party_imports() -> set[str]:
 def test_what_the_package_imports_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["plot"]]
+    wanted = [*project["dependencies"], *extras["plot"], *extras["generate"], *extras["beam"]]
     declared = {re.split(r"[\[>=]", line)[0].lower().replace("-", "_") for line in wanted}
     names = {"PIL": "pillow", "orbax": "orbax_checkpoint", "absl": "absl_py"}
     used = {names.get(root, root).lower() for root in third_party_imports()}
@@ -374,6 +396,8 @@ def test_long_and_empty_functions_are_found():
     assert long_functions(ast.parse(f"def f():\n{body}")) == [f"f ({MAX_FUNCTION_LINES + 1})"]
     assert stubs(ast.parse('def f():\n    """Returns."""\n    ...')) == ["f"]
     assert stubs(ast.parse('def f():\n    """Returns."""\n    return 1')) == []
+    assert stubs(ast.parse("class A(B):\n    def f(self): ...")) == ["f"]
+    assert stubs(ast.parse("class A(Protocol):\n    def f(self): ...")) == []
 
 
 def test_a_setting_that_is_only_written_counts_as_dead():

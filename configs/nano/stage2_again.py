@@ -13,7 +13,7 @@ from qwenvl_jax.presets import nano, stage_2
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/nano/stage2_again",
-        steps=8000,
+        steps=11000,
         seed=7,
         init="runs/nano/stage3",
         model=nano(),

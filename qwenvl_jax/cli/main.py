@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "score a model on drawn scenes that no training run has seen",
     "plot": "draw the curves of a training run",
     "demo": "show the shipped model at work, and write one picture of it",
+    "plan": "compile a training run for a TPU pod that is not there: does it fit, how fast",
     "data": "prepare training data, check them, and look at them",
 }
 _EXAMPLE = "qwenvl infer --image street.jpg 'What is parked on the left?'"

@@ -2,7 +2,9 @@
 
 Rows are filled from a small look-ahead: the oldest sample opens a row, then the longest one that
 fits follows, until none does. A sample is never cut. Samples of a row are told apart by `segment`,
-positions restart with each, and no target reaches from one into the next.
+positions restart with each, and no target reaches from one into the next. With `attend_across` they
+are one segment with running positions, as the paper's few-shot use wants, still without a target
+from one into the next.
 
 Axes: B rows, L text length with picture slots, I pictures of a row, Y X C pixels.
 """
@@ -83,6 +85,7 @@ def pack(
     max_images: int,
     image_size: int,
     tokenizer: Tokenizer,
+    attend_across: bool = False,
 ) -> Batch:
     """Returns the batch of given rows; padding holds `<|endoftext|>` in segment 0.
 
@@ -107,8 +110,8 @@ def pack(
             tokens_BL[b, start:end] = example.ids
             targets_BL[b, start : end - 1] = example.ids[1:]
             loss_weight_BL[b, start : end - 1] = example.is_target[1:]
-            segment_BL[b, start:end] = number
-            position_BL[b, start:end] = np.arange(size)
+            segment_BL[b, start:end] = 1 if attend_across else number
+            position_BL[b, start:end] = np.arange(size) + (start if attend_across else 0)
             for image, slot in zip(example.images, slots, strict=True):
                 images_BIYXC[b, num_images] = pixels(example, image, image_size)
                 image_start_BI[b, num_images] = start + slot

@@ -1,46 +1,144 @@
-"""Batches as a pure function of (seed, step): drawn, tokenised, packed, and made ahead of need.
+"""Batches as a pure function of (seed, step), made ahead of need.
 
-Sample n of step s is drawn from a random stream of its own, so any step can be made alone: resuming
-at step one million costs nothing, and neither workers nor prefetching can change what a step sees.
+Generated scenes are an endless source: sample n of step s is drawn from a random stream of its own,
+and rows are filled from the samples of one step. Finite sources are packed by plan (`rows.py`).
+Either way any step can be made alone: resuming at step one million costs nothing more, and neither
+workers, nor prefetching, nor the number of hosts can change what a step sees.
 """
 
+import dataclasses
 import difflib
 import functools
 import itertools
+import json
 import logging
+import os
 import random
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from qwenvl_jax.config import ConfigError, DataConfig
 from qwenvl_jax.data.example import Batch, DataError, Example
-from qwenvl_jax.data.packing import fill_rows, pack
+from qwenvl_jax.data.holes import QUARANTINE, Tally
+from qwenvl_jax.data.packing import fill, fill_rows, pack
+from qwenvl_jax.data.rows import (
+    Notes,
+    RowMaker,
+    fingerprint,
+    open_rows,
+    open_sources,
+    unusable_rows,
+)
 from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
 from qwenvl_jax.data.sources.scenes import Split
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 
-MAX_REFUSED = 0.05  # of the samples of a step; past it the limits or the data are wrong
+MAX_REFUSED = 0.05  # of the samples of a step of scenes; past it the limits are wrong
 _LAST_STEP = 2**31 - 1
 _PREFETCH = 4  # batches
+_KEPT_METRICS = 64  # steps; more than can be under way at once
+_GENERATED = ("scenes", "text")
+_ONLY_ROWS = ("path", "mixture", "mixing", "temperature", "mask", "same_task_rows")
 _log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one process of a run makes: some rows of each global batch."""
+
+    rows: Sequence[int] | None = None  # in rising order; None: all
+    process: int = 0
+
+
+class Batches:
+    """Iterates over the batches of successive steps; `metrics(step)` says what went into one.
+
+    `num_rows` counts the rows of an epoch (of a round of the mixture), None for endless sources.
+    """
+
+    def __init__(
+        self,
+        made: Iterator[tuple[Batch, Notes]],
+        first_step: int,
+        tally: Tally,
+        num_rows: int | None = None,
+    ):
+        self.num_rows = num_rows
+        self._made, self._step, self._tally = made, first_step, tally
+        self._metrics: OrderedDict[int, dict[str, int | float]] = OrderedDict()
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        batch, notes = next(self._made)
+        self._tally.add(self._step, notes.num_samples, notes.holes)
+        share = fill(batch)
+        self._metrics[self._step] = {
+            "samples": notes.num_samples - len(notes.holes),
+            "fill": round(share.tokens, 4),
+            "image_fill": round(share.images, 4),
+            "bad_samples": self._tally.num_bad,
+            **{f"bad_{reason}": count for reason, count in sorted(self._tally.reasons.items())},
+        }
+        while len(self._metrics) > _KEPT_METRICS:
+            self._metrics.popitem(last=False)
+        self._step += 1
+        return batch
+
+    def metrics(self, step: int) -> dict[str, int | float]:
+        """Returns samples, shares of places and picture slots in use, and bad samples so far.
+
+        `step` counts from 0, as `first_step` does. Of this process's rows, bad samples since its
+        start. Empty for a step that is not made yet, or was long ago.
+        """
+        return self._metrics.get(step, {})
+
+
 def batches(
-    config: DataConfig, seed: int, first_step: int = 0, *, slots: int, split: Split = "train"
-) -> Iterator[Batch]:
+    config: DataConfig,
+    seed: int,
+    first_step: int = 0,
+    *,
+    slots: int,
+    split: Split = "train",
+    share: Share = Share(),
+    folder: str | Path | None = None,
+) -> Batches:
     """Returns the batches of steps `first_step`, `first_step + 1`, ... without end.
 
-    `slots` is the number of ids that one picture takes: the adapter's queries. They are made by a
-    thread in the background, or by `config.num_workers` processes.
+    `slots` is the number of ids that one picture takes: the adapter's queries. They are made by
+    threads in the background, or by `config.num_workers` processes. `folder` is the run directory:
+    bad samples are listed there, and data that have changed since the run began are noticed.
 
-    Raises: ConfigError for settings that cannot be served; DataError at the step of a bad sample.
+    Raises: ConfigError for settings that cannot be served, and changed data; DataError for data
+    that cannot be used, later at the step of too many bad samples.
     """
     # grain imports jax: not at the top, so that tokenising and drawing never do
     import grain
     from absl import flags
 
-    check_config(config, slots)
+    check_config(config, slots, split)
     tokenizer = load_tokenizer(config.tokenizer, slots=slots)
-    make = functools.partial(make_batch, config, tokenizer, seed, split)
+    rows = tuple(range(config.rows) if share.rows is None else share.rows)
+    file = None if folder is None else Path(folder) / _quarantine_name(share.process)
+    tally = Tally(config.max_bad_fraction if config.source == "rows" else 1.0, file)
+    num_rows = None
+    make: Callable[[int], tuple[Batch, Notes]]
+    if config.source == "rows":
+        sources = open_sources(config)
+        if folder is not None:
+            now = fingerprint(config, tokenizer, sources)
+            check_unchanged(Path(folder), now, first_step, share.process)
+        opened = open_rows(config, tokenizer, seed, sources)
+        if first_step == 0 and share.process == 0:
+            tally.list(0, unusable_rows(opened, tokenizer, config))
+        num_threads = 1 if config.num_workers else os.cpu_count() or 1
+        make = RowMaker(config, tokenizer, opened, rows, num_threads)
+        num_rows = opened.order.num_rows
+    else:
+        make = functools.partial(_make_scenes, config, tokenizer, seed, split, rows)
     steps = grain.MapDataset.range(first_step, _LAST_STEP).map(make)
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)
     dataset = steps.to_iter_dataset(ahead)
@@ -49,15 +147,71 @@ def batches(
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(workers)
-    return iter(dataset)
+    return Batches(iter(dataset), first_step, tally, num_rows)
+
+
+def check_unchanged(folder: Path, now: str, first_step: int, process: int = 0) -> None:
+    """Keeps the fingerprint of a run's data in `folder`, and compares it when the run goes on.
+
+    Raises: ConfigError where the data, the vocabulary or the plan are not those of before.
+    """
+    file = folder / "data.json"
+    if first_step and file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
+        if before != now:
+            raise ConfigError(
+                f"the data are not those that {folder} was trained with: got fingerprint "
+                f"{now[:16]}, expected {before[:16]}; another row, order, vocabulary or packing "
+                f"limit gives later steps other samples: give back the old data, choose another "
+                f"run_dir, or delete {file} to go on with these"
+            )
+    elif process == 0:
+        beside = file.with_name(f"{file.name}.new")
+        beside.write_text(json.dumps({"fingerprint": now}) + "\n", encoding="utf-8")
+        os.replace(beside, file)
+
+
+def _quarantine_name(process: int) -> str:
+    """Returns the file of one process: a shared disk does not join lines of several writers."""
+    return f"{process}-{QUARANTINE}" if process else QUARANTINE
+
+
+# --- generated scenes ----------------------------------------------------------------------------
+
+
+def _make_scenes(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    split: Split,
+    rows: Sequence[int],
+    step: int,
+) -> tuple[Batch, Notes]:
+    drawn = scene_rows(config, tokenizer, seed, split, step)
+    ours = [drawn[row] for row in rows]
+    batch = _packed(ours, config, tokenizer)
+    return batch, Notes(sum(map(len, ours)), ())
 
 
 def make_batch(
     config: DataConfig, tokenizer: Tokenizer, seed: int, split: Split, step: int
 ) -> Batch:
-    """Returns the batch of one step; samples that no row can hold are skipped with a warning.
+    """Returns the batch of one step of scenes. Raises: as `scene_rows`."""
+    return _packed(scene_rows(config, tokenizer, seed, split, step), config, tokenizer)
 
-    Raises: DataError where too many are, or where a picture and its slots do not match.
+
+def _packed(rows: Sequence[Sequence[Example]], config: DataConfig, tokenizer: Tokenizer) -> Batch:
+    return pack(
+        rows, config.length, config.max_images, config.image_size, tokenizer, config.attend_across
+    )
+
+
+def scene_rows(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, split: Split, step: int
+) -> list[list[Example]]:
+    """Returns the rows of one step; samples that no row can hold are skipped with a warning.
+
+    Raises: DataError where too many are.
     """
     examples = (draw(config, tokenizer, seed, split, step, n) for n in itertools.count())
     rows, refusals = fill_rows(examples, config.rows, config.length, config.max_images)
@@ -68,7 +222,7 @@ def make_batch(
             f"step {step} refused {len(refusals)} samples for {sum(map(len, rows))} that it took, "
             f"more than {MAX_REFUSED:.0%}; the first: {refusals[0]}"
         )
-    return pack(rows, config.length, config.max_images, config.image_size, tokenizer)
+    return rows
 
 
 def draw(
@@ -87,12 +241,26 @@ def draw(
     )
 
 
-def check_config(config: DataConfig, slots: int) -> None:
+# --- settings ------------------------------------------------------------------------------------
+
+
+def check_config(config: DataConfig, slots: int, split: Split = "train") -> None:
     """Raises ConfigError where no batch can be made as the config asks."""
-    if config.source not in ("scenes", "text"):
+    if config.source not in (*_GENERATED, "rows"):
         raise ConfigError(
-            f"data.source is unknown: got {config.source!r}, expected 'scenes' or 'text'"
+            f"data.source is unknown: got {config.source!r}, expected 'scenes', 'text' or 'rows'"
         )
+    if config.source == "rows":
+        _check_rows(config, split)
+    else:
+        _check_scenes(config, slots)
+
+
+def _check_scenes(config: DataConfig, slots: int) -> None:
+    without_effect = [*_ONLY_ROWS, "max_bad_fraction"]
+    _refuse_set(config, without_effect, f"data.source={config.source!r}; set data.source='rows'")
+    if not config.tasks:
+        raise ConfigError("data.tasks is empty: name at least one task and its weight")
     for task in config.tasks:
         if task not in TASKS:
             near = difflib.get_close_matches(task, TASKS, 1)
@@ -107,3 +275,33 @@ def check_config(config: DataConfig, slots: int) -> None:
             f"{config.max_images} pictures and {config.length} tokens, expected at least 1 and "
             f"{slots + 2}; source='text' needs none"
         )
+
+
+def _check_rows(config: DataConfig, split: Split) -> None:
+    _refuse_set(config, ["tasks"], "data.source='rows'; use data.mixture to weigh sources")
+    if bool(config.path) == bool(config.mixture):
+        raise ConfigError(
+            "data.source='rows' needs data.path or data.mixture, one of them: got path "
+            f"{config.path!r} and mixture {config.mixture}"
+        )
+    if config.path:
+        _refuse_set(config, ["mixing"], "data.path; name several paths in data.mixture")
+    if config.mixing != "temperature":
+        _refuse_set(config, ["temperature"], f"mixing={config.mixing!r}; set mixing='temperature'")
+    if split != "train":
+        raise ConfigError(
+            f"data.source='rows' has no part {split!r}: give held-out rows a path of their own"
+        )
+
+
+def _refuse_set(config: DataConfig, names: Sequence[str], under: str) -> None:
+    """Raises ConfigError for settings that differ from their defaults and would do nothing."""
+    for field in dataclasses.fields(DataConfig):
+        if field.name in names:
+            is_made = field.default is dataclasses.MISSING
+            value = getattr(config, field.name)
+            if value != ({} if is_made else field.default):
+                raise ConfigError(
+                    f"data.{field.name} has no effect: got {value!r} together with {under}, or "
+                    "leave it out"
+                )

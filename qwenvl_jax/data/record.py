@@ -19,7 +19,7 @@ A box is [x1, y1, x2, y2], a quad four [x, y]. Rows of `chat` mark their picture
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
@@ -49,6 +49,7 @@ class Record(NamedTuple):
     images: tuple[Picture, ...] = ()
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows that can be read in any order, which is what training needs."""
 
@@ -85,11 +86,19 @@ def encode_record(record: Record) -> bytes:
 
     Pictures given as paths are read; those given as arrays must have been encoded before.
 
-    Raises: DataError for a row that does not fit its task, or a picture file that cannot be read.
+    Raises: DataError for a row that does not fit its task, has a value that cannot be stored (half
+    of a surrogate pair), or a picture file that cannot be read.
     """
     check_record(record)
     images = [_image_bytes(record, image) for image in record.images]
-    packed = msgpack.packb([_FORMAT, record.key, record.task, dict(record.fields), images])
+    try:
+        packed = msgpack.packb([_FORMAT, record.key, record.task, dict(record.fields), images])
+    except (ValueError, TypeError, OverflowError) as error:
+        # half of a surrogate pair is no UTF-8; other types come from a source's own code
+        raise DataError(
+            f"row {record.key!r} cannot be stored: {error}; expected text that is valid Unicode, "
+            "numbers, lists and mappings"
+        ) from error
     return bytes(packed or b"")
 
 

@@ -1,16 +1,18 @@
 """The sample formats: the seven of the multi-task stage and plain text as segments, and chat.
 
 A segment is a run of text that wholly carries loss or wholly does not. Segments are tokenised one
-by one, so the border of the loss falls between two tokens whatever the vocabulary. Text here is
-trusted: tags and special tokens in it are live. `picture` is what stands for the picture.
+by one, so the border of the loss falls between two tokens whatever the vocabulary. Its parts are
+plain text, which never becomes a special token whatever it holds, and `Tag`s, which do. `picture`
+is what stands for the picture.
 
 Source: paper Box B.1; for chat the released `finetune.py`. Where print leaves spaces open
 they follow the released model's own output: a target starts with a space, and nothing follows a
 prompt's colon.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,9 +28,21 @@ from qwenvl_jax.prompt.chat import (
     render_example,
 )
 from qwenvl_jax.prompt.tokenizer import RELEASED_CHAT_TAGS, Tokenizer
+from qwenvl_jax.prompt.vocabulary import TokenizerError
 
-EOS = "<|endoftext|>"
-PICTURE = "<img></img>"  # the tokenizer writes the slots; what stands inside does not matter
+
+class Tag(str):
+    """Trusted text that begins and ends with special tokens, all of them live.
+
+    Joining one with other text gives plain text: what is trusted is always written as a `Tag`.
+    """
+
+    __slots__ = ()
+
+
+EOS = Tag("<|endoftext|>")
+PICTURE = Tag("<img></img>")  # the tokenizer writes the slots; what stands inside does not matter
+_REF, _REF_END = Tag("<ref>"), Tag("</ref>")
 
 _LANGUAGES = {"en": "English", "zh": "Chinese"}
 
@@ -37,8 +51,15 @@ Quad = Sequence[Sequence[int]]
 
 
 class Segment(NamedTuple):
-    text: str
+    """Neighbouring plain parts are one text: where they are cut does not change the ids."""
+
+    parts: tuple[str, ...]  # each plain text or a Tag
     is_target: bool
+
+    @property
+    def text(self) -> str:
+        """The parts joined, as a person reads them."""
+        return "".join(self.parts)
 
 
 class Phrase(NamedTuple):
@@ -53,24 +74,24 @@ def caption(text: str, picture: str = PICTURE, language: str = "en") -> list[Seg
     if language not in _LANGUAGES:
         raise DataError(f"a caption's language must be one of {[*_LANGUAGES]}: got {language!r}")
     return [
-        Segment(f"{picture}Generate the caption in {_LANGUAGES[language]}:", False),
-        Segment(f" {text}{EOS}", True),
+        Segment((picture, f"Generate the caption in {_LANGUAGES[language]}:"), False),
+        Segment((f" {text}", EOS), True),
     ]
 
 
 def vqa(question: str, answer: str, picture: str = PICTURE) -> list[Segment]:
     return [
-        Segment(f"{picture} {question} Answer:", False),
-        Segment(f" {answer}{EOS}", True),
+        Segment((picture, f" {question} Answer:"), False),
+        Segment((f" {answer}", EOS), True),
     ]
 
 
 def ocr_vqa(question: str, answer: str, picture: str = PICTURE) -> list[Segment]:
     """As `vqa`, but the end carries no loss: so the paper prints it, perhaps by a slip."""
     return [
-        Segment(f"{picture} {question} Answer:", False),
-        Segment(f" {answer}", True),
-        Segment(EOS, False),
+        Segment((picture, f" {question} Answer:"), False),
+        Segment((f" {answer}",), True),
+        Segment((EOS,), False),
     ]
 
 
@@ -80,30 +101,30 @@ def grounded_caption(phrases: Sequence[Phrase], picture: str = PICTURE) -> list[
     The texts of `phrases` join to the caption; a phrase's leading space goes inside its `<ref>`.
     """
     return [
-        Segment(f"{picture}Generate the caption in English with grounding:", False),
-        Segment(grounded_text(phrases, start=" ") + EOS, True),
+        Segment((picture, "Generate the caption in English with grounding:"), False),
+        Segment((*grounded_parts(phrases, start=" "), EOS), True),
     ]
 
 
 def ref_grounding(phrase: str, boxes: Sequence[Box], picture: str = PICTURE) -> list[Segment]:
     return [
-        Segment(f"{picture}<ref>{phrase}</ref>", False),
-        Segment("".join(map(format_box, boxes)) + EOS, True),
+        Segment((picture, _REF, phrase, _REF_END), False),
+        Segment((*_box_tags(boxes), EOS), True),
     ]
 
 
 def grounded_captioning(box: Box, text: str, picture: str = PICTURE) -> list[Segment]:
     return [
-        Segment(f"{picture}<ref>This</ref>{format_box(box)} is", False),
-        Segment(f" {text}{EOS}", True),
+        Segment((picture, _REF, "This", _REF_END, *_box_tags([box]), " is"), False),
+        Segment((f" {text}", EOS), True),
     ]
 
 
 def ocr(lines: Sequence[tuple[str, Quad]], picture: str = PICTURE) -> list[Segment]:
-    read = "".join(f"<ref>{text}</ref>{format_quad(quad)}" for text, quad in lines)
+    read = [(_REF, text, _REF_END, Tag(format_quad(quad))) for text, quad in lines]
     return [
-        Segment(f"{picture}OCR with grounding:", False),
-        Segment(f" {read}{EOS}", True),
+        Segment((picture, "OCR with grounding:"), False),
+        Segment((" ", *itertools.chain.from_iterable(read), EOS), True),
     ]
 
 
@@ -115,10 +136,10 @@ def cell_map(words: Sequence[tuple[str, str]], picture: str = PICTURE) -> list[S
     """
     shapes, colours = (" ".join(column) for column in zip(*words, strict=True))
     return [
-        Segment(f"{picture}Shapes:", False),
-        Segment(f" {shapes}", True),
-        Segment(" Colours:", False),
-        Segment(f" {colours}{EOS}", True),
+        Segment((picture, "Shapes:"), False),
+        Segment((f" {shapes}",), True),
+        Segment((" Colours:",), False),
+        Segment((f" {colours}", EOS), True),
     ]
 
 
@@ -128,25 +149,28 @@ def cell_characters(title: str, firsts: str, seconds: str, picture: str = PICTUR
     The title says of what: `Letters`, or `Left` for the left edge's coordinate.
     """
     return [
-        Segment(f"{picture}{title}:", False),
-        Segment(firsts, True),
-        Segment(" Next:", False),
-        Segment(f"{seconds}{EOS}", True),
+        Segment((picture, f"{title}:"), False),
+        Segment((firsts,), True),
+        Segment((" Next:",), False),
+        Segment((seconds, EOS), True),
     ]
 
 
 def plain_text(text: str) -> list[Segment]:
-    return [Segment(f"{text}{EOS}", True)]
+    return [Segment((text, EOS), True)]
 
 
-def grounded_text(phrases: Sequence[Phrase], start: str = "") -> str:
-    """Returns the phrases joined, each that has boxes between `<ref>` tags and followed by them."""
-    parts = []
+def grounded_parts(phrases: Sequence[Phrase], start: str = "") -> list[str]:
+    """Returns the phrases, each that has boxes between `<ref>` tags and followed by them."""
+    parts: list[str] = []
     for phrase in phrases:
         text, start = start + phrase.text, ""
-        boxes = "".join(map(format_box, phrase.boxes))
-        parts.append(f"<ref>{text}</ref>{boxes}" if phrase.boxes else text)
-    return "".join(parts)
+        parts += [_REF, text, _REF_END, *_box_tags(phrase.boxes)] if phrase.boxes else [text]
+    return parts
+
+
+def _box_tags(boxes: Sequence[Box]) -> list[Tag]:
+    return [Tag(format_box(box)) for box in boxes]
 
 
 def example_of(record: Record, tokenizer: Tokenizer, mask: LossMask = "released") -> Example:
@@ -157,18 +181,26 @@ def example_of(record: Record, tokenizer: Tokenizer, mask: LossMask = "released"
     Raises: DataError where the row does not fit its task.
     """
     check_record(record)
-    if record.task == "chat":
-        system = record.fields.get("system", DEFAULT_SYSTEM)
-        try:
-            messages = messages_from_conversations(record.fields["conversations"], system)
-            rendered = render_example(tokenizer, messages, mask)
-        except ChatError as error:
-            raise DataError(f"row {record.key}: {error}") from error
-        ids, is_target = rendered.ids, rendered.is_target
-        return _example(ids, is_target, record.images, tokenizer, "chat", record.key)
-    picture = PICTURE if record.images else ""
-    segments = _segments(record, picture)
-    return to_example(segments, record.images, tokenizer, record.task, record.key)
+    try:
+        if record.task == "chat":
+            return _chat_row(record, tokenizer, mask)
+        segments = _segments(record, PICTURE if record.images else "")
+        return to_example(segments, record.images, tokenizer, record.task, record.key)
+    except (ChatError, TokenizerError) as error:
+        raise DataError(f"row {record.key}: {error}") from error
+
+
+def _chat_row(record: Record, tokenizer: Tokenizer, mask: LossMask) -> Example:
+    turns, system = record.fields["conversations"], record.fields.get("system", DEFAULT_SYSTEM)
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise DataError(
+            f"row {record.key} has conversations of another form: got {turns!r:.60}, "
+            'expected a list of {"from": ..., "value": ...}'
+        )
+    if not isinstance(system, str):
+        raise DataError(f"row {record.key}: system must be text: got {type(system).__name__}")
+    rendered = render_example(tokenizer, messages_from_conversations(turns, system), mask)
+    return _example(rendered.ids, rendered.is_target, record.images, tokenizer, "chat", record.key)
 
 
 def _segments(record: Record, picture: str) -> list[Segment]:
@@ -176,27 +208,56 @@ def _segments(record: Record, picture: str) -> list[Segment]:
     try:
         match record.task:
             case "caption":
-                return caption(fields["text"], picture, fields["language"])
+                return caption(_text(fields, "text"), picture, fields["language"])
             case "vqa":
-                return vqa(fields["question"], fields["answer"], picture)
+                return vqa(_text(fields, "question"), _text(fields, "answer"), picture)
             case "ocr_vqa":
-                return ocr_vqa(fields["question"], fields["answer"], picture)
+                return ocr_vqa(_text(fields, "question"), _text(fields, "answer"), picture)
             case "grounded_caption":
-                phrases = [Phrase(text, tuple(boxes)) for text, boxes in fields["phrases"]]
+                phrases = [Phrase(text, _boxes(boxes)) for text, boxes in fields["phrases"]]
+                _text({"phrases": "".join(phrase.text for phrase in phrases)}, "phrases")
                 return grounded_caption(phrases, picture)
             case "ref_grounding":
-                return ref_grounding(fields["phrase"], fields["boxes"], picture)
+                boxes = _boxes(_full(fields, "boxes"))
+                return ref_grounding(_text(fields, "phrase"), boxes, picture)
             case "grounded_captioning":
-                return grounded_captioning(fields["box"], fields["text"], picture)
+                (box,) = _boxes([fields["box"]])
+                return grounded_captioning(box, _text(fields, "text"), picture)
             case "ocr":
-                return ocr([(text, quad) for text, quad in fields["lines"]], picture)
+                lines = _full(fields, "lines")
+                return ocr([(_text({"line": text}, "line"), quad) for text, quad in lines], picture)
             case _:
-                return plain_text(fields["text"])
+                return plain_text(_text(fields, "text"))
     except (TypeError, ValueError) as error:
         raise DataError(
             f"row {record.key} of task {record.task} has a field of another form: {error}; "
             "data/record.py lists the forms"
         ) from error
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    """Returns a field that must be text; an empty one would teach to say nothing."""
+    if not isinstance(fields[name], str):
+        raise TypeError(f"{name} must be text: got {type(fields[name]).__name__}")
+    return _full(fields, name)
+
+
+def _full(fields: Mapping[str, Any], name: str) -> Any:
+    value = fields[name]
+    if not (value.strip() if isinstance(value, str) else value):
+        raise ValueError(f"{name} is empty")
+    return value
+
+
+def _boxes(boxes: Sequence[Box]) -> tuple[Box, ...]:
+    """Returns boxes whose first corner is the upper left one; a line or a point may be a box."""
+    for x1, y1, x2, y2 in boxes:
+        if x1 > x2 or y1 > y2:
+            raise ValueError(
+                f"a box has its corners reversed: got {[x1, y1, x2, y2]}, expected x1 <= x2 and "
+                "y1 <= y2"
+            )
+    return tuple(boxes)
 
 
 def to_example(
@@ -213,10 +274,18 @@ def to_example(
     ids: list[int] = []
     is_target: list[bool] = []
     for segment in segments:
-        piece = tokenizer.encode_raw(segment.text)
+        piece = _segment_ids(segment, tokenizer)
         ids += piece
         is_target += [segment.is_target] * len(piece)
     return _example(ids, is_target, images, tokenizer, task, key)
+
+
+def _segment_ids(segment: Segment, tokenizer: Tokenizer) -> list[int]:
+    ids: list[int] = []
+    for is_tag, run in itertools.groupby(segment.parts, lambda part: isinstance(part, Tag)):
+        text = "".join(run)
+        ids += tokenizer.encode_raw(text) if is_tag else tokenizer.encode(text)
+    return ids
 
 
 def chat_example(

@@ -37,6 +37,7 @@ TURN_BY_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPS_SIDES = {TURN_BY_ORIENTATION[tag] for tag in (5, 6, 7, 8)}
 
 
 class ImageError(ValueError):
@@ -86,6 +87,40 @@ def decode(stream: io.BufferedReader | io.BytesIO, name: str, max_pixels: int) -
       ImageError: unknown format, more pixels than `max_pixels` by the header (judged before any
         pixel is decoded), truncated or damaged data.
     """
+    image, damaged = _opened(stream, name)
+    with image:
+        check_size(image.size, name, max_pixels)
+        try:
+            _shorten_colour_key(image)
+            image.load()
+        except MemoryError:
+            raise
+        except Exception as error:  # as in `_opened`
+            raise ImageError(damaged) from error
+        return to_rgb(image, name, max_pixels)
+
+
+def upright_size(
+    stream: io.BufferedReader | io.BytesIO, name: str, max_pixels: int
+) -> tuple[int, int]:
+    """Returns width and height of an encoded picture as people see it, from its header alone.
+
+    Raises: ImageError as `decode`, except for what only the pixels show.
+    Differs: a PNG whose EXIF block follows the pixels is taken as upright.
+    """
+    image, _ = _opened(stream, name)
+    with image:
+        check_size(image.size, name, max_pixels)
+        width, height = image.size
+        # a PNG may have its EXIF block behind the pixels, and Pillow would decode them to get there
+        is_late = isinstance(image, PngImagePlugin.PngImageFile) and "exif" not in image.info
+        tag = 1 if is_late else _orientation(image, name)
+    is_turned = TURN_BY_ORIENTATION.get(tag) in _SWAPS_SIDES
+    return (height, width) if is_turned else (width, height)
+
+
+def _opened(stream: io.BufferedReader | io.BytesIO, name: str) -> tuple[ImageFile.ImageFile, str]:
+    """Returns the picture with its pixels not yet read, and the message for when they cannot be."""
     head = stream.read(SNIFF_BYTES)
     stream.seek(0)
     kind = _format_of(head)
@@ -99,21 +134,11 @@ def decode(stream: io.BufferedReader | io.BytesIO, name: str, max_pixels: int) -
         "expected a whole picture; copy or save it again"
     )
     try:
-        image = kind.plugin(stream)
+        return kind.plugin(stream), damaged
     except MemoryError:
         raise
     except Exception as error:  # on damaged data Pillow raises nearly every builtin exception
         raise ImageError(damaged) from error
-    with image:
-        check_size(image.size, name, max_pixels)
-        try:
-            _shorten_colour_key(image)
-            image.load()
-        except MemoryError:
-            raise
-        except Exception as error:  # as above
-            raise ImageError(damaged) from error
-        return to_rgb(image, name, max_pixels)
 
 
 def to_rgb(image: Image.Image, name: str, max_pixels: int) -> np.ndarray:

@@ -16,7 +16,14 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from qwenvl_jax.image.decode import FORMAT_NAMES, ImageError, check_size, decode, to_rgb
+from qwenvl_jax.image.decode import (
+    FORMAT_NAMES,
+    ImageError,
+    check_size,
+    decode,
+    to_rgb,
+    upright_size,
+)
 from qwenvl_jax.image.fetch import fetch_bytes
 
 MAX_BYTES = 256 * 2**20  # encoded; a whole 25-megapixel picture of 8 bytes a pixel still fits
@@ -77,6 +84,16 @@ def load_image(
             "data URL; give the path without its scheme"
         )
     return _from_path(source, max_pixels)
+
+
+def image_size(encoded: bytes, *, max_pixels: int = 25_000_000) -> tuple[int, int]:
+    """Returns width and height that `load_image` would give, without decoding a pixel.
+
+    Raises: ImageError where `load_image` would raise one from the header alone.
+    """
+    name = "the picture given as bytes"
+    _check_bytes(len(encoded), name)
+    return upright_size(io.BytesIO(encoded), name, max_pixels)
 
 
 def _from_array(pixels: np.ndarray, max_pixels: int) -> np.ndarray:

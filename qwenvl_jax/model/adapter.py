@@ -15,9 +15,10 @@ from jaxtyping import Array, Float
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import AdapterConfig, AttentionBackend
-from qwenvl_jax.model.attention import AttentionMask, Projections, attention
+from qwenvl_jax.model.attention import AttentionMask, Kernel, Projections, attention
 from qwenvl_jax.model.layers import Buffer, Dense, LayerNorm, param
 from qwenvl_jax.model.vit import resize_table, sine_table, wave_rates
+from qwenvl_jax.sharding import constrain
 
 SHORT_WAVE = 0.2  # radians from one query to the next: neighbours differ by more than a little
 NEAR_GAIN = 5.0  # makes the next query's place about exp(-2) as likely as one's own
@@ -89,19 +90,26 @@ class Adapter(nnx.Module):
         for proj in (self.attn.q_proj, self.attn.k_proj):
             proj.kernel = nnx.Param(kernel_DNH.astype(kernel_DNH.dtype), axes=proj.kernel.axes)
 
-    def resample(self, x_IPE: Float[Array, "I P E"], *, backend: AttentionBackend) -> jax.Array:
+    def resample(
+        self, x_IPE: Float[Array, "I P E"], *, backend: AttentionBackend | Kernel
+    ) -> jax.Array:
         """Returns [I, Q, D] after the cross-attention, before the last norm and matrix."""
-        value_IPD = self.ln_kv(self.kv_proj(x_IPE))
+        value_IPD = self.ln_kv(constrain(self.kv_proj(x_IPE), axes.BATCH, None, None))
         dtype = value_IPD.dtype
         table_QD = self.position_embed[...]
         key_IPD = value_IPD + resize_table(table_QD, x_IPE.shape[1]).astype(dtype)
         query_QD = self.ln_q(self.query[...].astype(dtype)) + table_QD.astype(dtype)
         q_QNH = self.attn.q_proj(query_QD)
         q_IQNH = jnp.broadcast_to(q_QNH, (x_IPE.shape[0], *q_QNH.shape))
-        k_IPNH, v_IPNH = self.attn.k_proj(key_IPD), self.attn.v_proj(value_IPD)
+        heads = (axes.BATCH, None, axes.HEADS, None)
+        q_IQNH, k_IPNH, v_IPNH = (
+            constrain(x, *heads)
+            for x in (q_IQNH, self.attn.k_proj(key_IPD), self.attn.v_proj(value_IPD))
+        )
         return self.attn.o_proj(attention(q_IQNH, k_IPNH, v_IPNH, AttentionMask(), backend=backend))
 
     def __call__(
-        self, x_IPE: Float[Array, "I P E"], *, backend: AttentionBackend
+        self, x_IPE: Float[Array, "I P E"], *, backend: AttentionBackend | Kernel
     ) -> Float[Array, "I Q D"]:
-        return self.proj(self.ln_post(self.resample(x_IPE, backend=backend)))
+        x_IQD = constrain(self.resample(x_IPE, backend=backend), axes.BATCH, None, None)
+        return constrain(self.proj(self.ln_post(x_IQD)), axes.BATCH, None, None)

@@ -15,9 +15,20 @@ from jaxtyping import Array, Float, Int
 from qwenvl_jax import axes
 from qwenvl_jax.config import AttentionBackend
 from qwenvl_jax.model.layers import Dense
+from qwenvl_jax.model.splash import splash_attention
+from qwenvl_jax.sharding import constrain, context_platform
 
 MASKED = -1e30  # finite: minus infinity would make NaN of a row that may look at nothing
 CHUNK = 512  # keys that `xla_chunked` holds scores of at once
+CUDNN_BYTES = 2  # widest number that cuDNN's kernel takes
+CUDNN_HEAD_MULTIPLE = 8
+
+
+class Kernel(NamedTuple):
+    """Which backend computes the sum, and how much of it at once."""
+
+    backend: AttentionBackend
+    block: int = 512  # queries and keys; `splash` only
 
 
 class AttentionMask(NamedTuple):
@@ -34,19 +45,30 @@ class AttentionMask(NamedTuple):
     q_position_BT: Int[Array, "B T"] | None = None
     kv_position_BS: Int[Array, "B S"] | None = None
 
+    @property
+    def is_among_themselves(self) -> bool:
+        """Whether queries and keys are the same tokens: order is then order of index."""
+        return self.q_segment_BT is self.kv_segment_BS and self.q_position_BT is self.kv_position_BS
+
     def keep_BTS(self) -> jax.Array | None:
         """Returns bool [B, T, S], True where a query may look, or None when it always may."""
+        self.check()
         if self.q_segment_BT is None or self.kv_segment_BS is None:
-            if self.is_causal:
-                raise ValueError("a causal mask needs segments and positions: got no segments")
             return None
         q_segment, kv_segment = self.q_segment_BT[:, :, None], self.kv_segment_BS[:, None, :]
         keep = (q_segment == kv_segment) & (q_segment > 0)
-        if self.is_causal:
-            if self.q_position_BT is None or self.kv_position_BS is None:
-                raise ValueError("a causal mask needs segments and positions: got no positions")
+        if self.is_causal and self.q_position_BT is not None and self.kv_position_BS is not None:
             keep &= self.kv_position_BS[:, None, :] <= self.q_position_BT[:, :, None]
         return keep
+
+    def check(self) -> None:
+        """Raises ValueError where a causal mask lacks segments or positions."""
+        if not self.is_causal:
+            return
+        if self.q_segment_BT is None or self.kv_segment_BS is None:
+            raise ValueError("a causal mask needs segments and positions: got no segments")
+        if self.q_position_BT is None or self.kv_position_BS is None:
+            raise ValueError("a causal mask needs segments and positions: got no positions")
 
 
 def attention(
@@ -55,12 +77,41 @@ def attention(
     v_BSNH: Float[Array, "B S N H"],
     mask: AttentionMask,
     *,
-    backend: AttentionBackend,
+    backend: AttentionBackend | Kernel,
 ) -> Float[Array, "B T N H"]:
-    """Returns softmax(q k / sqrt(H)) v in the dtype of `q`; scores and softmax are float32."""
-    if backend == "xla_chunked":
+    """Returns softmax(q k / sqrt(H)) v in the dtype of `q`; scores and softmax are float32.
+
+    "auto" is `splash` on TPUs and `xla_chunked` elsewhere. `splash` leaves decoding, a few queries
+    against a cache, to `xla`: the kernel knows order by index only, and there is little to save.
+
+    Raises:
+        ValueError: the mask lacks what its rule needs, or the backend cannot compute this here.
+    """
+    kernel = backend if isinstance(backend, Kernel) else Kernel(backend)
+    name = chosen(kernel.backend)
+    if name == "splash" and mask.is_among_themselves:
+        mask.check()
+        return splash_attention(
+            q_BTNH,
+            k_BSNH,
+            v_BSNH,
+            mask.q_segment_BT,
+            mask.kv_segment_BS,
+            is_causal=mask.is_causal,
+            block=kernel.block,
+        )
+    if name == "cudnn":
+        return _cudnn(q_BTNH, k_BSNH, v_BSNH, mask)
+    if name == "xla_chunked":
         return _chunked(q_BTNH, k_BSNH, v_BSNH, mask)
     return _whole(q_BTNH, k_BSNH, v_BSNH, mask)
+
+
+def chosen(backend: AttentionBackend) -> AttentionBackend:
+    """Returns the backend that "auto" stands for where this will run; any other as it is."""
+    if backend != "auto":
+        return backend
+    return "splash" if context_platform() == "tpu" else "xla_chunked"
 
 
 def _scores(q_BTNH: jax.Array, k_BSNH: jax.Array, keep_BTS: jax.Array | None) -> jax.Array:
@@ -121,6 +172,36 @@ def _chunked(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: Atte
     return (out_BTNH / safe).astype(q_BTNH.dtype)
 
 
+def _cudnn(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: AttentionMask):
+    """The kernel of NVIDIA's cuDNN. The mask goes in whole, as bool [B, 1, T, S].
+
+    cuDNN's own causal flag and lengths know nothing of packed samples, and would let them see each
+    other.
+
+    Raises:
+        ValueError: what cuDNN refuses: no GPU, a dtype of more than 16 bits, odd head dimensions.
+    """
+    platform = context_platform()
+    if platform != "gpu":
+        raise ValueError(
+            f"attention_backend 'cudnn' needs an NVIDIA GPU: got {platform}; use 'auto'"
+        )
+    if q_BTNH.dtype.itemsize > CUDNN_BYTES or q_BTNH.shape[-1] % CUDNN_HEAD_MULTIPLE:
+        raise ValueError(
+            "attention_backend 'cudnn' needs 16-bit numbers and heads of a multiple of "
+            f"{CUDNN_HEAD_MULTIPLE}: got {q_BTNH.dtype} and {q_BTNH.shape[-1]}; use 'xla_chunked', "
+            "or dtype bfloat16"
+        )
+    keep_BTS = mask.keep_BTS()
+    keep_B1TS = None if keep_BTS is None else keep_BTS[:, None]
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BSNH, v_BSNH, mask=keep_B1TS, implementation="cudnn"
+    )
+    if keep_BTS is not None:
+        out_BTNH = jnp.where(keep_BTS.any(axis=-1)[:, :, None, None], out_BTNH, 0)
+    return out_BTNH
+
+
 class Projections(nnx.Module):
     """The four matrices of one multi-head attention; the parts wire them up themselves."""
 
@@ -145,3 +226,11 @@ class Projections(nnx.Module):
         self.o_proj = Dense(
             heads, inputs, use_bias=out_bias, dtype=dtype, rngs=rngs, scale=out_scale
         )
+
+    def qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns queries, keys and values of the same tokens, rows and heads split as tabled."""
+        q, k, v = (
+            constrain(proj(x), axes.BATCH, None, axes.HEADS, None)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return q, k, v

@@ -17,8 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import AttentionBackend, DecoderConfig, RematPolicy
-from qwenvl_jax.model.attention import AttentionMask, Projections, attention
+from qwenvl_jax.model.attention import AttentionMask, Kernel, Projections, attention
 from qwenvl_jax.model.layers import Dense, RMSNorm, param, scan_layers, stack_layers
+from qwenvl_jax.sharding import constrain
 
 
 class KVCache(NamedTuple):
@@ -102,10 +103,13 @@ class Block(nnx.Module):
     def finish(self, x_BLD: jax.Array, out_BLNH: jax.Array) -> jax.Array:
         """Returns the block's output, given what its attention found."""
         x_BLD += self.attn.o_proj(out_BLNH)
-        return x_BLD + self.feed_forward(self.ln_2(x_BLD))
+        x_BLD += self.feed_forward(self.ln_2(x_BLD))
+        return constrain(x_BLD, axes.BATCH, None, None)
 
     def feed_forward(self, x_BLD: jax.Array) -> jax.Array:
-        return self.mlp.down_proj(jax.nn.silu(self.mlp.gate_proj(x_BLD)) * self.mlp.up_proj(x_BLD))
+        gate_BLF, up_BLF = self.mlp.gate_proj(x_BLD), self.mlp.up_proj(x_BLD)
+        hidden_BLF = constrain(jax.nn.silu(gate_BLF) * up_BLF, axes.BATCH, None, axes.MLP)
+        return self.mlp.down_proj(hidden_BLF)
 
 
 class Decoder(nnx.Module):
@@ -126,7 +130,8 @@ class Decoder(nnx.Module):
         )
 
     def embed_tokens(self, tokens_BL: Int[Array, "B L"], dtype: str) -> jax.Array:
-        return self.embed.embedding[...][tokens_BL].astype(dtype)
+        x_BLD = self.embed.embedding[...][tokens_BL].astype(dtype)
+        return constrain(x_BLD, axes.BATCH, None, None)
 
     def __call__(
         self,
@@ -136,7 +141,7 @@ class Decoder(nnx.Module):
         *,
         ntk_alpha_B: Float[Array, "B"] | None,
         cache: KVCache | None,
-        backend: AttentionBackend,
+        backend: AttentionBackend | Kernel,
         remat: RematPolicy,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
         """Returns hidden states after the last norm, and the cache with the new tokens in it."""
@@ -148,7 +153,7 @@ class Decoder(nnx.Module):
 
         def project(layer: Block, x_BLD):
             y_BLD = layer.ln_1(x_BLD)
-            q, k, v = layer.attn.q_proj(y_BLD), layer.attn.k_proj(y_BLD), layer.attn.v_proj(y_BLD)
+            q, k, v = layer.attn.qkv(y_BLD)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             return q if logn_BL11 is None else q * logn_BL11.astype(q.dtype), k, v
 
@@ -170,7 +175,7 @@ class Decoder(nnx.Module):
         segment_BL: jax.Array,
         cache: KVCache,
         project: Callable,
-        backend: AttentionBackend,
+        backend: AttentionBackend | Kernel,
     ) -> tuple[jax.Array, KVCache]:
         """Returns what left the last block, and the cache with the new tokens written into it."""
         start = cache.length

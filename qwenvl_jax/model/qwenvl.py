@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.model.adapter import Adapter
+from qwenvl_jax.model.attention import Kernel
 from qwenvl_jax.model.decoder import Decoder, KVCache
 from qwenvl_jax.model.vit import ViT
 from qwenvl_jax.sharding import shardings, with_shardings
@@ -67,10 +68,11 @@ class QwenVL(nnx.Module):
     def encode_images(self, image_IYXC: UInt8[Array, "I Y X C"]) -> Float[Array, "I Q D"]:
         """Returns what replaces the slots of each picture, in the compute dtype."""
         config = self.config
+        kernel = Kernel(config.attention_backend, config.attention_block)
         x_IPE = self.vit(
-            image_IYXC, dtype=config.dtype, backend=config.attention_backend, remat=config.remat
+            image_IYXC, dtype=config.dtype, backend=kernel, remat=config.vit_remat or config.remat
         )
-        return self.adapter(x_IPE, backend=config.attention_backend)
+        return self.adapter(x_IPE, backend=kernel)
 
     def __call__(
         self,
@@ -106,7 +108,7 @@ class QwenVL(nnx.Module):
             segment_BL,
             ntk_alpha_B=ntk_alpha_B,
             cache=cache,
-            backend=config.attention_backend,
+            backend=Kernel(config.attention_backend, config.attention_block),
             remat=config.remat,
         )
 

@@ -16,8 +16,9 @@ from jaxtyping import Array, Float, UInt8
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import AttentionBackend, RematPolicy, VisionConfig
-from qwenvl_jax.model.attention import AttentionMask, Projections, attention
+from qwenvl_jax.model.attention import AttentionMask, Kernel, Projections, attention
 from qwenvl_jax.model.layers import Dense, LayerNorm, scan_layers, stack_layers
+from qwenvl_jax.sharding import constrain
 
 # Mean and deviation of RGB that CLIP was trained with.
 PIXEL_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -142,12 +143,13 @@ class Block(nnx.Module):
             down_proj=Dense(hidden, width, use_bias=True, dtype=dtype, rngs=rngs, scale=out_scale),
         )
 
-    def attend(self, x_IPE: jax.Array, mask: AttentionMask, backend: AttentionBackend):
-        q, k, v = self.attn.q_proj(x_IPE), self.attn.k_proj(x_IPE), self.attn.v_proj(x_IPE)
-        return self.attn.o_proj(attention(q, k, v, mask, backend=backend))
+    def attend(self, x_IPE: jax.Array, mask: AttentionMask, backend: AttentionBackend | Kernel):
+        out_IPNH = attention(*self.attn.qkv(x_IPE), mask, backend=backend)
+        return self.attn.o_proj(out_IPNH)
 
     def feed_forward(self, x_IPE: jax.Array) -> jax.Array:
-        return self.mlp.down_proj(jax.nn.gelu(self.mlp.up_proj(x_IPE), approximate=False))
+        hidden_IPM = constrain(self.mlp.up_proj(x_IPE), axes.BATCH, None, axes.VIT_MLP)
+        return self.mlp.down_proj(jax.nn.gelu(hidden_IPM, approximate=False))
 
 
 def to_windows(x_IPE: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
@@ -207,14 +209,15 @@ class ViT(nnx.Module):
         patch_IPR = to_patches(normalize_pixels(image_IYXC, dtype), self.config.patch_size)
         x_IPE = self.patch_embed(patch_IPR)
         table_PE = resize_table(self.position_embed[...], x_IPE.shape[1])
-        return self.ln_pre(x_IPE + table_PE.astype(x_IPE.dtype))
+        x_IPE = constrain(x_IPE + table_PE.astype(x_IPE.dtype), axes.BATCH, None, None)
+        return self.ln_pre(x_IPE)
 
     def __call__(
         self,
         image_IYXC: UInt8[Array, "I Y X C"],
         *,
         dtype: str,
-        backend: AttentionBackend,
+        backend: AttentionBackend | Kernel,
         remat: RematPolicy,
     ) -> Float[Array, "I P E"]:
         x_IPE = self.embed(image_IYXC, dtype)
@@ -241,7 +244,8 @@ class ViT(nnx.Module):
                 )
             else:
                 x_IPE += everywhere(layer, y_IPE)
-            return x_IPE + layer.feed_forward(layer.ln_2(x_IPE))
+            x_IPE += layer.feed_forward(layer.ln_2(x_IPE))
+            return constrain(x_IPE, axes.BATCH, None, None)
 
         K, every = self.config.num_layers, self.config.global_every
         is_global_K = jnp.arange(K) % every == every - 1

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-_SHIPPED = str(Path(__file__).parents[1] / "assets" / "fonts" / "WenQuanYiMicroHei-GB2312.ttf")
+SHIPPED_FONT = str(Path(__file__).parents[1] / "assets" / "fonts" / "WenQuanYiMicroHei-GB2312.ttf")
 
 # Where Linux distributions, macOS and Windows keep fonts with accents, and with Chinese.
 _LATIN_PATHS = (
@@ -51,7 +51,7 @@ def font_for(text: str, size: int) -> tuple[Font, str]:
     """
     best: tuple[int, str | None] = (-1, None)
     for path in (None, *_richer_fonts(text)):
-        has = sum(_has_glyph(path, char) for char in text)
+        has = sum(has_glyph(path, char) for char in text)
         if has > best[0]:
             best = (has, path)
         if has == len(text):
@@ -62,7 +62,7 @@ def font_for(text: str, size: int) -> tuple[Font, str]:
 
 def _richer_fonts(text: str) -> Iterator[str]:
     if not text.isascii():
-        yield _SHIPPED
+        yield SHIPPED_FONT
         yield from _installed()  # late: asking the machine takes a process
 
 
@@ -70,7 +70,7 @@ def _richer_fonts(text: str) -> Iterator[str]:
 def _installed() -> tuple[str, ...]:
     """Returns font files of this machine, Latin ones first. Looked for once."""
     chinese = [*filter(_is_file, _CHINESE_PATHS)] or _listed_fonts()
-    readable = (path for path in chinese if _has_glyph(path, "中"))
+    readable = (path for path in chinese if has_glyph(path, "中"))
     return (*filter(_is_file, _LATIN_PATHS), *readable)
 
 
@@ -94,7 +94,7 @@ def _listed_fonts() -> list[str]:
 def _writable(path: str | None, char: str) -> str:
     """Returns the character, its letter without accents, or `?`."""
     plain = unicodedata.normalize("NFKD", char)[0]
-    return next((c for c in (char, plain) if _has_glyph(path, c)), "?")
+    return next((c for c in (char, plain) if has_glyph(path, c)), "?")
 
 
 @functools.lru_cache(maxsize=64)
@@ -102,8 +102,8 @@ def _load(path: str | None, size: int) -> Font:
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
-@functools.lru_cache(maxsize=8192)
-def _has_glyph(path: str | None, char: str) -> bool:
+@functools.lru_cache(maxsize=1 << 17)  # signs of Chinese times the fonts of a machine
+def has_glyph(path: str | None, char: str) -> bool:
     """Pillow does not expose a font's table: a missing glyph is drawn like a noncharacter."""
     if char == " ":
         return True

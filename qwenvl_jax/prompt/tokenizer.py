@@ -11,6 +11,8 @@ Source: released `tokenization_qwen.py`. Differs: text typed by a user never bec
 token, pictures' paths are not written into the slots, and decoding never raises.
 """
 
+import functools
+import hashlib
 import itertools
 import operator
 import re
@@ -84,7 +86,7 @@ def _place_tags(tags: Sequence[str]) -> Sequence[str]:
     return tags
 
 
-def _cut_images(text: str) -> list[str]:
+def cut_images(text: str) -> list[str]:
     """Returns trusted text cut at its pictures: text, path, text, ..., text."""
     parts, end = [], 0
     while (start := text.find("<img>", end)) >= 0:
@@ -126,6 +128,17 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Ids in use. The model's embedding may have more rows (released: 76 more)."""
         return self.num_ranks + len(SPECIAL_TOKENS)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Digest of the vocabulary: equal for two that give every text the same ids.
+
+        `slots` is no part of it, since text does not depend on it.
+        """
+        digest = hashlib.sha256()
+        for piece in self._pieces:
+            digest.update(len(piece).to_bytes(4, "little") + piece)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -181,7 +194,7 @@ class Tokenizer:
 
         Raises: TokenizerError where an `<img>` is not closed.
         """
-        return _cut_images(text)[1::2]
+        return cut_images(text)[1::2]
 
     def image_starts(self, ids: Iterable[SupportsIndex]) -> list[int]:
         """Returns the index of the first slot of every picture in `ids`, in order.
@@ -203,7 +216,7 @@ class Tokenizer:
 
     def _encode_spans(self, text: str, allowed: frozenset[str]) -> list[int]:
         ids: list[int] = []
-        for i, part in enumerate(_cut_images(text)):
+        for i, part in enumerate(cut_images(text)):
             ids += self.image_ids() if i % 2 else self._encode_text(part, allowed)
         return ids
 

@@ -11,7 +11,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -121,6 +121,26 @@ class HostFaults:
         )
         flip_bit(max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size))
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HangingBatches:
+    """Batches of which one does not come; what else the data side tells passes through."""
+
+    def __init__(self, batches: Iterator[Batch], step: int, faults: HostFaults):
+        self._batches, self._step, self._faults = batches, step, faults
+
+    def __iter__(self) -> "HangingBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        self._faults.hang_data(self._step)
+        self._step += 1
+        return next(self._batches)
+
+    def metrics(self, step: int) -> dict[str, int | float]:
+        """Returns what the data side tells of the batch of a step, where it tells anything."""
+        tell = getattr(self._batches, "metrics", None)
+        return {} if tell is None else tell(step)
 
 
 def flip_bit(path: Path, seed: int = 0) -> None:

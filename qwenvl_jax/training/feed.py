@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,11 +20,19 @@ class Feed:
     """
 
     def __init__(
-        self, batches: Iterator[Batch], sharding: NamedSharding, patience: float, ahead: int = 1
+        self,
+        batches: Iterator[Batch],
+        sharding: NamedSharding,
+        patience: float,
+        ahead: int = 1,
+        held: "HeldRows | None" = None,
     ):
-        """`patience` is for how many seconds a batch is waited for before that is an error."""
+        """`patience` is for how many seconds a batch is waited for before that is an error.
+
+        `held` says which rows of the global batch `batches` bring; None: all of them.
+        """
+        self._batches, self._held, self._patience = batches, held, patience
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
-        self._patience = patience
         self._is_closed = threading.Event()
         args = (batches, sharding)
         self._thread = threading.Thread(target=self._fill, args=args, name="feed", daemon=True)
@@ -44,6 +53,11 @@ class Feed:
             raise item
         return item
 
+    def metrics(self, step: int) -> dict[str, int | float]:
+        """Returns what the data side tells of the batch of a step, where it tells anything."""
+        tell = getattr(self._batches, "metrics", None)
+        return {} if tell is None else tell(step)
+
     def close(self) -> None:
         """Ends the thread; what it has made is dropped."""
         self._is_closed.set()
@@ -52,7 +66,7 @@ class Feed:
     def _fill(self, batches: Iterator[Batch], sharding: NamedSharding) -> None:
         try:
             for batch in batches:
-                placed = jax.tree.map(lambda array: _place(array, sharding), batch)
+                placed = jax.tree.map(lambda array: _place(array, sharding, self._held), batch)
                 if not self._offer(placed):
                     return
             self._offer(DataError("the data ended before the run did"))
@@ -69,10 +83,33 @@ class Feed:
         return False
 
 
-def _place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+class HeldRows(NamedTuple):
+    """The rows of a global batch of `total` rows that a process needs for its own devices."""
+
+    rows: tuple[int, ...]  # in rising order
+    total: int
+
+
+def rows_of_process(sharding: NamedSharding, total: int) -> HeldRows:
+    """Returns which rows of a batch this process's devices hold under a sharding of the rows."""
+    parts = sharding.addressable_devices_indices_map((total,)).values()
+    found = {row for part in parts if part is not None for row in range(total)[part[0]]}
+    return HeldRows(tuple(sorted(found)), total)
+
+
+def _place(array: np.ndarray, sharding: NamedSharding, held: HeldRows | None) -> jax.Array:
     """Returns the array on the mesh; each process sends its own devices their parts.
 
     `jax.device_put` would ask all processes whether they hold the same, by a collective: from this
     thread it can meet the step's collectives in another order on each process, and hang both.
     """
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    if held is None:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    shape = (held.total, *array.shape[1:])
+
+    def part(index: Any) -> np.ndarray:
+        wanted = range(held.total)[index[0]]
+        first = held.rows.index(wanted.start)
+        return array[(slice(first, first + len(wanted)), *index[1:])]
+
+    return jax.make_array_from_callback(shape, sharding, part)

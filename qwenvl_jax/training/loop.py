@@ -24,8 +24,8 @@ from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data.example import Batch
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
-from qwenvl_jax.training.faults import HostFaults
-from qwenvl_jax.training.feed import Feed
+from qwenvl_jax.training.faults import HangingBatches, HostFaults
+from qwenvl_jax.training.feed import Feed, HeldRows, rows_of_process
 from qwenvl_jax.training.goodput import Goodput
 from qwenvl_jax.training.hosts import check_agreement
 from qwenvl_jax.training.incidents import Incidents, RunStopped
@@ -207,23 +207,23 @@ def _check_processes(config: TrainConfig, run_dir: RunDir) -> None:
 def _feeds(
     config: TrainConfig, layout: Layout, faults: HostFaults, batches: Batches | None
 ) -> Callable[[int], Feed]:
-    """Returns a function from the first step to the feed of batches from there on."""
-    make = batches or (lambda first_step: _configured_batches(config, first_step))
-
-    def source(first_step: int) -> Iterator[Batch]:
-        for step, batch in enumerate(make(first_step), start=first_step + 1):
-            faults.hang_data(step)
-            yield batch
+    """Returns a function from a step to the feed of batches from there on."""
+    sharding = batch_sharding(layout.mesh)
 
     def open_feed(step: int) -> Feed:
+        held = None if batches else rows_of_process(sharding, config.data.rows)
         # Steps are counted from 1 here, batches from 0.
-        return Feed(source(step - 1), batch_sharding(layout.mesh), config.guard.data_timeout)
+        made = batches(step - 1) if batches else _configured_batches(config, step - 1, held)
+        source = HangingBatches(made, step, faults)
+        return Feed(source, sharding, config.guard.data_timeout, held=held)
 
     return open_feed
 
 
-def _configured_batches(config: TrainConfig, first_step: int) -> Iterator[Batch]:
-    from qwenvl_jax.data.pipeline import batches
+def _configured_batches(
+    config: TrainConfig, first_step: int, held: HeldRows | None
+) -> Iterator[Batch]:
+    from qwenvl_jax.data.pipeline import Share, batches
     from qwenvl_jax.prompt.tokenizer import load_tokenizer
 
     slots = config.model.adapter.num_queries
@@ -238,4 +238,7 @@ def _configured_batches(config: TrainConfig, first_step: int) -> Iterator[Batch]
             f"decoder.vocab_size has no rows for every id of {config.data.tokenizer}: got "
             f"{config.model.decoder.vocab_size}, expected at least {tokenizer.vocab_size}"
         )
-    return batches(config.data, config.seed, first_step, slots=slots)
+    share = Share(held.rows if held else None, jax.process_index())
+    return batches(
+        config.data, config.seed, first_step, slots=slots, share=share, folder=config.run_dir
+    )

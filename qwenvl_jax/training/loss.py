@@ -6,6 +6,9 @@ Axes: B batch rows, L text length, D text width, V vocabulary rows.
 import jax
 import jax.numpy as jnp
 
+from qwenvl_jax import axes
+from qwenvl_jax.sharding import constrain
+
 
 def next_token_loss(
     hidden_BLD: jax.Array,
@@ -24,6 +27,9 @@ def next_token_loss(
     """
     num_rows, length, _ = hidden_BLD.shape
     step = min(length, max(1, chunk // num_rows))
+    # Whole on every device before the loop, in the compute dtype: inside, it would be gathered, and
+    # its gradient summed over devices, once a chunk.
+    lm_head_DV = constrain(lm_head_DV.astype(hidden_BLD.dtype), None, axes.VOCAB)
     num_chunks = -(-length // step)
     if num_chunks == 1:
         return _chunk_loss(hidden_BLD, lm_head_DV, targets_BL, weight_BL), _total(weight_BL)
@@ -55,8 +61,10 @@ def _chunk_loss(
     hidden_BLD: jax.Array, lm_head_DV: jax.Array, targets_BL: jax.Array, weight_BL: jax.Array
 ) -> jax.Array:
     """Returns the weighted sum of cross-entropies of one chunk of positions."""
-    head_DV = lm_head_DV.astype(hidden_BLD.dtype)
-    logits_BLV = jnp.einsum("BLD,DV->BLV", hidden_BLD, head_DV, preferred_element_type=jnp.float32)
+    logits_BLV = jnp.einsum(
+        "BLD,DV->BLV", hidden_BLD, lm_head_DV, preferred_element_type=jnp.float32
+    )
+    logits_BLV = constrain(logits_BLV, axes.BATCH, None, axes.VOCAB)
     # A comparison instead of a gather: its backward pass is no scatter, and it stays local when
     # the vocabulary is split over devices.
     is_target = targets_BL[..., None] == jnp.arange(logits_BLV.shape[-1])

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,11 @@ def plan_parameters(
             rate=_rates(row, path, depth.get(path.split(".")[0], 0)),
         )
     return plan
+
+
+def trained_parts(plan: Mapping[str, ParameterPlan]) -> set[str]:
+    """Returns those of `vit`, `adapter` and `decoder` that hold a trained parameter."""
+    return {path.split(".")[0] for path, parameter in plan.items() if parameter.is_trained}
 
 
 def _matches(row: ParameterRule, path: str) -> bool:

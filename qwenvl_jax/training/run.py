@@ -98,7 +98,8 @@ class Run:
             outcome = Outcome.TOO_MANY
         if outcome is not Outcome.FINE:
             self.state = with_scalars(self.state, flight.step, hold=0)
-        self.report.step(numbers)
+        told = {} if self._feed is None else self._feed.metrics(flight.step - 1)
+        self.report.step(numbers | told)
         self._tolerate(flight.step, self.store.check)
         return outcome
 

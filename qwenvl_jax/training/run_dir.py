@@ -41,9 +41,13 @@ FREE_TO_CHANGE = (
     "allow_change",
     "simulate_fault",
     "data.num_workers",
+    "data.max_bad_fraction",
+    "data.path",  # the place; its content is compared by fingerprint
     "data.tokenizer",  # the path; its content is compared by digest in the manifest
     "model.attention_backend",
+    "model.attention_block",
     "model.remat",
+    "model.vit_remat",
 )
 
 

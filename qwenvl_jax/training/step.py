@@ -17,6 +17,7 @@ from qwenvl_jax.config import ConfigError, TrainConfig
 from qwenvl_jax.data.example import Batch
 from qwenvl_jax.model.qwenvl import NO_IMAGE
 from qwenvl_jax.sharding import AXIS_TABLE, batch_sharding
+from qwenvl_jax.training.compiler import compiler_options
 from qwenvl_jax.training.faults import disturb, parse_faults
 from qwenvl_jax.training.guard import HELD, judge
 from qwenvl_jax.training.loss import next_token_loss
@@ -89,6 +90,7 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
         donate_argnums=0,
         in_shardings=(layout.shardings, batch_sharding(layout.mesh)),
         out_shardings=(layout.shardings, replicated),
+        compiler_options=compiler_options(layout.mesh),
     )
 
 

@@ -163,13 +163,13 @@ def _located(shown: Scene, thing: Thing, phrase: str) -> str:
 # --- words about the whole scene -----------------------------------------------------------------
 
 
-def inventory(shown: Scene, rng: random.Random) -> str:
+def inventory(shown: Scene, rng: random.Random) -> tasks.Tag:
     """Returns everything in the scene with its place, in a random order, as tagged text."""
     parts = [_located(shown, thing, language.describe(thing)) for thing in shown.things]
     if shown.writing is not None:
         parts.append(_read(shown, shown.writing))
     rng.shuffle(parts)
-    return "".join(parts)
+    return tasks.Tag("".join(parts))
 
 
 def story(shown: Scene, split: Split, rng: random.Random) -> str:

@@ -1,0 +1,167 @@
+"""Writes one page of training samples, as the model meets them, to look at in a browser.
+
+Each sample shows its pictures with boxes and quads drawn, its text with what is learnt in colour,
+and its sizes. SOURCE is a .json or .jsonl file of conversations, a prepared folder, a TFDS folder,
+or `scenes` for drawn scenes. The page is one file that needs nothing else.
+
+Examples:
+    qwenvl data inspect my.json --tokenizer Qwen-VL-Chat --output samples.html
+    qwenvl data inspect my.json --num 40 --packed --length 2048 --max-images 8
+    qwenvl data inspect scenes --task ref_grounding --seed 3
+"""
+
+import dataclasses
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.opening import SHIPPED_MODEL
+from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.config import ConfigError
+
+if TYPE_CHECKING:
+    from qwenvl_jax.data.sample_page import Packing, Shown
+    from qwenvl_jax.prompt.tokenizer import Tokenizer
+
+SCENES = "scenes"
+_SCENE_SIDE = 448
+_MAX_LOOKS = 20_000  # rows that are looked at for those of a task
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    source: tyro.conf.Positional[str]
+    """A .json or .jsonl file, a prepared folder, a TFDS folder, or scenes."""
+    num: int = 12
+    """Samples to show, drawn at random."""
+    seed: int = 0
+    """Which ones; the same seed shows the same samples."""
+    task: str | None = None
+    """Only samples of this task."""
+    output: Path = Path("samples.html")
+    """The page to write."""
+    packed: bool = False
+    """Also pack the samples into rows and show where each begins and ends."""
+    length: int = 2048
+    """Tokens of a packed row."""
+    max_images: int = 8
+    """Pictures of a packed row."""
+    mask: Literal["released", "assistant_only"] = "released"
+    """Which tokens of a dialogue are learnt."""
+    tokenizer: Path | None = None
+    """A qwen.tiktoken file or a folder with one; the small shipped model's if left out."""
+    slots: int | None = None
+    """Tokens a picture; of the tokenizer's config.json, or 256."""
+    pictures: Path | None = None
+    """The folder that picture paths of a conversation file start from."""
+
+    def check(self) -> None:
+        """Raises ConfigError for options that cannot be served."""
+        for name in ("num", "length"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"--{name} must be positive: got {getattr(self, name)}")
+        if self.max_images < 0:
+            raise ConfigError(f"--max-images must not be negative: got {self.max_images}")
+        if not self.output.parent.is_dir():
+            raise ConfigError(
+                f"no folder for the page: got {str(self.output)!r}; make {self.output.parent} first"
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the command."""
+    return run_command("data inspect", _run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    options = parse_options(InspectOptions, argv, "qwenvl data inspect", __doc__)
+    options.check()
+    from qwenvl_jax.cli.vocabulary import open_tokenizer
+    from qwenvl_jax.data.sample_page import sample_page
+
+    tokenizer = open_tokenizer(options.tokenizer, options.slots)
+    if options.source == SCENES:
+        samples, origin = list(_scene_samples(options, tokenizer)), "drawn scenes"
+    else:
+        samples, origin = _row_samples(options, tokenizer)
+    packing = _packing(options, samples) if options.packed else None
+    name = str(options.tokenizer or SHIPPED_MODEL.name)
+    notes = [
+        f"{len(samples)} {origin}, seed {options.seed}"
+        + (f", task {options.task}" if options.task else ""),
+        f"tokens of {name}: {tokenizer.vocab_size:,} in the vocabulary, {tokenizer.slots} slots a "
+        f"picture; mask of dialogues: {options.mask}",
+    ]
+    page = sample_page(f"Samples of {options.source}", notes, samples, tokenizer, packing)
+    options.output.write_text(page, encoding="utf-8")
+    size = options.output.stat().st_size
+    print(f"wrote {len(samples)} samples to {options.output} ({size / 1e6:.1f} MB)")
+    return SUCCESS
+
+
+def _row_samples(options: InspectOptions, tokenizer: "Tokenizer") -> "tuple[list[Shown], str]":
+    """Returns samples drawn from the source, unusable rows among them, and of how many, in words.
+
+    Raises: ConfigError where no row that was looked at has the wanted task.
+    """
+    from qwenvl_jax.data.example import DataError
+    from qwenvl_jax.data.sources.open import open_source
+    from qwenvl_jax.data.tasks import example_of
+
+    source = open_source(options.source, options.pictures)
+    looks = min(len(source), options.num if options.task is None else _MAX_LOOKS)
+    samples: list[Shown] = []
+    tasks: set[str] = set()
+    for index in random.Random(options.seed).sample(range(len(source)), looks):
+        if len(samples) == options.num:
+            break
+        try:
+            record = source[index]
+            tasks.add(record.task)
+            if options.task in (None, record.task):
+                samples.append(example_of(record, tokenizer, options.mask))
+        except DataError as error:
+            if options.task is None:
+                samples.append(error)
+    if not samples:
+        raise ConfigError(
+            f"no row of task {options.task!r} among {looks} that were looked at: got tasks "
+            f"{', '.join(sorted(tasks)) or 'none that can be used'}"
+        )
+    return samples, f"of {len(source):,} rows"
+
+
+def _scene_samples(options: InspectOptions, tokenizer: "Tokenizer") -> "Iterator[Shown]":
+    from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
+
+    if options.task is not None and options.task not in TASKS:
+        raise ConfigError(f"unknown task of the scenes: got {options.task!r}, expected {TASKS}")
+    rng = random.Random(options.seed)
+    for i in range(options.num):
+        task = options.task or TASKS[i % len(TASKS)]
+        yield scene_example(task, rng.getrandbits(48), "train", _SCENE_SIDE, tokenizer)
+
+
+def _packing(options: InspectOptions, samples: "Sequence[Shown]") -> "Packing":
+    """Returns rows of those samples that fit, as training fills them."""
+    from qwenvl_jax.data.example import Example
+    from qwenvl_jax.data.packing import fill_rows
+    from qwenvl_jax.data.sample_page import Packing
+
+    usable = {id(sample): i for i, sample in enumerate(samples) if isinstance(sample, Example)}
+    examples = iter([sample for sample in samples if isinstance(sample, Example)])
+    rows, _ = fill_rows(examples, len(usable), options.length, options.max_images)
+    return Packing(
+        [[usable[id(example)] for example in row] for row in rows if row],
+        options.length,
+        options.max_images,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

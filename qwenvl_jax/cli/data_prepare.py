@@ -1,0 +1,177 @@
+"""Turns any source of training data into ArrayRecord files with an index, which training reads.
+
+SOURCE is a folder of WebDataset tar shards or of img2dataset parquet files (GRIT's among them), a
+conversation file (.json, .jsonl), a file of the original evaluation scripts, text files, or a
+folder of TensorFlow Datasets. OUT is new; a run that was stopped or killed goes on where it was
+when the same command is given again. Rows that cannot be used are listed in OUT/refused.jsonl.
+
+Example:
+    qwenvl data prepare laion/ prepared/laion --rules web --tokenizer weights/chat
+    qwenvl data prepare laion/ prepared/laion --beam --runner=DirectRunner
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.config import ConfigError
+from qwenvl_jax.data.clean import Limits
+
+if TYPE_CHECKING:
+    from qwenvl_jax.data.prepare import Engine, Progress
+    from qwenvl_jax.data.sources.stream import Stream
+
+_BEAM = "--beam"
+LINES = 20  # of progress at most, where there is no terminal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareOptions:
+    """What to prepare, and how."""
+
+    source: tyro.conf.Positional[Path]
+    """A file or folder with the rows."""
+    out: tyro.conf.Positional[Path]
+    """The new folder; or one that the same command has begun."""
+    num_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """Processes; the number changes no byte of the result."""
+    limit: int | None = None
+    """Only the first rows, for a look."""
+    rows_per_shard: int = 10_000
+    """Of sources read in any order; other sources have one file for each of theirs."""
+    tokenizer: Path | None = None
+    """A qwen.tiktoken file or a folder with one: rows that do not fit their task are then refused,
+    and token counts stored, which planned packing reads."""
+    pictures: Path | None = None
+    """Where the picture paths in a JSON file start; its own folder if left out."""
+    rules: tuple[str, ...] = ()
+    """Cleaning of captions: web, academic, or single rules in order."""
+    limits: Annotated[Limits, tyro.conf.arg(name="limits")] = dataclasses.field(
+        default_factory=Limits
+    )
+    """Thresholds of the rules."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the command."""
+    return run_command("data prepare", _run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    argv, beam = list(argv), None
+    if _BEAM in argv:  # what follows is Beam's
+        at = argv.index(_BEAM)
+        argv, beam = argv[:at], argv[at + 1 :]
+    options = parse_options(PrepareOptions, argv, "qwenvl data prepare", __doc__)
+    _check(options)
+
+    from qwenvl_jax.data.prepare import prepare, processes
+    from qwenvl_jax.data.shard import Plan
+
+    plan = Plan(
+        stream=_stream(options),
+        folder=options.out,
+        rules=options.rules,
+        limits=options.limits,
+        tokenizer=options.tokenizer,
+    )
+    engine: Engine
+    if beam is None:
+        engine = processes(options.num_workers)
+    else:
+        from qwenvl_jax.data.beam import on_beam
+
+        engine = on_beam(beam)
+    with _watch(options.out) as report:
+        index = prepare(plan, engine, report)
+    print(_summary(options.out, index))
+    return SUCCESS
+
+
+def _check(options: PrepareOptions) -> None:
+    for name in ("num_workers", "limit", "rows_per_shard"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be positive: got {value}")
+    if not options.rules and options.limits != Limits():
+        raise ConfigError(
+            "--limits.* has no effect without rules: got no --rules; add --rules web, or the names "
+            "of single rules"
+        )
+
+
+def _stream(options: PrepareOptions) -> "Stream":
+    from qwenvl_jax.data.sources.open_stream import open_stream
+    from qwenvl_jax.data.sources.stream import First, InRanges
+
+    stream = open_stream(options.source, options.pictures)
+    if stream is not None:
+        return stream if options.limit is None else First(stream, options.limit)
+
+    from qwenvl_jax.data.sources.open import open_source
+
+    source = open_source(options.source, options.pictures)
+    num_rows = len(source) if options.limit is None else min(options.limit, len(source))
+    return InRanges(source, options.rows_per_shard, num_rows)
+
+
+def _summary(out: Path, index: Mapping[str, Any]) -> str:
+    def told(counts: Mapping[str, int]) -> str:
+        return ", ".join(f"{name} {number}" for name, number in counts.items())
+
+    lines = [
+        f"{out}: {index['rows']} rows of {index['read']}, {index['bytes'] / 1e6:.1f} MB, "
+        f"{len(index['shards'])} files; {told(index['tasks'])}"
+    ]
+    if index["changed"]:
+        lines.append(f"mended by rule: {told(index['changed'])}")
+    if index["refused"]:
+        lines.append(f"refused, see {out / 'refused.jsonl'}: {told(index['refused'])}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _watch(out: Path) -> Iterator[Callable[["Progress"], None]]:
+    """Yields what shows the progress: a bar on a terminal, else a few lines."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        counts = TextColumn("shards, {task.fields[rows]} rows, {task.fields[refused]} refused")
+        columns = (BarColumn(), MofNCompleteColumn(), counts, TimeRemainingColumn())
+        with Bar(*columns, console=console) as bar:
+            task = bar.add_task("", total=None, rows=0, refused=0)
+            yield lambda done: bar.update(
+                task,
+                completed=done.shards,
+                total=done.num_shards,
+                rows=done.rows,
+                refused=done.refused,
+            )
+        return
+
+    def line(done: "Progress") -> None:
+        part = max(done.num_shards // LINES, 1)
+        if done.shards % part == 0 or done.shards == done.num_shards:
+            print(
+                f"{out}: {done.shards} of {done.num_shards} shards, {done.rows} rows, "
+                f"{done.refused} refused",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""`qwenvl plan CONFIG --topology v5e-256`: will it fit, on what, how fast; asked on a laptop."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.config import TrainConfig, to_dict
+
+DOES_NOT_FIT = 1
+
+_USAGE = """usage: qwenvl plan CONFIG --topology NAME [options] [--a.b=c ...]
+
+Compiles the very step that train.py runs for a TPU pod, with the TPU compiler and no TPU, and
+prints the memory of a chip by what lies in it, the work of a step, what crosses the links, and a
+bound on the time of a step. Any field of the config can be changed as in train.py. Where the run
+does not fit, the nearest setting that does is looked for, compiled, and printed as options.
+
+  --topology NAME    v4-256, v5e-256, v5p-256, v6e-256, ...; names of v4 and v5p count cores, two
+                     a chip. h100-8, a100-80-8, l4-1, ...: GPUs, an estimate from shapes alone
+  --slices N         equal slices joined by the data-centre network (1)
+  --search           find the fastest setting that fits: mesh splits, micro-batches, remat
+  --tries N          compile at most so many settings for a suggestion or a search (6)
+  --json FILE        write the plan as JSON
+  --executable FILE  write the serialised executable
+  --cache DIR        where finished plans are kept (~/.cache/qwenvl_jax/plans)
+
+examples:
+  qwenvl plan configs/stage2_multitask.py --topology v5e-256
+  qwenvl plan configs/stage1_pretrain.py --topology v5e-256 --slices 2
+  qwenvl plan configs/stage3_chat.py --topology v6e-8 --search --tries 12
+  qwenvl plan configs/stage3_chat.py --topology h100-8
+
+exit codes: 0 it fits; 1 it does not; 2 a wrong command or setting, or no TPU compiler
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What to plan for, and what to do with the plan."""
+
+    topology: str
+    slices: int = 1
+    search: bool = False
+    tries: int = 6
+    json: str | None = None
+    executable: str | None = None
+    cache: str = "~/.cache/qwenvl_jax/plans"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of the command."""
+    return run_command("plan", _run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        print(_USAGE, end="")
+        return SUCCESS if argv and argv[0] in ("-h", "--help") else USAGE_ERROR
+    ours, overrides = split_options(argv[1:])
+    options = parse_options(PlanOptions, ours, prog="qwenvl plan")
+    config = read_config(argv[0], overrides)
+    # The TPU compiler runs on the host; an accelerator of this machine would only be held.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from qwenvl_jax.planning.gpus import find_gpus, gpu_text
+    from qwenvl_jax.planning.pods import find_pod
+
+    gpus = find_gpus(options.topology)
+    if gpus is not None:
+        text, row, fits = gpu_text(config, gpus)
+        print(text)
+        _write(options.json, row)
+        return SUCCESS if fits else DOES_NOT_FIT
+    pod = find_pod(options.topology, options.slices)
+    if options.search:
+        return _search(config, pod, options)
+    return _plan(config, pod, options)
+
+
+def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns (options of this command, options of the config), in their order.
+
+    >>> split_options(["--topology", "v5e-8", "--mesh.fsdp=8"])
+    (['--topology', 'v5e-8'], ['--mesh.fsdp=8'])
+    """
+    names = {f"--{field.name}" for field in dataclasses.fields(PlanOptions)}
+    ours: list[str] = []
+    rest: list[str] = []
+    target = rest
+    for word in argv:
+        if word.startswith("--"):
+            target = ours if word.split("=")[0] in names else rest
+        target.append(word)
+    return ours, rest
+
+
+def _plan(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
+    from qwenvl_jax.planning.compile import compile_step, save_executable
+    from qwenvl_jax.planning.plan import describe
+    from qwenvl_jax.planning.report import plan_text
+    from qwenvl_jax.planning.search import PlanCache, nearest_fit
+
+    cache = PlanCache(Path(options.cache).expanduser())
+    _say(f"compiling for {pod.title}: minutes at full size, at once if it was compiled before")
+    if options.executable:
+        compiled = compile_step(config, pod)
+        plan = describe(compiled, pod)
+        if plan.fits:
+            save_executable(compiled, options.executable)
+    else:
+        plan = cache(config, pod)
+    print(plan_text(plan))
+    _write(options.json, to_dict(plan))
+    if plan.fits:
+        return SUCCESS
+    _say("looking for the nearest setting that fits")
+    found = nearest_fit(config, pod, plan=cache, tries=options.tries, say=_say)
+    if found is None:
+        print(f"nothing near fits within {options.tries} tries; --search looks further")
+    else:
+        setting, fitting = found
+        print(f"FITS: {setting.options()}\n\n{plan_text(fitting)}")
+    return DOES_NOT_FIT
+
+
+def _search(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
+    from rich.console import Console
+    from rich.progress import track
+
+    from qwenvl_jax.planning.report import TABLE_HEAD, plan_text, table_row
+    from qwenvl_jax.planning.search import PlanCache, settings
+
+    cache = PlanCache(Path(options.cache).expanduser())
+    found = []
+    console = Console(stderr=True)
+    for setting in track(settings(config, pod)[: options.tries], "compiling", console=console):
+        plan = cache(setting.apply(config), pod)
+        found.append((setting, plan))
+        if not console.is_terminal:
+            _say(f"{'fits' if plan.fits else 'does not fit'}: {setting.options()}")
+    print(TABLE_HEAD)
+    for setting, plan in found:
+        print(table_row(setting.options(), plan))
+    fitting = [(plan.bound.apart, s, plan) for s, plan in found if plan.bound is not None]
+    _write(options.json, [to_dict(plan) for _, plan in found])
+    if not fitting:
+        print(f"\nnone of {len(found)} settings fits {pod.title}; try a larger pod")
+        return DOES_NOT_FIT
+    _, setting, plan = min(fitting, key=lambda row: row[0])
+    print(f"\nfastest of {len(found)}: {setting.options()}\n\n{plan_text(plan)}")
+    return SUCCESS
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _write(path: str | None, row: Any) -> None:
+    if path:
+        Path(path).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Samples that cannot be used: counted by reason, listed once each, and too many stop the run."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from qwenvl_jax.data.example import DataError
+
+QUARANTINE = "quarantine.jsonl"
+# A rate is judged with this much grace, so that one bad sample among the first few stops no run,
+_GRACE_SAMPLES, _GRACE_SIGMAS = 3, 3
+# and over samples enough for about this many bad ones, so that a good year hides no bad day.
+_WINDOW_BAD = 100
+
+
+class Hole(NamedTuple):
+    """A sample that is left out of its row, whose place stays padding."""
+
+    key: str
+    reason: str  # one of a few: "row", "sample", "length", "picture"
+    detail: str  # the whole message
+
+
+class Tally:
+    """Counts samples and holes since this start, and writes each hole to a file once."""
+
+    def __init__(self, max_bad_fraction: float, file: Path | None = None):
+        """`file` gets one JSON line a hole: key, reason, detail, step. Lines in it stay."""
+        self._limit, self._file = max_bad_fraction, file
+        self._listed = _keys(file) if file is not None else set()
+        self._recent_samples = self._recent_bad = 0.0  # halved when the window is full
+        self.reasons: Counter[str] = Counter()
+
+    @property
+    def num_bad(self) -> int:
+        return self.reasons.total()
+
+    def add(self, step: int, num_samples: int, holes: Iterable[Hole]) -> None:
+        """Counts the samples of one step. Raises: DataError where too many have been bad."""
+        holes = list(holes)
+        self.reasons.update(hole.reason for hole in holes)
+        self.list(step, holes)
+        self._recent_samples += num_samples
+        self._recent_bad += len(holes)
+        expected = self._limit * self._recent_samples
+        grace = _GRACE_SIGMAS * math.sqrt(expected) + _GRACE_SAMPLES if self._limit else 0
+        if holes and self._recent_bad > expected + grace:
+            bad, seen = round(self._recent_bad), round(self._recent_samples)
+            raise DataError(too_many(bad, seen, self._limit, holes[-1]))
+        if expected > _WINDOW_BAD:
+            self._recent_samples, self._recent_bad = self._recent_samples / 2, self._recent_bad / 2
+
+    def list(self, step: int, holes: Iterable[Hole]) -> None:
+        """Writes the holes that have not been listed yet; a disk that is full is an OSError."""
+        new = {hole.key: hole for hole in holes if hole.key not in self._listed}
+        self._listed.update(new)
+        if new and self._file is not None:
+            lines = [json.dumps(hole._asdict() | {"step": step}) + "\n" for hole in new.values()]
+            with self._file.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+
+
+def too_many(num_bad: int, num_samples: int, limit: float, last: Hole) -> str:
+    """Returns the message that ends a run."""
+    return (
+        f"too many samples are bad: got {num_bad} of {num_samples}, expected at most {limit:.3%} "
+        f"(data.max_bad_fraction); one of them: {last.detail}; mend them ({QUARANTINE} in the run "
+        "directory lists them), or raise data.max_bad_fraction"
+    )
+
+
+def _keys(file: Path) -> set[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return set()
+    found = set()
+    for line in lines:
+        try:
+            found.add(json.loads(line)["key"])
+        except (ValueError, KeyError, TypeError):  # cut off by a kill in the middle of the write
+            continue
+    return found

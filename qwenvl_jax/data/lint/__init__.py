@@ -1,0 +1,1 @@
+"""What is wrong with fine-tuning rows: found all at once, before a training run meets it."""

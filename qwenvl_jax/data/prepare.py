@@ -1,0 +1,244 @@
+"""Any stream to a folder of prepared rows, by many processes, in as many runs as it takes.
+
+`plan.json` in the folder says what is under way, so the same command goes on where a killed one
+ended, and another is refused. When all shards are done it gives way to `index.json`.
+"""
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from qwenvl_jax.data.shard import PARTS, Plan, PrepareError, appearing, write_shard
+from qwenvl_jax.data.sources.prepared import INDEX, REFUSED, check_files, read_index
+
+_PLAN = "plan.json"
+
+
+class Job(NamedTuple):
+    """One shard to write: its name in the stream, its number, and how many there are."""
+
+    shard: str
+    number: int
+    num_shards: int
+
+
+class Progress(NamedTuple):
+    """How far a preparation is."""
+
+    shards: int
+    num_shards: int
+    rows: int
+    refused: int
+
+
+Engine = Callable[[Plan, Sequence[Job]], Iterable[Mapping[str, Any]]]
+
+
+def prepare(
+    plan: Plan, engine: Engine, report: Callable[[Progress], None] = lambda progress: None
+) -> dict[str, Any]:
+    """Returns the index of the prepared rows, after writing what is not yet there.
+
+    `engine` writes jobs and yields their facts in any order: `processes(n)`, or Beam's.
+
+    Raises: PrepareError where the folder holds something else, the source has changed, no row was
+    kept, or a file cannot be written; OSError where the source cannot be read.
+    """
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(plan.folder):
+        facts = plan.facts()
+        if (plan.folder / INDEX).exists():
+            return _finished(plan, facts)
+        _begin(plan.folder, facts)
+        shards = plan.stream.shards()
+        jobs = [Job(shard, number, len(shards)) for number, shard in enumerate(shards)]
+        done, rows, refused = 0, 0, 0
+        for shard in engine(plan, jobs):
+            done, rows = done + 1, rows + shard["rows"]
+            refused += shard["read"] - shard["rows"]
+            report(Progress(done, len(shards), rows, refused))
+        if plan.facts() != facts:
+            raise PrepareError(
+                f"the source changed while {plan.folder} was being prepared; delete the folder, "
+                "and prepare it again when nobody writes to the source"
+            )
+        return _finish(plan.folder, facts)
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+
+def processes(num_workers: int) -> Engine:
+    """Returns the engine of one machine: that many processes, or this one where it is one.
+
+    They are spawned, and import nothing that starts an accelerator. They end with this process,
+    however it ends.
+    """
+
+    def run(plan: Plan, jobs: Sequence[Job]) -> Iterator[Mapping[str, Any]]:
+        if num_workers == 1:
+            yield from (write_shard(plan, *job) for job in jobs)
+            return
+        context = multiprocessing.get_context("spawn")
+        lives, held = cast("tuple[Connection, Connection]", context.Pipe(duplex=False))
+        pool = ProcessPoolExecutor(num_workers, context, _start, (plan, lives))
+        try:
+            for future in as_completed([pool.submit(_write, *job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise PrepareError(
+                "a worker process was killed, as the system does when memory runs out; use a "
+                "smaller --num-workers, and run the same command to go on"
+            ) from error
+        finally:
+            held.close()
+            pool.shutdown(cancel_futures=True)
+
+    return run
+
+
+_plan_of_worker: Plan | None = None
+
+
+def _start(plan: Plan, parent_lives: Connection) -> None:
+    global _plan_of_worker  # noqa: PLW0603 - a pool's initializer has no other place
+    _plan_of_worker = plan
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and stops us
+    threading.Thread(target=_end_with, args=(parent_lives,), daemon=True).start()
+
+
+def _end_with(parent_lives: Connection) -> None:
+    """Waits for the other end to be closed, by the parent or by its death, and ends the process."""
+    parent_lives.poll(None)
+    os._exit(1)  # nothing is lost: what is not whole has no name yet
+
+
+def _write(shard: str, number: int, num_shards: int) -> dict[str, Any]:
+    assert _plan_of_worker is not None  # `_start` ran first
+    return write_shard(_plan_of_worker, shard, number, num_shards)
+
+
+# --- the folder ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder, so that two preparations do not write into one."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise PrepareError(
+            f"{folder} is being prepared by another process: wait for it, or choose another folder"
+        ) from error
+    finally:
+        os.close(handle)
+
+
+def _begin(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Writes the plan of a new folder; or clears away what a killed run of it left half written."""
+    try:
+        begun = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if names := sorted(path.name for path in folder.iterdir()):
+            raise PrepareError(
+                f"{folder} holds something else: got {', '.join(names[:5])}, expected a new or "
+                "empty folder; choose another one"
+            ) from None
+        (folder / PARTS).mkdir()
+        with appearing(folder / _PLAN) as file:
+            file.write(json.dumps(facts, indent=1).encode())
+        return
+    _check_same(folder, begun, facts)
+    (folder / PARTS).mkdir(exist_ok=True)
+    for path in [*folder.glob("*.tmp"), *(folder / PARTS).glob("*.tmp")]:
+        path.unlink()
+
+
+def _check_same(folder: Path, begun: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    differing = [name for name in facts if begun.get(name) != facts[name]]
+    if not differing:
+        return
+    if "source" in differing:
+        what = "from another source, or the source has changed since"
+    else:
+        name = differing[0]
+        what = f"with other settings: its {name} was {begun.get(name)}, now {facts[name]}"
+    raise PrepareError(
+        f"{folder} was begun {what}; prepare into a new folder, or delete this one first"
+    )
+
+
+def _finished(plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:
+    index = read_index(plan.folder)
+    _check_same(plan.folder, index["made_from"], facts)
+    check_files(plan.folder, index["shards"])
+    _clear(plan.folder)
+    return index
+
+
+def _finish(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the index, after writing it and the list of refused rows from the shards' facts."""
+    parts = sorted((folder / PARTS).glob("*.json"), key=lambda path: int(path.stem))
+    shards = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
+    if len(shards) != facts["shards"]:
+        raise PrepareError(
+            f"{folder} is not whole: got {len(shards)} shards, expected {facts['shards']}; run the "
+            "same command to go on"
+        )
+    index = {
+        "format": facts["format"],
+        **{name: sum(shard[name] for shard in shards) for name in ("rows", "bytes", "read")},
+        "pictures": sum(shard["pictures"] for shard in shards),
+        "tokens": sum(shard["tokens"] for shard in shards) if facts["tokenizer"] else None,
+        "tokenizer": facts["tokenizer"],
+        **{name: _summed(shard[name] for shard in shards) for name in _COUNTS},
+        "made_from": facts,
+        "shards": [{name: shard[name] for name in _SHARD_FACTS} for shard in shards],
+    }
+    with appearing(folder / REFUSED) as file:
+        for path in parts:
+            with path.with_suffix(".refused.jsonl").open("rb") as part:
+                shutil.copyfileobj(part, file)
+    if not index["rows"]:
+        raise PrepareError(
+            f"no row of {index['read']} was kept: {_told(index['refused'])}; see {folder / REFUSED}"
+            ", delete the folder, and mend the source or the rules"
+        )
+    with appearing(folder / INDEX) as file:
+        file.write(json.dumps(index, indent=1).encode())
+    _clear(folder)
+    return index
+
+
+_COUNTS = ("tasks", "refused", "changed")
+_SHARD_FACTS = ("file", "rows", "bytes", "sha256")
+
+
+def _clear(folder: Path) -> None:
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    (folder / _PLAN).unlink(missing_ok=True)
+
+
+def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for count in counts:
+        for name, number in count.items():
+            total[name] = total.get(name, 0) + number
+    return dict(sorted(total.items()))
+
+
+def _told(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts.items()) or "nothing was read"

@@ -1,0 +1,235 @@
+"""Batches of finite sources: rows planned from sizes, read, tokenised, decoded and packed.
+
+What a step holds follows from (seed, step) and the data alone. A process makes only its own rows of
+the global batch, and pictures are decoded after the plan has said where they go.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwenvl_jax.config import DataConfig
+from qwenvl_jax.data.example import Batch, DataError, Example
+from qwenvl_jax.data.holes import Hole, too_many
+from qwenvl_jax.data.mixture import samples_per_round
+from qwenvl_jax.data.order import Order
+from qwenvl_jax.data.packing import check_fits, image_slots, pack, pixels
+from qwenvl_jax.data.record import Source
+from qwenvl_jax.data.sizes import sizes_of
+from qwenvl_jax.data.tasks import example_of
+from qwenvl_jax.prompt.tokenizer import Tokenizer
+
+_ORDER_FORMAT = 1  # another number where the same settings would give another order
+
+
+class Notes(NamedTuple):
+    """What was met in the making of one batch."""
+
+    num_samples: int  # good and bad
+    holes: tuple[Hole, ...]
+
+
+class OpenRows(NamedTuple):
+    """Finite sources, ready to be read in their order."""
+
+    sources: dict[str, Source]  # by path, as the config gives it
+    order: Order
+    unusable: dict[str, np.ndarray]  # the rows of each source that no step holds
+
+
+def open_sources(config: DataConfig) -> dict[str, Source]:
+    """Returns path -> source. Raises: DataError or OSError where one cannot be opened."""
+    from qwenvl_jax.data.sources.open import open_source
+
+    return {path: open_source(path) for path in config.mixture or [config.path]}
+
+
+def open_rows(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, sources: dict[str, Source]
+) -> OpenRows:
+    """Returns the sources of `config.path` or `config.mixture`, measured and put in order.
+
+    Raises: DataError where one has no usable row, or too many rows are bad.
+    """
+    found = [
+        sizes_of(
+            source, tokenizer, num_workers=config.num_workers, with_tasks=config.same_task_rows
+        )
+        for source in sources.values()
+    ]
+    sizes = [part.sizes for part in found]
+    unusable = {
+        name: np.flatnonzero(~_is_usable(array, tokenizer.slots, config))
+        for name, array in zip(sources, sizes, strict=True)
+    }
+    _check_usable(sources, unusable, tokenizer, config)
+    usable = [len(source) - len(unusable[name]) for name, source in sources.items()]
+    taken = usable
+    if config.mixture:
+        weights = [float(weight) for weight in config.mixture.values()]
+        taken = samples_per_round(usable, weights, config.mixing, config.temperature)
+    order = Order(
+        sizes,
+        slots=tokenizer.slots,
+        length=config.length,
+        max_images=config.max_images,
+        seed=seed,
+        num_taken=taken,
+        groups=[part.tasks for part in found] if config.same_task_rows else None,
+    )
+    return OpenRows(sources, order, unusable)
+
+
+def fingerprint(config: DataConfig, tokenizer: Tokenizer, sources: dict[str, Source]) -> str:
+    """Returns a digest of all that decides which tokens and pictures a step holds, save the seed.
+
+    The rows of each source in their order, its weight, the vocabulary and the settings of the
+    plan; not the paths, so data may move.
+    """
+    prints = [source.fingerprint for source in sources.values()]
+    facts = {
+        "order": _ORDER_FORMAT,
+        "sources": prints,
+        "weights": [float(weight) for weight in config.mixture.values()],
+        "mixing": [config.mixing, config.temperature] if config.mixture else None,
+        "tokenizer": tokenizer.fingerprint,
+        "slots": tokenizer.slots,
+        "limits": [config.rows, config.length, config.max_images, config.image_size],
+        "form": [config.mask, config.same_task_rows, config.attend_across],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def unusable_rows(opened: OpenRows, tokenizer: Tokenizer, config: DataConfig) -> Iterator[Hole]:
+    """Yields the reason for every row that no step holds; each is read once more for it."""
+    for name, rows in opened.unusable.items():
+        for index in rows.tolist():
+            found = read_sample(opened.sources[name], name, index, tokenizer, config)
+            if isinstance(found, Hole):
+                yield found
+
+
+def _is_usable(sizes: np.ndarray, slots: int, config: DataConfig) -> np.ndarray:
+    tokens = sizes[:, 0].astype(np.int64) + slots * sizes[:, 1].astype(np.int64)
+    return (sizes[:, 0] > 0) & (tokens <= config.length) & (sizes[:, 1] <= config.max_images)
+
+
+def _check_usable(
+    sources: dict[str, Source],
+    unusable: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+) -> None:
+    for name, source in sources.items():
+        if not len(source):
+            raise DataError(f"{name} holds no rows: got an empty source, expected at least one")
+    num_rows, num_bad = sum(map(len, sources.values())), sum(map(len, unusable.values()))
+    for name, source in sources.items():
+        is_empty = len(unusable[name]) == len(source)
+        if len(unusable[name]) and (is_empty or num_bad > config.max_bad_fraction * num_rows):
+            index = int(unusable[name][0])
+            hole = read_sample(source, name, index, tokenizer, config)
+            detail = hole if isinstance(hole, Hole) else Hole(name, "row", f"{name}[{index}]")
+            if is_empty:
+                raise DataError(
+                    f"{name} has no usable row: got {len(source)} rows and none that can be "
+                    f"trained on; the first: {detail.detail}"
+                )
+            raise DataError(too_many(num_bad, num_rows, config.max_bad_fraction, detail))
+
+
+def read_sample(
+    source: Source, name: str, index: int, tokenizer: Tokenizer, config: DataConfig
+) -> Example | Hole:
+    """Returns a row as a sample that fits a row of the batch, its pictures not yet decoded."""
+    try:
+        record = source[index]
+    except (DataError, OSError) as error:
+        return Hole(f"{name}[{index}]", "row", str(error))
+    try:
+        example = example_of(record, tokenizer, config.mask)
+        image_slots(example, tokenizer)
+    except DataError as error:
+        return Hole(record.key, "sample", str(error))
+    try:
+        check_fits(example, config.length, config.max_images)
+    except DataError as error:
+        return Hole(record.key, "length", str(error))
+    return example
+
+
+class RowMaker:
+    """Makes the batch of any step: `maker(step)` returns (Batch, Notes). Goes to other processes.
+
+    `rows` are the rows of the global batch that are made, in rising order; `num_threads` decode.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        opened: OpenRows,
+        rows: Sequence[int],
+        num_threads: int,
+    ):
+        self._config, self._tokenizer = config, tokenizer
+        self._order, self._sources = opened.order, list(opened.sources.items())
+        self._rows = np.array(rows, np.int64)
+        self._num_threads = num_threads
+        self._pool: concurrent.futures.Executor | None = None
+
+    def __call__(self, step: int) -> tuple[Batch, Notes]:
+        config = self._config
+        slots = self._order.rows(step * config.rows + self._rows)
+        wanted = zip(*(part.tolist() for part in slots[1:]), strict=True)
+        rows: list[list[Example]] = [[] for _ in self._rows]
+        holes = []
+        for row, sample in zip(slots.row.tolist(), self._map(wanted), strict=True):
+            if isinstance(sample, Hole):
+                holes.append(sample)
+            else:
+                rows[row].append(sample)
+        batch = pack(
+            rows,
+            config.length,
+            config.max_images,
+            config.image_size,
+            self._tokenizer,
+            config.attend_across,
+        )
+        return batch, Notes(len(slots.row), tuple(holes))
+
+    def _map(self, wanted: Iterable[tuple[int, int, int, int]]) -> Iterator[Example | Hole]:
+        if self._num_threads < 2:
+            return map(self._sample, wanted)
+        if self._pool is None:
+            self._pool = concurrent.futures.ThreadPoolExecutor(self._num_threads, "decode")
+        return self._pool.map(self._sample, wanted)
+
+    def _sample(self, wanted: tuple[int, int, int, int]) -> Example | Hole:
+        """Returns one sample with its pixels, given (source, index, tokens, pictures)."""
+        number, index, tokens, pictures = wanted
+        name, source = self._sources[number]
+        example = read_sample(source, name, index, self._tokenizer, self._config)
+        if isinstance(example, Hole):
+            return example
+        if len(example.ids) > tokens or len(example.images) > pictures:
+            detail = (
+                f"sample {example.key} is larger than when rows were planned: got "
+                f"{len(example.ids)} tokens and {len(example.images)} pictures, expected at most "
+                f"{tokens} and {pictures}; its source has changed since, so prepare it again"
+            )
+            return Hole(example.key, "length", detail)
+        try:
+            size = self._config.image_size
+            images = tuple(pixels(example, image, size) for image in example.images)
+        except DataError as error:
+            return Hole(example.key, "picture", str(error))
+        return example._replace(images=images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}

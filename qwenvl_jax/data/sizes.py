@@ -1,0 +1,157 @@
+"""Sizes of the rows of a source, which planning needs: asked of the source, or measured once.
+
+Measuring tokenises every row and opens no picture. What it finds is kept in the user's cache folder
+under the fingerprints of source and vocabulary, so another run on the same data starts at once.
+"""
+
+import concurrent.futures
+import hashlib
+import multiprocessing
+import os
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from qwenvl_jax.data.example import DataError
+from qwenvl_jax.data.record import FIELDS, Source
+from qwenvl_jax.data.tasks import example_of
+from qwenvl_jax.prompt.tokenizer import Tokenizer
+
+UNUSABLE = -1
+_FORMAT = 1  # of the cached files; another way of tokenising needs another number
+_PART = 1000  # rows measured in one go
+_SECONDS_BETWEEN_LINES = 10
+
+
+class Sizes(NamedTuple):
+    """One line a row. `tokens` counts text, and two for a picture's tags but not its slots."""
+
+    sizes: np.ndarray  # int32 [N, 2]: tokens, pictures; `UNUSABLE` for rows that cannot be used
+    tasks: np.ndarray  # uint8 [N]: place of the task in `FIELDS`; empty where nobody asked
+
+
+def sizes_of(
+    source: Source, tokenizer: Tokenizer, *, num_workers: int = 0, with_tasks: bool = False
+) -> Sizes:
+    """Returns the sizes of all rows of a source; `num_workers` processes measure where needed.
+
+    A source may know them: its method `sizes(tokenizer)` returns the array, or None.
+    """
+    ask = getattr(source, "sizes", None)
+    if ask is not None and not with_tasks and (known := ask(tokenizer)) is not None:
+        return Sizes(known, np.zeros(0, np.uint8))
+    place = cache_folder() / f"{_digest(source, tokenizer)}.npz"
+    measured = _load(place)
+    if measured is None or len(measured.sizes) != len(source):
+        measured = measure(source, tokenizer, num_workers)
+        _save(place, measured)
+    return measured
+
+
+def measure(source: Source, tokenizer: Tokenizer, num_workers: int = 0) -> Sizes:
+    """Returns the sizes of all rows, each read and tokenised; progress is told on stderr."""
+    starts = range(0, len(source), _PART)
+    parts = []
+    began = told = time.monotonic()
+    for part in _parts(source, tokenizer, starts, num_workers):
+        parts.append(part)
+        now = time.monotonic()
+        if now - told > _SECONDS_BETWEEN_LINES:
+            told, done = now, min(len(parts) * _PART, len(source))
+            left = (len(source) - done) * (now - began) / done
+            print(
+                f"measuring rows: {done:,} of {len(source):,}, about {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+    if not parts:
+        return Sizes(np.zeros((0, 2), np.int32), np.zeros(0, np.uint8))
+    sizes, tasks = zip(*parts, strict=True)
+    return Sizes(np.concatenate(sizes), np.concatenate(tasks))
+
+
+def _parts(
+    source: Source, tokenizer: Tokenizer, starts: range, num_workers: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    if num_workers < 2 or len(starts) < 2 * num_workers:
+        for start in starts:
+            yield _measure_part(source, tokenizer, start)
+        return
+    # spawned, as grain's workers are: a fork would copy threads of jax in the middle of their work
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        num_workers, context, initializer=_remember, initargs=(source, tokenizer)
+    ) as pool:
+        yield from pool.map(_measure_remembered, starts)
+
+
+_remembered: tuple[Source, Tokenizer] | None = None  # of a worker process: sent once, not by part
+
+
+def _remember(source: Source, tokenizer: Tokenizer) -> None:
+    global _remembered  # noqa: PLW0603  the one thing that a pool's process can keep
+    _remembered = (source, tokenizer)
+
+
+def _measure_remembered(start: int) -> tuple[np.ndarray, np.ndarray]:
+    assert _remembered is not None  # the initializer ran
+    return _measure_part(*_remembered, start)
+
+
+def _measure_part(
+    source: Source, tokenizer: Tokenizer, start: int
+) -> tuple[np.ndarray, np.ndarray]:
+    end = min(start + _PART, len(source))
+    sizes = np.full((end - start, 2), UNUSABLE, np.int32)
+    tasks = np.zeros(end - start, np.uint8)
+    order = list(FIELDS)
+    for place, index in enumerate(range(start, end)):
+        try:
+            example = example_of(source[index], tokenizer)
+        except DataError:  # told with its reason when training starts
+            continue
+        pictures = len(example.images)
+        sizes[place] = (len(example.ids) - pictures * tokenizer.slots, pictures)
+        tasks[place] = order.index(example.task)
+    return sizes, tasks
+
+
+# --- the cache -----------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Returns the folder of measured sizes: `qwenvl_jax/sizes` under `$XDG_CACHE_HOME`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "qwenvl_jax" / "sizes"
+
+
+def _digest(source: Source, tokenizer: Tokenizer) -> str:
+    text = f"{_FORMAT}\n{source.fingerprint}\n{tokenizer.fingerprint}\n"
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def _load(place: Path) -> Sizes | None:
+    try:
+        with np.load(place) as stored:
+            return Sizes(stored["sizes"], stored["tasks"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        print(f"measured again, as {place} cannot be read: {error}", file=sys.stderr)
+        return None
+
+
+def _save(place: Path, measured: Sizes) -> None:
+    beside = place.with_name(f"{place.name}.{os.getpid()}.new")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            np.savez(file, sizes=measured.sizes, tasks=measured.tasks)
+        os.replace(beside, place)
+    except OSError as error:  # measuring again is slow, not wrong
+        print(f"measured sizes are not kept: {place} cannot be written: {error}", file=sys.stderr)

@@ -1,0 +1,147 @@
+"""What is asked about a document: its lines, one line by its place or its neighbour, their number.
+
+Nothing is asked that the picture does not settle: lines are counted only where all are labelled,
+and a line is named by its text only where no other has it.
+"""
+
+import itertools
+import random
+from collections.abc import Callable
+from typing import Any
+
+from qwenvl_jax.data.sources.page_photo import Document, Line
+from qwenvl_jax.data.tasks import PICTURE
+from qwenvl_jax.prompt.boxes import Quad, format_quad, quad_from_pixels
+
+_AT = {
+    "en": ("What does the text in {} say?", "Read the text in {}.", "What is written in {}?"),
+    "zh": ("{}里写的是什么？", "请读出{}中的文字。", "{}中的文字是什么？"),
+}
+_ENDS = {
+    "en": ("What is the first line?", "What is the last line?"),
+    "zh": ("第一行写的是什么？", "最后一行写的是什么？"),
+}
+_AFTER = {"en": "Which line comes after “{}”?", "zh": "“{}”的下一行是什么？"}
+_COUNT = {"en": "How many lines of text are there?", "zh": "图中有多少行文字？"}
+_FIND = {
+    "en": ("Find the text “{}”.", "Where is “{}” written?"),
+    "zh": ("找出文字“{}”。", "“{}”写在哪里？"),
+}
+_ALL = {
+    "en": ("Read all the text and give the places.", "Read the page with the places of the lines."),
+    "zh": ("读出所有文字，并给出位置。", "识别图中的文字和位置。"),
+}
+
+Asked = tuple[str, str]
+
+
+def quad_of(document: Document, line: Line) -> Quad:
+    """Returns a line's quad in thousandths of the picture."""
+    return quad_from_pixels(line.quad.tolist(), *document.image.size)
+
+
+def fields_of(task: str, document: Document, language: str, rng: random.Random) -> dict[str, Any]:
+    """Returns the fields of a row of one of the tasks of `documents.TASKS`.
+
+    Raises: ValueError for another task.
+    """
+    if task == "ocr":
+        lines = [[line.text, _points(document, line)] for line in document.lines]
+        return {"lines": lines}
+    if task == "chat":
+        return {"conversations": _dialogue(document, language, rng)}
+    if task in ("ocr_vqa", "vqa"):
+        askers: list[Asker] = [_at]
+        if task == "vqa":
+            askers = [_ends, _after, _count, _ends, _after]
+        question, answer = _ask(askers, document, language, rng)
+        return {"question": question, "answer": answer}
+    raise ValueError(f"unknown task of the documents: got {task!r}")
+
+
+def _points(document: Document, line: Line) -> list[list[int]]:
+    return [list(point) for point in quad_of(document, line)]
+
+
+Asker = Callable[[Document, str, random.Random], Asked | None]
+
+
+def _ask(askers: list[Asker], document: Document, language: str, rng: random.Random) -> Asked:
+    for asker in rng.sample(askers, len(askers)):
+        asked = asker(document, language, rng)
+        if asked is not None:
+            return asked
+    return _at(document, language, rng)
+
+
+def _at(document: Document, language: str, rng: random.Random) -> Asked:
+    line = rng.choice(document.lines)
+    place = format_quad(quad_of(document, line))
+    return rng.choice(_AT[language]).format(place), line.text
+
+
+def _ends(document: Document, language: str, rng: random.Random) -> Asked | None:
+    if document.unlabelled or len({line.column for line in document.lines}) > 1:
+        return None
+    is_last = rng.random() < 0.5
+    return _ENDS[language][is_last], document.lines[-is_last].text
+
+
+def _after(document: Document, language: str, rng: random.Random) -> Asked | None:
+    if document.unlabelled:
+        return None
+    lines = document.lines
+    pairs = [
+        (line, after)
+        for line, after in itertools.pairwise(lines)
+        if line.column == after.column and _is_unique(document, line)
+    ]
+    if not pairs:
+        return None
+    line, after = rng.choice(pairs)
+    return _AFTER[language].format(line.text), after.text
+
+
+def _count(document: Document, language: str, rng: random.Random) -> Asked | None:
+    if document.unlabelled or len({line.column for line in document.lines}) > 1:
+        return None
+    return _COUNT[language], str(len(document.lines))
+
+
+def _find(document: Document, language: str, rng: random.Random) -> Asked | None:
+    found = [line for line in document.lines if _is_unique(document, line)]
+    if not found:
+        return None
+    line = rng.choice(found)
+    return rng.choice(_FIND[language]).format(line.text), _read(document, line)
+
+
+def _all(document: Document, language: str, rng: random.Random) -> Asked:
+    read = "".join(_read(document, line) for line in document.lines)
+    return rng.choice(_ALL[language]), read
+
+
+def _read(document: Document, line: Line) -> str:
+    return f"<ref>{line.text}</ref>{format_quad(quad_of(document, line))}"
+
+
+def _is_unique(document: Document, line: Line) -> bool:
+    """Whether no other line holds the same text."""
+    return sum(line.text in other.text for other in document.lines) == 1
+
+
+def _dialogue(document: Document, language: str, rng: random.Random) -> list[dict[str, str]]:
+    """Returns one to three turns, no question twice."""
+    turns: dict[str, str] = {}
+    kinds: list[Asker] = [_at, _find, _find, _ends, _after, _count]
+    for _ in range(rng.choice((1, 2, 3))):
+        question, answer = _ask([rng.choice(kinds)], document, language, rng)
+        turns.setdefault(question, answer)
+    if len(document.lines) <= 6 and rng.random() < 0.3:
+        turns = dict([_all(document, language, rng)])
+    found = []
+    for i, (question, answer) in enumerate(turns.items()):
+        start = "" if i else f"Picture 1: {PICTURE}\n"
+        found.append({"from": "user", "value": start + question})
+        found.append({"from": "assistant", "value": answer})
+    return found

@@ -1,0 +1,129 @@
+"""The train step that `train.py` runs, compiled for a pod that is not there."""
+
+import dataclasses
+import pickle
+import re
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.data.example import Batch
+from qwenvl_jax.planning.pods import GB, Pod, quiet
+from qwenvl_jax.sharding import batch_sharding, make_mesh
+from qwenvl_jax.training.state import Layout, make_layout
+from qwenvl_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TooLarge:
+    """The compiler's answer that a program does not fit."""
+
+    needed: int | None  # bytes, where it says so
+    capacity: int | None
+    largest: tuple[str, ...]  # its list of the largest arrays: size, shape, where they come from
+
+    def __str__(self) -> str:
+        size = f"needs {self.needed / GB:.1f} GB" if self.needed else "does not fit"
+        room = f" of {self.capacity / GB:.1f} GB" if self.capacity else ""
+        return f"{size}{room} a chip; largest: {'; '.join(self.largest[:3]) or 'not told'}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledStep:
+    """One train step, compiled; `executable` is None where it did not fit."""
+
+    config: TrainConfig
+    layout: Layout
+    batch: Batch
+    executable: Any
+    too_large: TooLarge | None
+    seconds: float
+    host_bytes: int  # of this process at its largest so far
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> Batch:
+    """Returns the shapes of a step's global batch, with their shardings."""
+    data = config.data
+    sharding = batch_sharding(mesh)
+
+    def array(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((data.rows, *shape), dtype, sharding=sharding)
+
+    fields: dict[str, Any] = {
+        "tokens": array(np.int32, data.length),
+        "targets": array(np.int32, data.length),
+        "loss_weight": array(np.float32, data.length),
+        "segment": array(np.int32, data.length),
+        "position": array(np.int32, data.length),
+        "images": array(np.uint8, data.max_images, data.image_size, data.image_size, 3),
+        "image_start": array(np.int32, data.max_images),
+    }
+    return Batch(**fields)
+
+
+def compile_step(config: TrainConfig, pod: Pod) -> CompiledStep:
+    """Returns the compiled step: same code, shardings and donation as in a run.
+
+    Raises:
+        ConfigError: the mesh or the rows do not fit the number of chips.
+        PlanError: no TPU compiler.
+    """
+    mesh = make_mesh(config.mesh, pod.devices())
+    layout = make_layout(config, mesh)
+    batch = abstract_batch(config, mesh)
+    begin = time.perf_counter()
+    with jax.set_mesh(mesh), quiet():
+        step: Any = make_train_step(config, layout)
+        lowered = step.lower(layout.abstract, batch)
+        try:
+            executable, too_large = lowered.compile(), None
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            executable, too_large = None, read_refusal(str(error))
+    return CompiledStep(
+        config=config,
+        layout=layout,
+        batch=batch,
+        executable=executable,
+        too_large=too_large,
+        seconds=time.perf_counter() - begin,
+        host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def save_executable(compiled: CompiledStep, path: str | Path) -> None:
+    """Writes the executable with the trees of its arguments and results, as one pickle.
+
+    `jax.experimental.serialize_executable.deserialize_and_load(*pickle.load(file))` reads it, on
+    the same kind of pod and with the same versions.
+    """
+    from jax.experimental import serialize_executable
+
+    Path(path).write_bytes(pickle.dumps(serialize_executable.serialize(compiled.executable)))
+
+
+def read_refusal(message: str) -> TooLarge:
+    """Returns what the compiler's out-of-memory message says."""
+    used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message)
+    sizes = re.findall(r"Size: ([\d.]+[KMGT])", message)
+    shapes = re.findall(r"Shape: (\w+\[[\d,]*\])", message)
+    names = re.findall(r'op_name="([^"]*)"', message)
+    largest = [f"{size} {shape}" for size, shape in zip(sizes, shapes, strict=False)]
+    if len(names) == len(largest):
+        largest = [f"{x} ({name.split('/')[-1]})" for x, name in zip(largest, names, strict=True)]
+    return TooLarge(
+        needed=_bytes(used[1], used[2]) if used else None,
+        capacity=_bytes(used[3], used[4]) if used else None,
+        largest=tuple(largest),
+    )
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * 2 ** (10 * (1 + "KMGT".index(unit))))

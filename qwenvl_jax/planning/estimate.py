@@ -1,0 +1,76 @@
+"""Memory of a train step from shapes alone: for GPUs, and to tell hopeless settings early.
+
+What is kept between the passes follows from the remat policy; what else is alive at the fullest
+moment is taken to be one layer's working set and one chunk of logits. The TPU compiler's own totals
+are the better answer where there are any; docs/pods.md has both side by side.
+"""
+
+import math
+from typing import Any
+
+from jax.sharding import AbstractMesh
+
+from qwenvl_jax.config import ConfigError, RematPolicy, TrainConfig
+from qwenvl_jax.planning.compile import abstract_batch
+from qwenvl_jax.planning.memory import CLASSES, shard_bytes
+from qwenvl_jax.sharding import BATCH_AXES, MESH_AXES, mesh_sizes
+from qwenvl_jax.training.optimizer import trained_parts
+from qwenvl_jax.training.state import make_layout
+
+
+def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
+    """Returns bytes a device by class. State and batch are exact, the rest an estimate.
+
+    Raises:
+        ConfigError: the mesh does not fit the number of devices, or the rows do not divide.
+    """
+    model = config.model
+    mesh: Any = AbstractMesh(mesh_sizes(config.mesh, num_devices), MESH_AXES)
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if config.data.rows % (config.micro_batches * shards):
+        raise ConfigError(
+            "data.rows must be a multiple of micro_batches x data x fsdp: got "
+            f"{config.data.rows}, {config.micro_batches} and {shards}"
+        )
+    layout = make_layout(config, mesh)
+    state = layout.abstract
+    gradients = shard_bytes(state.trainable)
+    rows = config.data.rows // config.micro_batches // shards
+    tensor = mesh.shape["tensor"]
+    wide = 2 if model.dtype == "bfloat16" else 4
+    tokens = rows * config.data.length
+    patches = (
+        rows * config.data.max_images * (config.data.image_size // model.vision.patch_size) ** 2
+    )
+    decoder = _layer_floats(model.decoder.width, model.decoder.mlp_dim, 3, tensor)
+    vit = _layer_floats(model.vision.width, model.vision.mlp_dim, 2, tensor)
+    is_vit_trained = "vit" in trained_parts(layout.plan)
+    vit_remat = model.vit_remat or model.remat
+    kept = tokens * decoder[model.remat] * model.decoder.num_layers
+    kept += patches * vit[vit_remat] * model.vision.num_layers * is_vit_trained
+    working = max(tokens * decoder["none"], patches * vit["none"])
+    layer_weights = max(
+        4 * model.decoder.width**2 + 3 * model.decoder.width * model.decoder.mlp_dim,
+        model.decoder.width * model.decoder.vocab_size,
+    )
+    chunk = max(config.loss_chunk, rows)
+    by_class = dict.fromkeys(CLASSES, 0)
+    by_class["weights"] = shard_bytes((state.trainable, state.frozen))
+    by_class["optimizer"] = shard_bytes(state.optimizer)
+    by_class["batch"] = shard_bytes(abstract_batch(config, mesh))
+    by_class["gradients"] = gradients * (2 if config.micro_batches > 1 else 1)
+    by_class["activations"] = int(kept * wide)
+    by_class["logits"] = 3 * 4 * chunk * model.decoder.vocab_size // tensor
+    by_class["pictures"] = int(patches * model.vision.patch_size**2 * 3 * wide)
+    by_class["temporaries"] = int(working * wide + 2 * wide * layer_weights / tensor)
+    return by_class
+
+
+def _layer_floats(width: int, hidden: int, matrices: int, tensor: int) -> dict[RematPolicy, float]:
+    """Returns how many numbers a token leaves behind in one layer, by remat policy.
+
+    `matrices`: how many of the MLP's there are; a gated one keeps two hidden vectors.
+    """
+    projected = (4 * width + (matrices - 1) * hidden) / tensor
+    dots = width + projected + 2 * width
+    return {"full": width, "dots": dots, "none": dots + 3 * width + 2 * hidden / tensor}

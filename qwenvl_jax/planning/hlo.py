@@ -1,0 +1,200 @@
+"""A compiled program read back from XLA's text: what runs, how often, and how large it is.
+
+The text is what the compiler will execute: one device's share, after partitioning, fusion and
+scheduling. A loop body is listed once, so everything that is added up here is multiplied by how
+often the loops around it run.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from functools import cached_property
+
+from qwenvl_jax.planning.pods import PlanError
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
+_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_NOT_REDUCERS = {"fusion", "call", "while", "conditional", "async-start", "custom-call"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayShape:
+    """One array as it lies in memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    is_in_hbm: bool
+    num_bytes: int  # with the padding of its tiles
+    plain_bytes: int  # without
+
+    @classmethod
+    def parse(cls, dtype: str, dims: str, layout: str | None) -> "ArrayShape":
+        sizes = tuple(int(size) for size in dims.split(",") if size)
+        layout = layout or ""
+        order, _, rest = layout.partition(":")
+        padded = list(sizes)
+        tile = re.match(r"T\(([\d,]+)\)", rest)
+        if tile and sizes:
+            minor_first = [int(axis) for axis in order.split(",") if axis]
+            for axis, size in zip(minor_first, reversed(tile[1].split(",")), strict=False):
+                padded[axis] = -(-padded[axis] // int(size)) * int(size)
+        bits = _BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype[1:]) or 0)
+        space = re.search(r"S\((\d+)\)", rest)
+        return cls(
+            dtype,
+            sizes,
+            is_in_hbm=space is None or space[1] == "0",
+            num_bytes=math.prod(padded) * bits // 8,
+            plain_bytes=math.prod(sizes) * bits // 8,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of the program."""
+
+    name: str
+    opcode: str
+    shapes: tuple[ArrayShape, ...]
+    operands: tuple[str, ...]
+    rest: str  # attributes as text; of a constant or parameter, its value or number in brackets
+    is_root: bool
+    home: str  # the computation that it stands in
+
+    @property
+    def hbm_bytes(self) -> int:
+        return sum(shape.num_bytes for shape in self.shapes if shape.is_in_hbm)
+
+    @cached_property
+    def op_name(self) -> str:
+        """Where the program's source made it, e.g. `jit(train_step)/while/body/dot_general`."""
+        found = re.search(r'op_name="([^"]*)"', self.rest)
+        return found[1] if found else ""
+
+    @cached_property
+    def called(self) -> tuple[str, ...]:
+        """Names of the computations that it runs; not the scalar functions of reductions."""
+        if self.opcode not in _NOT_REDUCERS:
+            return ()
+        branches = re.search(r"branch_computations=\{([^}]*)\}", self.rest)
+        names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
+        return (*_CALLED.findall(self.rest), *names)
+
+    def attribute(self, name: str) -> str:
+        """Returns the text of `name=...` up to the next comma outside brackets, or ""."""
+        found = re.search(rf"(?:^|[ ,]){name}=", self.rest)
+        return _balanced(self.rest[found.end() :], ",") if found else ""
+
+
+Computation = dict[str, Instruction]
+
+
+class Program:
+    """All computations of one compiled module."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, Computation] = {}
+        self.entry = ""
+        current, home = {}, ""
+        for line in text.splitlines():
+            if line.endswith("{") and (header := _HEADER.match(line)):
+                home = header[2]
+                current: Computation = self.computations.setdefault(home, {})
+                if header[1]:
+                    self.entry = header[2]
+            elif found := _LINE.match(line):
+                instruction = _parse(found, home)
+                current[instruction.name] = instruction
+        if not self.entry:
+            raise PlanError("the compiled program is not XLA text: got no ENTRY computation")
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        """Returns the instructions that this one reads."""
+        home = self.computations[instruction.home]
+        return [home[name] for name in instruction.operands if name in home]
+
+    def trip_count(self, loop: Instruction) -> int:
+        """Returns how often a while loop runs.
+
+        Raises:
+            PlanError: its condition is not a comparison with a constant.
+        """
+        known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
+        if known:
+            return int(known[1])
+        condition = loop.attribute("condition").lstrip("%")
+        bounds = [*self._constants(condition)]
+        if not bounds:
+            raise PlanError(f"cannot read how often the loop {loop.name} runs: no constant bound")
+        return max(bounds)
+
+    def _constants(self, name: str) -> Iterator[int]:
+        for instruction in self.computations[name].values():
+            if instruction.opcode == "constant" and instruction.shapes[0].dims == ():
+                number = re.match(r"\((-?\d+)\)", instruction.rest)
+                if number:
+                    yield int(number[1])
+            for called in instruction.called:
+                yield from self._constants(called)
+
+    def walk(self, name: str | None = None, times: int = 1) -> Iterator[tuple[str, int]]:
+        """Yields (computation, how often it runs) of everything that runs outside of fusions."""
+        here = name or self.entry
+        yield here, times
+        for instruction in self.computations[here].values():
+            if instruction.opcode == "while":
+                body = instruction.attribute("body").lstrip("%")
+                yield from self.walk(body, times * self.trip_count(instruction))
+            elif instruction.opcode in ("call", "conditional"):
+                # Of the branches of a conditional one runs; all are counted, which bounds it.
+                for called in instruction.called:
+                    yield from self.walk(called, times)
+
+    def inside(self, instruction: Instruction) -> Iterator[Instruction]:
+        """Yields the instruction, or what its fusions are made of, down to the bottom."""
+        if instruction.opcode not in ("fusion", "async-start", "custom-call"):
+            yield instruction
+            return
+        if not instruction.called:
+            yield instruction
+        for name in instruction.called:
+            for inner in self.computations.get(name, {}).values():
+                yield from self.inside(inner)
+
+
+def _parse(found: re.Match[str], home: str) -> Instruction:
+    text = found[3]
+    if text.startswith("("):
+        end = len(_balanced(text[1:], ")")) + 2
+    else:
+        end = text.index(" ")
+    shape, text = text[:end], text[end + 1 :]
+    opcode, _, text = text.partition("(")
+    inside = _balanced(text, ")")
+    rest = f"({inside})" if opcode in ("constant", "parameter") else text[len(inside) + 1 :]
+    return Instruction(
+        name=found[2],
+        opcode=opcode.strip(),
+        shapes=tuple(ArrayShape.parse(*array) for array in _ARRAY.findall(shape)),
+        operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+        rest=rest,
+        is_root=bool(found[1]),
+        home=home,
+    )
+
+
+def _balanced(text: str, stop: str) -> str:
+    """Returns `text` up to the first `stop` that is outside of brackets."""
+    depth = 0
+    for index, letter in enumerate(text):
+        if depth == 0 and letter == stop:
+            return text[:index]
+        depth += (letter in "([{") - (letter in ")]}")
+    return text

@@ -1,0 +1,115 @@
+"""One config on one pod: does it fit, what does it do, how fast can it be."""
+
+import dataclasses
+from typing import Any
+
+from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.planning.bound import Bound, bound
+from qwenvl_jax.planning.compile import CompiledStep, compile_step
+from qwenvl_jax.planning.hlo import Program
+from qwenvl_jax.planning.memory import Buffer, Memory, classes
+from qwenvl_jax.planning.pods import Pod
+from qwenvl_jax.planning.useful import useful_flops
+from qwenvl_jax.planning.work import Collective, Work, measure
+from qwenvl_jax.sharding import placements
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is known of a run without running it. Without `memory` the program did not fit."""
+
+    pod: str
+    num_chips: int
+    mesh: dict[str, int]
+    rows: int
+    micro_batches: int
+    remat: str  # decoder, then tower
+    hbm_bytes: int  # a chip's
+    refusal: str | None
+    memory: Memory | None
+    work: Work | None
+    bound: Bound | None
+    useful_flops: float  # a chip's share
+    peak_flops: float
+    replicated: tuple[str, ...]  # parameters that no axis splits, with bytes and reason
+    compile_seconds: float
+    host_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory is not None
+
+    @property
+    def recompute(self) -> float:
+        """Executed over useful work."""
+        return self.work.flops / self.useful_flops if self.work else float("nan")
+
+    def mfu(self, seconds: float) -> float:
+        """Returns the share of the peak that useful work has in a step of `seconds`."""
+        return self.useful_flops / self.peak_flops / seconds
+
+
+def plan_from_dict(row: dict[str, Any]) -> Plan:
+    """Returns the plan that `config.to_dict` made plain, read back from JSON."""
+    row = dict(row)
+    if row["memory"] is not None:
+        largest = tuple(Buffer(**buffer) for buffer in row["memory"]["largest"])
+        row["memory"] = Memory(by_class=row["memory"]["by_class"], largest=largest)
+        collectives = tuple(
+            Collective(**x | {"axes": tuple(x["axes"])}) for x in row["work"]["collectives"]
+        )
+        row["work"] = Work(**row["work"] | {"collectives": collectives})
+        row["bound"] = Bound(**row["bound"])
+    row["replicated"] = tuple(row["replicated"])
+    return Plan(**row)
+
+
+def make_plan(config: TrainConfig, pod: Pod) -> Plan:
+    """Returns the plan of `config` on `pod`, having compiled it.
+
+    Raises:
+        ConfigError: mesh or rows do not go with the number of chips.
+        PlanError: no TPU compiler.
+    """
+    return describe(compile_step(config, pod), pod)
+
+
+def describe(compiled: CompiledStep, pod: Pod) -> Plan:
+    """Returns what a compiled step tells."""
+    config, layout = compiled.config, compiled.layout
+    known: dict[str, Any] = {"memory": None, "work": None, "bound": None}
+    if compiled.executable is not None:
+        program = Program(compiled.executable.as_text())
+        stats = compiled.executable.memory_analysis()
+        work = measure(program, layout.mesh, causal_block=config.model.attention_block)
+        known = {
+            "memory": classes(program, stats, config, layout, compiled.batch),
+            "work": work,
+            "bound": bound(work, pod.chip, layout.mesh),
+        }
+    return Plan(
+        pod=pod.title,
+        num_chips=pod.num_chips,
+        mesh=dict(layout.mesh.shape),
+        rows=config.data.rows,
+        micro_batches=config.micro_batches,
+        remat=f"{config.model.remat}, {config.model.vit_remat or config.model.remat}",
+        hbm_bytes=pod.chip.hbm_bytes,
+        refusal=str(compiled.too_large) if compiled.too_large else None,
+        useful_flops=useful_flops(config) / pod.num_chips,
+        peak_flops=pod.chip.peak_flops,
+        replicated=replicated(compiled),
+        compile_seconds=compiled.seconds,
+        host_bytes=compiled.host_bytes,
+        **known,
+    )
+
+
+def replicated(compiled: CompiledStep) -> tuple[str, ...]:
+    """Returns the parameters of at least 1 MB that a mesh axis should split and does not."""
+    rows = placements(compiled.layout.model_state, compiled.layout.mesh)
+    return tuple(
+        f"{row.path} {row.bytes_per_device / 1e6:.1f} MB: {row.note}"
+        for row in sorted(rows, key=lambda row: -row.bytes_per_device)
+        if row.note and row.bytes_per_device >= 1e6
+    )

@@ -1,0 +1,101 @@
+"""A plan as text for a terminal, and as rows of a table."""
+
+from collections.abc import Sequence
+
+from qwenvl_jax.planning.memory import CLASSES
+from qwenvl_jax.planning.plan import Plan
+from qwenvl_jax.planning.pods import GB
+
+ASSUMPTIONS = (
+    "every token and picture slot is counted as filled",
+    "peak rates are the vendor's, and nothing but matrix products and attention takes compute time",
+    "best: compute, memory and each mesh axis run side by side; apart: links wait for compute",
+    "a mesh axis has both links of each torus dimension that it takes",
+)
+
+
+def plan_text(plan: Plan) -> str:
+    """Returns the whole plan, about thirty lines."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    lines = [
+        plan.pod,
+        f"mesh {mesh}; {plan.rows} rows in {plan.micro_batches} micro-batches; "
+        f"remat {plan.remat} (decoder, tower)",
+        f"compiled in {plan.compile_seconds:.0f} s with {plan.host_bytes / GB:.1f} GB of memory",
+        "",
+    ]
+    if plan.memory is None or plan.work is None or plan.bound is None:
+        return "\n".join([*lines, f"DOES NOT FIT: {plan.refusal}", *_replicated(plan)])
+    lines += [f"memory of a chip, of {plan.hbm_bytes / GB:.1f} GB:"]
+    lines += [f"  {kind:<12}{plan.memory.by_class[kind] / GB:>8.2f} GB" for kind in CLASSES]
+    lines += [f"  {'total':<12}{plan.memory.total / GB:>8.2f} GB", "largest temporary arrays:"]
+    lines += [
+        f"  {x.num_bytes / GB:>6.2f} GB  {x.kind:<12}{x.shape}  {x.op_name.split('/')[-1]}"
+        for x in plan.memory.largest[:5]
+    ]
+    lines += [
+        "",
+        f"work of a chip in a step: useful {plan.useful_flops / 1e12:.1f} TFLOP, "
+        f"executed {plan.work.flops / 1e12:.1f} (x {plan.recompute:.2f}), "
+        f"HBM {plan.work.hbm_bytes / GB:.0f} GB",
+        *_links(plan),
+        f"compute {plan.bound.compute:.2f} s, memory {plan.bound.hbm:.2f} s",
+        f"a step takes at least {plan.bound.best:.2f} s (MFU {plan.mfu(plan.bound.best):.0%}), "
+        f"{plan.bound.apart:.2f} s with nothing overlapped (MFU {plan.mfu(plan.bound.apart):.0%})",
+        *_replicated(plan),
+        "assumed: " + "; ".join(ASSUMPTIONS),
+    ]
+    return "\n".join(lines)
+
+
+def _links(plan: Plan) -> list[str]:
+    if plan.work is None or plan.bound is None:
+        return []
+    sizes = plan.work.link_bytes()
+    lines = [
+        f"links along {axes}: {sizes[axes] / GB:.1f} GB, {seconds:.2f} s"
+        for axes, seconds in plan.bound.links.items()
+    ]
+    largest = sorted(plan.work.collectives, key=lambda x: -x.num_bytes)[:4]
+    return lines + [
+        f"  {x.num_bytes / GB:>6.1f} GB  {x.times:>5} x {x.kind} of {x.shape} over "
+        f"{'+'.join(x.axes) or 'one chip'}"
+        for x in largest
+    ]
+
+
+def _replicated(plan: Plan) -> list[str]:
+    if not plan.replicated:
+        return ["replicated: nothing of 1 MB or more"]
+    return ["replicated on every chip along that axis:", *(f"  {row}" for row in plan.replicated)]
+
+
+TABLE_HEAD = (
+    "| run | pod | mesh (data, fsdp, tensor) | micro-batches | remat (decoder, tower) | "
+    "HBM, GB of a chip | executed / useful | compute s | links s | step s, best .. apart | "
+    "MFU, best .. apart | compile s, host GB |\n"
+    "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+def table_row(run: str, plan: Plan) -> str:
+    """Returns one row of the table in docs/pods.md."""
+    cells: Sequence[str]
+    place = [run, plan.pod, ", ".join(map(str, plan.mesh.values()))]
+    place += [str(plan.micro_batches), plan.remat]
+    cost = f"{plan.compile_seconds:.0f}, {plan.host_bytes / GB:.1f}"
+    if plan.memory is None or plan.work is None or plan.bound is None:
+        cells = [*place, f"does not fit: {plan.refusal}", "", "", "", "", "", cost]
+        return "| " + " | ".join(cells) + " |"
+    best, apart = plan.bound.best, plan.bound.apart
+    cells = [
+        *place,
+        f"{plan.memory.total / GB:.1f} of {plan.hbm_bytes / GB:.1f}",
+        f"{plan.recompute:.2f}",
+        f"{plan.bound.compute:.2f}",
+        ", ".join(f"{axis} {seconds:.2f}" for axis, seconds in plan.bound.links.items()),
+        f"{best:.2f} .. {apart:.2f}",
+        f"{plan.mfu(best):.0%} .. {plan.mfu(apart):.0%}",
+        cost,
+    ]
+    return "| " + " | ".join(cells) + " |"

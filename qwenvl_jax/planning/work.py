@@ -1,0 +1,256 @@
+"""What one step makes a chip do: multiplications, bytes over HBM, bytes over the links.
+
+Everything is read from the compiled program and multiplied by its loops. Counted are matrix
+products (convolutions, to the TPU compiler) and the attention kernel; elementwise work is not.
+"""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+import numpy as np
+from jax.sharding import Mesh
+
+from qwenvl_jax.planning.hlo import ArrayShape, Instruction, Program
+
+_COLLECTIVES = {
+    # What crosses a chip's links, as a share of the larger side of the operation, for groups of n.
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
+}
+# Products of one block of scores that each pass of the attention kernel makes.
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+_FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "optimization-barrier",
+    "partition-id",
+    "replica-id",
+    "iota",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One exchange between chips, all its runs in a step together."""
+
+    kind: str
+    axes: tuple[str, ...]  # of the mesh, that the exchanging chips differ in
+    shape: str  # of the larger side, e.g. "bf16[4096,11008]"
+    times: int
+    bytes_each: float  # over the links of one chip
+    op_name: str
+
+    @property
+    def num_bytes(self) -> float:
+        return self.times * self.bytes_each
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """One chip's share of one run of the program."""
+
+    flops: float
+    hbm_bytes: float
+    collectives: tuple[Collective, ...]
+
+    def link_bytes(self) -> dict[str, float]:
+        """Returns bytes by mesh axis; an exchange over two axes is put to "data+fsdp" and so on."""
+        total: dict[str, float] = defaultdict(float)
+        for collective in self.collectives:
+            total["+".join(collective.axes)] += collective.num_bytes
+        return dict(total)
+
+
+def measure(program: Program, mesh: Mesh, *, causal_block: int) -> Work:
+    """Returns the work of one chip. `causal_block`: the attention kernel's block, see below."""
+    flops = hbm = 0.0
+    collectives: list[Collective] = []
+    for name, times in program.walk():
+        seen: set[str] = set()  # an exchange in flight is listed in every fusion that it overlaps
+        for instruction in program.computations[name].values():
+            hbm += times * hbm_bytes(program, instruction)
+            for inner in program.inside(instruction):
+                flops += times * matrix_flops(program, inner, causal_block)
+                kind = inner.opcode.removesuffix("-start")
+                if kind in _COLLECTIVES and _channel(inner) not in seen:
+                    seen.add(_channel(inner))
+                    collectives.append(_collective(inner, instruction, kind, times, mesh))
+    return Work(flops=flops, hbm_bytes=hbm, collectives=tuple(collectives))
+
+
+# --- multiplications ------------------------------------------------------------------------------
+
+
+def matrix_flops(program: Program, instruction: Instruction, causal_block: int) -> float:
+    """Returns floating-point operations of one matrix product or attention kernel, else 0."""
+    if instruction.opcode == "convolution":
+        return _convolution_flops(program.operands(instruction), instruction)
+    if instruction.opcode == "dot":
+        left = program.operands(instruction)[0].shapes[0].dims
+        axes = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims"))
+        contracted = math.prod(left[int(axis)] for axis in axes)
+        return 2.0 * math.prod(instruction.shapes[0].dims) * contracted
+    if instruction.opcode == "custom-call" and "splash_m" in instruction.op_name:
+        return _splash_flops(program.operands(instruction), instruction, causal_block)
+    return 0.0
+
+
+def _convolution_flops(operands: list[Instruction], instruction: Instruction) -> float:
+    """Two for every pair of an input and a weight that meet; padding meets nothing."""
+    left, right, out = re.split(r"_|->", instruction.attribute("dim_labels"))
+    lhs, rhs = (operand.shapes[0].dims for operand in operands[:2])
+    result = instruction.shapes[0].dims
+    window = dict(re.findall(r"(\w+)=(\S+)", instruction.attribute("window").strip("{}")))
+    pairs = 1
+    for i, label in enumerate(sorted(set(left) & set("0123456789"))):
+        step = {
+            name: int(window[name].split("x")[i]) if name in window else 1
+            for name in ("stride", "lhs_dilate", "rhs_dilate")
+        }
+        pad = int(window["pad"].split("x")[i].split("_")[0]) if "pad" in window else 0
+        place = (
+            np.arange(result[out.index(label)])[:, None] * step["stride"]
+            + np.arange(rhs[right.index(label)]) * step["rhs_dilate"]
+            - pad
+        )
+        last = (lhs[left.index(label)] - 1) * step["lhs_dilate"]
+        pairs *= int(((place >= 0) & (place <= last) & (place % step["lhs_dilate"] == 0)).sum())
+    features = rhs[right.index("i")] * result[out.index("f")] * result[out.index("b")]
+    return 2.0 * features * pairs
+
+
+def _splash_flops(
+    operands: list[Instruction], instruction: Instruction, causal_block: int
+) -> float:
+    """The kernel's products; of a causal square it leaves out the blocks above the diagonal."""
+    kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", instruction.op_name)
+    arrays = [x.shapes[0].dims for x in operands if x.shapes and len(x.shapes[0].dims) >= 3]
+    large = sorted((dims for dims in arrays if dims[-1] > 8), key=math.prod)[-3:]
+    if kind is None or len(large) < 3:
+        return 0.0
+    lengths = sorted({dims[-2] for dims in large})
+    queries, keys = lengths[0], lengths[-1]
+    rows = math.prod(large[-1][:-2])
+    share = 1.0
+    if "segment" in instruction.rest or len(operands) > 8:  # only the decoder packs
+        blocks = max(1, queries // causal_block)
+        share = (blocks + 1) / (2 * blocks)
+    products = _SPLASH_PRODUCTS[kind[1]]
+    return 2.0 * rows * queries * keys * large[-1][-1] * products * share
+
+
+# --- bytes over HBM -------------------------------------------------------------------------------
+
+
+def hbm_bytes(program: Program, instruction: Instruction) -> float:
+    """Returns what one scheduled instruction reads and writes in HBM.
+
+    A slice of a large array, and an update in place, count with their own size, also inside of
+    fusions.
+    """
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+        return 0.0
+    operands = program.operands(instruction)
+    if instruction.opcode == "dynamic-slice":
+        return 2.0 * instruction.hbm_bytes
+    if instruction.opcode == "dynamic-update-slice":
+        return 2.0 * operands[1].hbm_bytes if len(operands) > 1 else 0.0
+    if instruction.opcode != "fusion":
+        return float(instruction.hbm_bytes + sum(operand.hbm_bytes for operand in operands))
+    body = program.computations[instruction.called[0]]
+    total = 0.0
+    for parameter in (x for x in body.values() if x.opcode == "parameter"):
+        users = [x for x in body.values() if parameter.name in x.operands]
+        touched = [_touched(body, user, parameter) for user in users]
+        total += min(parameter.hbm_bytes, sum(touched))
+    root = next(x for x in body.values() if x.is_root)
+    written = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    for array in written:
+        if array.opcode == "dynamic-update-slice":
+            total += body[array.operands[1]].hbm_bytes
+        elif array.opcode != "parameter":
+            total += array.hbm_bytes
+    return total
+
+
+def _touched(body: dict[str, Instruction], user: Instruction, parameter: Instruction) -> float:
+    if user.opcode in ("dynamic-slice", "slice", "gather"):
+        return user.shapes[0].num_bytes
+    if user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+        return 0.0  # written in place; counted at the root
+    return parameter.hbm_bytes
+
+
+# --- bytes over the links -------------------------------------------------------------------------
+
+
+def _channel(instruction: Instruction) -> str:
+    return instruction.attribute("channel_id") or instruction.name
+
+
+def _collective(
+    instruction: Instruction, caller: Instruction, kind: str, times: int, mesh: Mesh
+) -> Collective:
+    groups = exchange_groups(instruction, mesh)
+    size = len(groups[0])
+    # The compiler writes a scatter of sums as a sum of which each chip keeps its slice.
+    if kind == "all-reduce" and "reduce-scatter" in caller.name:
+        kind = "reduce-scatter"
+    # Started ahead, an exchange lists what goes in beside what comes out.
+    shapes = instruction.shapes
+    if instruction.opcode.endswith("-start"):
+        shapes = shapes[:1] if kind == "collective-permute" else (max(shapes, key=_plain),)
+    num_bytes = sum(shape.plain_bytes for shape in shapes)
+    if instruction.opcode == "reduce-scatter":
+        num_bytes *= size  # the text shows the slice that a chip keeps
+    return Collective(
+        kind=kind,
+        axes=_axes_that_vary(groups, mesh),
+        shape=str(max(shapes, key=_plain)),
+        times=times,
+        bytes_each=_COLLECTIVES[kind](size) * num_bytes,
+        op_name=instruction.op_name,
+    )
+
+
+def _plain(shape: ArrayShape) -> int:
+    return shape.plain_bytes
+
+
+def exchange_groups(instruction: Instruction, mesh: Mesh) -> np.ndarray:
+    """Returns int [groups, members]: which devices, counted along the mesh, exchange together."""
+    text = instruction.attribute("replica_groups") or instruction.attribute("source_target_pairs")
+    everyone = np.arange(mesh.size)
+    if named := re.match(r"mesh\[([^\]]*)\]\s*(?:\(([\d,]*)\))?\s*\{([^}]*)\}", text):
+        sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        moved = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", named[3])]
+        grid = everyone.reshape(tuple(sizes.values()))
+        grid = np.moveaxis(grid, moved, range(-len(moved), 0))
+        return grid.reshape(-1, math.prod(list(sizes.values())[i] for i in moved))
+    if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims = [int(n) for n in iota[2].split(",")]
+        grid = np.arange(math.prod(dims)).reshape(dims)
+        if iota[3]:
+            grid = grid.transpose([int(n) for n in iota[3].split(",")])
+        return grid.reshape([int(n) for n in iota[1].split(",")])
+    groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
+    return np.array(groups) if groups else everyone[None]
+
+
+def _axes_that_vary(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    places = np.unravel_index(groups[0], tuple(mesh.shape.values()))
+    return tuple(
+        axis for axis, place in zip(mesh.axis_names, places, strict=True) if np.ptp(place) > 0
+    )
