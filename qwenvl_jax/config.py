@@ -180,7 +180,7 @@ class DataConfig:
     max_images: int  # picture slots of one row
     image_size: int  # side in pixels
     rows: int  # B: global batch, in rows
-    tokenizer: str  # a qwen.tiktoken file or a folder that holds one
+    tokenizer: str  # a qwen.tiktoken file or a folder that holds one; "": the run's `init`
     num_workers: int = 0  # processes that make batches; 0: threads of this one
     attend_across: bool = False  # samples of a row see those before them, as examples
 

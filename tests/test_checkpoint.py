@@ -237,11 +237,12 @@ def test_files_that_are_not_ours_stay(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     store = saved_run(tmp_path, 2, 3, 4)  # so many that the oldest is removed
+    assert store.steps() == [2, 3, 4]
     step, found = store.restore_newest(wanted())
     store.close()
     assert step == 4
     assert_same(found["weights"], weights(4))
-    foreign[2] = next(p for p in foreign[2].parents[1].glob("99*/x"))  # perhaps set aside
+    foreign[2] = checkpoints / "99.foreign" / "x"
     assert all(path.read_text() == "mine" for path in foreign)
 
 

@@ -357,6 +357,13 @@ def test_overrides(config_file):
     assert read_config(config_file, ["--data.rows=16"]).data.rows == 16
 
 
+def test_the_vocabulary_comes_with_the_weights_where_none_is_named(config_file):
+    config = read_config(config_file, ["--data.tokenizer=", "--init=weights/chat"])
+    assert config.data.tokenizer == "weights/chat"
+    with pytest.raises(ConfigError, match="no init to take it from"):
+        read_config(config_file, ["--data.tokenizer="])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -68,9 +68,8 @@ class TorchQwenVL(nn.Module):
         self.patch_embed = nn.Conv2d(3, E, patch, patch, bias=False)
         self.position_embed = nn.Parameter(torch.randn(config.vision.table_side**2, E) * 0.02)
         self.ln_pre = nn.LayerNorm(E, eps=1e-6)
-        self.tower = nn.ModuleList(
-            TowerBlock(config.vision) for _ in range(config.vision.num_layers)
-        )
+        vision, decoder = config.vision, config.decoder
+        self.tower = nn.ModuleList(TowerBlock(vision) for _ in range(vision.num_layers))
         self.query = nn.Parameter(torch.randn(Q, D) * 0.02)
         self.kv_proj = nn.Linear(E, D, bias=False)
         self.ln_q, self.ln_kv = nn.LayerNorm(D, eps=1e-6), nn.LayerNorm(D, eps=1e-6)

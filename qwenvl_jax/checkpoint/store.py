@@ -23,6 +23,7 @@ Item = dict[str, Any]  # dotted name -> array, or ShapeDtypeStruct with a shardi
 
 FORMAT = 1  # of the digest record; raised when an older one can no longer be read
 _DIGEST = "digest"
+_PARTS = (_DIGEST, "weights", "optimizer", "_CHECKPOINT_METADATA")  # of a checkpoint's folder
 
 
 class CheckpointError(RuntimeError):
@@ -42,6 +43,8 @@ class CheckpointStore:
         self._read_only = read_only
         if read_only and not self._directory.is_dir():
             raise CheckpointError(f"no checkpoints in {run_dir}: expected a folder `checkpoints`")
+        if not read_only:
+            self._set_foreign_aside()
         # Orbax narrates every save; what a person must know, the loop says.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._manager = ocp.CheckpointManager(
@@ -71,7 +74,11 @@ class CheckpointStore:
             name: ocp.args.StandardSave(dict(arrays)) for name, arrays in items.items()
         }
         parts[_DIGEST] = ocp.args.JsonSave(payload)
-        self._manager.save(step, args=ocp.args.Composite(**parts))
+        # Forced: otherwise a folder named after a later step, whoever made it, silences every save.
+        if not self._manager.save(step, args=ocp.args.Composite(**parts), force=True):
+            raise CheckpointError(
+                f"step {step} was not saved in {self._directory}: Orbax refused it"
+            )
 
     def check(self) -> None:
         """Raises what a save in the background has met, if anything."""
@@ -143,6 +150,20 @@ class CheckpointStore:
         if _sha256(record) != sha256:
             raise _Damaged("the digest record itself is damaged")
         return record
+
+    def _set_foreign_aside(self) -> None:
+        """Renames folders that are called as steps and hold nothing of a checkpoint.
+
+        Orbax would count them among the checkpoints to keep, and remove them in turn.
+        """
+        if not self._directory.is_dir() or jax.process_index() > 0:
+            return
+        for folder in self._directory.iterdir():
+            is_step = folder.name.isdigit() and folder.is_dir()
+            if is_step and not any((folder / name).exists() for name in _PARTS):
+                target = folder.with_name(f"{folder.name}.foreign")
+                folder.rename(target)
+                print(f"{folder} is no checkpoint; renamed to {target.name}", flush=True)
 
     def _set_aside(self, step: int, reason: _Damaged) -> None:
         source = self._directory / str(step)

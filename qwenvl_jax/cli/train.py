@@ -1,5 +1,6 @@
 """`python train.py CONFIG [--a.b=c ...]`: starts a training run, or goes on with it."""
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -69,7 +70,21 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(
             f"{path} has no get_config() that returns a TrainConfig: got {type(config).__name__}"
         )
-    return parse_options(TrainConfig, overrides, prog=f"train.py {path}", default=config)
+    config = parse_options(TrainConfig, overrides, prog=f"train.py {path}", default=config)
+    return _with_tokenizer(config)
+
+
+def _with_tokenizer(config: TrainConfig) -> TrainConfig:
+    """Returns the config with the vocabulary of `init` where it names none."""
+    if config.data.tokenizer:
+        return config
+    if config.init is None:
+        raise ConfigError(
+            "data.tokenizer is empty and there is no init to take it from: name a qwen.tiktoken "
+            "file or a folder that holds one"
+        )
+    data = dataclasses.replace(config.data, tokenizer=config.init)
+    return dataclasses.replace(config, data=data)
 
 
 def join_cluster() -> None:

@@ -37,9 +37,8 @@ class Feed:
         held: which rows of the global batch `batches` bring; None: all of them.
         tell: what the data side says of the batch of a step, counted from 0.
         """
-        self._held, self._tell = held, tell
+        self._held, self._tell, self._patience = held, tell, patience
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
-        self._patience = patience
         self._is_closed = threading.Event()
         args = (batches, sharding)
         self._thread = threading.Thread(target=self._fill, args=args, name="feed", daemon=True)

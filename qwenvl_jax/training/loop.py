@@ -129,7 +129,8 @@ def loop(run: Run, stop: StopRequest) -> int:
     device. So a bad step is found when the next one has been sent, which then was on hold, changed
     nothing, and is sent again.
     """
-    config, step, ahead, tick, end = run.config, int(run.state.step), None, 0, ""
+    config, ahead, end = run.config, None, ""
+    tick = step = int(run.state.step)  # a tick is never behind a step: Orbax asks by steps
     while True:
         tick += 1
         if not end and (asked := stop.reached(tick)):
