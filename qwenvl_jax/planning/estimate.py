@@ -16,8 +16,27 @@ from qwenvl_jax.sharding import BATCH_AXES, MESH_AXES, mesh_sizes
 from qwenvl_jax.training.state import make_layout
 
 
-def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
+def state_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
+    """Returns bytes a device of weights, optimizer and one set of gradients, from the shardings.
+
+    Raises:
+        ConfigError: the mesh does not fit the number of devices.
+    """
+    mesh = AbstractMesh(mesh_sizes(config.mesh, num_devices), MESH_AXES)
+    state = make_layout(config, mesh).abstract
+    return {
+        "weights": shard_bytes((state.trainable, state.frozen)),
+        "optimizer": shard_bytes(state.optimizer),
+        "gradients": shard_bytes(state.trainable),
+    }
+
+
+def estimate_memory(
+    config: TrainConfig, num_devices: int, state: dict[str, int] | None = None
+) -> dict[str, int]:
     """Returns bytes a device by class. State and batch are exact, the rest an estimate.
+
+    `state`: what `state_memory` gave for the same mesh, where it is known already.
 
     Raises:
         ConfigError: the mesh does not fit the number of devices, or the rows do not divide.
@@ -30,8 +49,7 @@ def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
             "data.rows must be a multiple of micro_batches x data x fsdp: got "
             f"{config.data.rows}, {config.micro_batches} and {shards}"
         )
-    state = make_layout(config, mesh).abstract
-    gradients = shard_bytes(state.trainable)
+    state = state or state_memory(config, num_devices)
     rows = config.data.rows // config.micro_batches // shards
     tensor = mesh.shape["tensor"]
     wide = 2 if model.dtype == "bfloat16" else 4
@@ -52,10 +70,10 @@ def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
     )
     chunk = max(config.loss_chunk, rows)
     by_class = dict.fromkeys(CLASSES, 0)
-    by_class["weights"] = shard_bytes((state.trainable, state.frozen))
-    by_class["optimizer"] = shard_bytes(state.optimizer)
+    by_class |= state
     by_class["batch"] = shard_bytes(abstract_batch(config, mesh))
-    by_class["gradients"] = gradients * (2 if config.micro_batches > 1 else 1)
+    if config.micro_batches > 1:
+        by_class["gradients"] *= 2  # the sum so far, and those of this micro-batch
     by_class["activations"] = int(kept * wide)
     by_class["logits"] = 3 * 4 * chunk * model.decoder.vocab_size // tensor
     by_class["pictures"] = int(patches * model.vision.patch_size**2 * 3 * wide)
