@@ -163,6 +163,13 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS_TABLE[axes.BATCH]))
 
 
+def decoding_axes(num_dims: int) -> tuple[str | None, ...]:
+    """Returns the logical axes of what an answer carries: rows, or (5 dims) keys and values."""
+    if num_dims == 5:
+        return axes.LAYERS, axes.BATCH, None, axes.HEADS, axes.HEAD_DIM
+    return (axes.BATCH, *[None] * (num_dims - 1)) if num_dims else ()
+
+
 def with_shardings(state: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
     """Returns an abstract state whose ShapeDtypeStructs carry their shardings.
 

@@ -8,6 +8,7 @@ the TPU compiler (`pip install libtpu`, at the version that jax names), as the l
 import dataclasses
 import difflib
 import importlib.util
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qwenvl_jax.planning.compile import CompiledStep, compile_step
 from qwenvl_jax.planning.plan import Plan, describe
 from qwenvl_jax.planning.pods import find_pod
 from qwenvl_jax.planning.report import plan_text, table_row
+from qwenvl_jax.planning.serving import Load, serving_plan, serving_text
 from qwenvl_jax.sharding import MESH_AXES
 from qwenvl_jax.sharding import describe as describe_placement
 from qwenvl_jax.training.state import make_layout
@@ -138,6 +140,21 @@ def test_executed_work_is_useful_work_and_what_remat_adds(plan):
     assert "v5e-8 (counts chips: 8 chips, 2x4)" in text
     assert f"executed {plan.work.flops / 1e12:.1f} (x {plan.recompute:.2f})" in text
     assert table_row("stage 2", plan).count("|") == 13
+
+
+@needs_compiler
+def test_prefill_and_decode_of_a_server():
+    load = Load(rows=4, prompt=128, answer=32, images=1)
+    model, pod = reduced("stage3_chat").model, find_pod("v5e-4")
+    prefill, decode = serving_plan(model, load, MeshConfig(data=1, fsdp=2, tensor=2), pod)
+    assert prefill.refusal is None
+    assert decode.refusal is None
+    # Keys and values of 160 tokens, two layers, four rows and two heads of 128, on four chips.
+    assert decode.cache >= 2 * 2 * 4 * 160 * 2 * 128 * 2 / 4
+    assert decode.compute < prefill.compute / 50, "one token of a row, not 128"
+    assert decode.hbm > decode.compute, "decoding is bound by memory"
+    text = serving_text([prefill, decode], load, pod)
+    assert re.search(r"at most [\d,]+ tokens a second", text)
 
 
 def write_snapshots() -> None:

@@ -27,6 +27,8 @@ does not fit, the nearest setting that does is looked for, compiled, and printed
   --slices N         equal slices joined by the data-centre network (1)
   --search           find the fastest setting that fits: mesh splits, micro-batches, remat
   --tries N          compile at most so many settings for a suggestion or a search (6)
+  --serve            plan prefill and decode instead of a training step, in bf16:
+  --rows N --prompt N --answer N --images N    what is asked at once (8, 1024, 256, 1)
   --json FILE        write the plan as JSON
   --executable FILE  write the serialised executable
   --cache DIR        where finished plans are kept (~/.cache/qwenvl_jax/plans)
@@ -35,6 +37,7 @@ examples:
   qwenvl plan configs/stage2_multitask.py --topology v5e-256
   qwenvl plan configs/stage1_pretrain.py --topology v5e-256 --slices 2
   qwenvl plan configs/stage3_chat.py --topology v6e-8 --search --tries 12
+  qwenvl plan configs/stage3_chat.py --topology v5e-4 --mesh.tensor=4 --mesh.fsdp=1 --serve
   qwenvl plan configs/stage3_chat.py --topology h100-8
 
 exit codes: 0 it fits; 1 it does not; 2 a wrong command or setting, or no TPU compiler
@@ -49,6 +52,11 @@ class PlanOptions:
     slices: int = 1
     search: bool = False
     tries: int = 6
+    serve: bool = False
+    rows: int = 8
+    prompt: int = 1024
+    answer: int = 256
+    images: int = 1
     json: str | None = None
     executable: str | None = None
     cache: str = "~/.cache/qwenvl_jax/plans"
@@ -78,6 +86,8 @@ def _run(argv: Sequence[str]) -> int:
         _write(options.json, row)
         return SUCCESS if fits else DOES_NOT_FIT
     pod = find_pod(options.topology, options.slices)
+    if options.serve:
+        return _serve(config, pod, options)
     if options.search:
         return _search(config, pod, options)
     return _plan(config, pod, options)
@@ -155,6 +165,18 @@ def _search(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
     _, setting, plan = min(fitting, key=lambda row: row[0])
     print(f"\nfastest of {len(found)}: {setting.options()}\n\n{plan_text(plan)}")
     return SUCCESS
+
+
+def _serve(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
+    from qwenvl_jax.planning.serving import Load, serving_plan, serving_text
+
+    load = Load(
+        rows=options.rows, prompt=options.prompt, answer=options.answer, images=options.images
+    )
+    phases = serving_plan(config.model, load, config.mesh, pod)
+    print(serving_text(phases, load, pod))
+    _write(options.json, [to_dict(phase) for phase in phases])
+    return DOES_NOT_FIT if any(phase.refusal for phase in phases) else SUCCESS
 
 
 def _say(text: str) -> None:

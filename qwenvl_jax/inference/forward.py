@@ -30,12 +30,15 @@ class Forward:
 
     def encode(self, image_IYXC: np.ndarray) -> np.ndarray:
         """Returns the adapter's output [I, Q, D] in the compute dtype."""
-        return np.asarray(self._encode(self._state, place(image_IYXC, self._mesh)))
+        with jax.set_mesh(self._mesh):  # for kernels and constraints that name mesh axes only
+            return np.asarray(self._encode(self._state, place(image_IYXC, self._mesh)))
 
     def logits(self, prompts: Prompts, *, is_training: bool) -> np.ndarray:
         """Returns float32 [length, V] of the first row, made piece by piece."""
         length = int(prompts.length_B[0])
-        hidden_BLD = self._hidden(self._state, place(prompts, self._mesh), is_training=is_training)
+        placed = place(prompts, self._mesh)
+        with jax.set_mesh(self._mesh):
+            hidden_BLD = self._hidden(self._state, placed, is_training=is_training)
         padded = hidden_BLD.shape[1]
         size = min(LOGITS_AT_ONCE, padded)
         pieces = []

@@ -19,14 +19,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from qwenvl_jax import axes
 from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.inference import sampling as sampling_lib
 from qwenvl_jax.inference.cache import SMALLEST_ANSWER, bucket, empty_cache
 from qwenvl_jax.inference.prompts import Prompts
 from qwenvl_jax.inference.sampling import Sampling, SamplingArrays, host_array
 from qwenvl_jax.model.decoder import KVCache, ntk_alpha
-from qwenvl_jax.sharding import partition_spec
+from qwenvl_jax.sharding import decoding_axes, partition_spec
 
 SMALLEST_STOP_LIST = 8  # stop ids a row, padded, so that one more does not compile again
 NO_TOKEN = -1
@@ -96,12 +95,16 @@ class Generator:
         )
         prompts, request = place((prompts, request), self.mesh)
         answer_slots = bucket(max(1, *max_new_tokens), SMALLEST_ANSWER)
-        decoding = self._start(self._state, prompts, request, answer_slots=answer_slots)
+        with jax.set_mesh(self.mesh):  # for kernels and constraints that name mesh axes only
+            decoding = self._start(self._state, prompts, request, answer_slots=answer_slots)
         until = 0
         is_done = False
         while not is_done:
             until += every
-            decoding = self._decode(self._state, request, decoding=decoding, until=np.int32(until))
+            with jax.set_mesh(self.mesh):
+                decoding = self._decode(
+                    self._state, request, decoding=decoding, until=np.int32(until)
+                )
             answer_BT, count_B, done_B = jax.device_get(
                 (decoding.answer_BT, decoding.count_B, decoding.is_done_B)
             )
@@ -242,8 +245,8 @@ def place(tree, mesh: Mesh):
     """Returns host arrays on the mesh, their first axis over the batch axes where it divides."""
 
     def put(x: np.ndarray) -> jax.Array:
-        logical = (axes.BATCH, *[None] * (x.ndim - 1)) if x.ndim else ()
-        return jax.device_put(x, NamedSharding(mesh, partition_spec(logical, x.shape, mesh)))
+        spec = partition_spec(decoding_axes(x.ndim), x.shape, mesh)
+        return jax.device_put(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(put, tree)
 
@@ -256,11 +259,7 @@ def _pin(tree, mesh: Mesh):
     """
 
     def pin(x: jax.Array) -> jax.Array:
-        if x.ndim == 5:  # keys and values
-            logical = (axes.LAYERS, axes.BATCH, None, axes.HEADS, axes.HEAD_DIM)
-        else:
-            logical = (axes.BATCH, *[None] * (x.ndim - 1)) if x.ndim else ()
-        spec = partition_spec(logical, x.shape, mesh)
+        spec = partition_spec(decoding_axes(x.ndim), x.shape, mesh)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(pin, tree)

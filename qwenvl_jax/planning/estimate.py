@@ -5,20 +5,41 @@ moment is taken to be one layer's working set and one chunk of logits. The TPU c
 are the better answer where there are any; docs/pods.md has both side by side.
 """
 
+import functools
 import math
 
 from jax.sharding import AbstractMesh
 
-from qwenvl_jax.config import ConfigError, RematPolicy, TrainConfig
+from qwenvl_jax.config import ConfigError, ModelConfig, ParameterRule, RematPolicy, TrainConfig
+from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.planning.compile import abstract_batch
 from qwenvl_jax.planning.memory import CLASSES, shard_bytes
 from qwenvl_jax.sharding import BATCH_AXES, MESH_AXES, mesh_sizes
-from qwenvl_jax.training.optimizer import trained_parts
+from qwenvl_jax.training.optimizer import plan_parameters, trained_parts
 from qwenvl_jax.training.state import make_layout
 
 
-def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
+def state_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
+    """Returns bytes a device of weights, optimizer and one set of gradients, from the shardings.
+
+    Raises:
+        ConfigError: the mesh does not fit the number of devices.
+    """
+    mesh = AbstractMesh(mesh_sizes(config.mesh, num_devices), MESH_AXES)
+    state = make_layout(config, mesh).abstract
+    return {
+        "weights": shard_bytes((state.trainable, state.frozen)),
+        "optimizer": shard_bytes(state.optimizer),
+        "gradients": shard_bytes(state.trainable),
+    }
+
+
+def estimate_memory(
+    config: TrainConfig, num_devices: int, state: dict[str, int] | None = None
+) -> dict[str, int]:
     """Returns bytes a device by class. State and batch are exact, the rest an estimate.
+
+    `state`: what `state_memory` gave for the same mesh, where it is known already.
 
     Raises:
         ConfigError: the mesh does not fit the number of devices, or the rows do not divide.
@@ -31,9 +52,7 @@ def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
             "data.rows must be a multiple of micro_batches x data x fsdp: got "
             f"{config.data.rows}, {config.micro_batches} and {shards}"
         )
-    layout = make_layout(config, mesh)
-    state = layout.abstract
-    gradients = shard_bytes(state.trainable)
+    state = state or state_memory(config, num_devices)
     rows = config.data.rows // config.micro_batches // shards
     tensor = mesh.shape["tensor"]
     wide = 2 if model.dtype == "bfloat16" else 4
@@ -43,7 +62,7 @@ def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
     )
     decoder = _layer_floats(model.decoder.width, model.decoder.mlp_dim, 3, tensor)
     vit = _layer_floats(model.vision.width, model.vision.mlp_dim, 2, tensor)
-    is_vit_trained = "vit" in trained_parts(layout.plan)
+    is_vit_trained = _is_vit_trained(model, config.parameters)
     vit_remat = model.vit_remat or model.remat
     kept = tokens * decoder[model.remat] * model.decoder.num_layers
     kept += patches * vit[vit_remat] * model.vision.num_layers * is_vit_trained
@@ -54,15 +73,20 @@ def estimate_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
     )
     chunk = max(config.loss_chunk, rows)
     by_class = dict.fromkeys(CLASSES, 0)
-    by_class["weights"] = shard_bytes((state.trainable, state.frozen))
-    by_class["optimizer"] = shard_bytes(state.optimizer)
+    by_class |= state
     by_class["batch"] = shard_bytes(abstract_batch(config, mesh))
-    by_class["gradients"] = gradients * (2 if config.micro_batches > 1 else 1)
+    if config.micro_batches > 1:
+        by_class["gradients"] *= 2  # the sum so far, and those of this micro-batch
     by_class["activations"] = int(kept * wide)
     by_class["logits"] = 3 * 4 * chunk * model.decoder.vocab_size // tensor
     by_class["pictures"] = int(patches * model.vision.patch_size**2 * 3 * wide)
     by_class["temporaries"] = int(working * wide + 2 * wide * layer_weights / tensor)
     return by_class
+
+
+@functools.cache  # a search asks for one model and table many times
+def _is_vit_trained(model: ModelConfig, table: tuple[ParameterRule, ...]) -> bool:
+    return "vit" in trained_parts(plan_parameters(abstract_state(model)[1], table))
 
 
 def _layer_floats(width: int, hidden: int, matrices: int, tensor: int) -> dict[RematPolicy, float]:

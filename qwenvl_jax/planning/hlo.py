@@ -97,9 +97,13 @@ Computation = dict[str, Instruction]
 
 
 class Program:
-    """All computations of one compiled module."""
+    """All computations of one compiled module.
 
-    def __init__(self, text: str):
+    `open_loops_run_once`: a loop that no constant bounds counts as one turn, not as an error.
+    """
+
+    def __init__(self, text: str, *, open_loops_run_once: bool = False):
+        self._open_loops_run_once = open_loops_run_once
         self.computations: dict[str, Computation] = {}
         self.entry = ""
         current, home = {}, ""
@@ -131,9 +135,17 @@ class Program:
             return int(known[1])
         condition = loop.attribute("condition").lstrip("%")
         bounds = [*self._constants(condition)]
+        if self._open_loops_run_once and not self._is_counted(condition):
+            return 1
         if not bounds:
             raise PlanError(f"cannot read how often the loop {loop.name} runs: no constant bound")
         return max(bounds)
+
+    def _is_counted(self, condition: str) -> bool:
+        """Returns whether a loop ends at a number alone, as loops over layers do."""
+        body = self.computations[condition]
+        root = next(x for x in body.values() if x.is_root)
+        return root.opcode == "compare" or any("compare" in x for x in root.called)
 
     def _constants(self, name: str) -> Iterator[int]:
         for instruction in self.computations[name].values():

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from qwenvl_jax.config import ConfigError, MeshConfig, RematPolicy, TrainConfig, to_dict
-from qwenvl_jax.planning.estimate import estimate_memory
+from qwenvl_jax.planning.estimate import estimate_memory, state_memory
 from qwenvl_jax.planning.plan import Plan, make_plan, plan_from_dict
 from qwenvl_jax.planning.pods import Pod
 
@@ -91,16 +91,24 @@ def nearest_fit(
 def _smaller(config: TrainConfig, pod: Pod) -> Iterator[Setting]:
     now = setting_of(config)
     first = REMATS.index((now.remat, now.vit_remat)) if (now.remat, now.vit_remat) in REMATS else 0
-    meshes = [now.mesh, *(mesh for mesh in meshes_of(pod) if mesh.tensor > now.mesh.tensor)]
-    for mesh, factor, remat in itertools.product(meshes, (1, 2, 4, 8), REMATS[first:]):
-        setting = Setting(
-            mesh=mesh,
-            micro_batches=now.micro_batches * factor,
-            remat=remat[0],
-            vit_remat=remat[1],
-        )
-        if setting != now and estimated_share(setting.apply(config), pod) <= HOPELESS:
-            yield setting
+    for mesh in (now.mesh, *(mesh for mesh in meshes_of(pod) if mesh.tensor > now.mesh.tensor)):
+        state = state_memory(dataclasses.replace(config, mesh=mesh), pod.num_chips)
+        for factor, remat in itertools.product((1, 2, 4, 8), REMATS[first:]):
+            setting = Setting(
+                mesh=mesh,
+                micro_batches=now.micro_batches * factor,
+                remat=remat[0],
+                vit_remat=remat[1],
+            )
+            if setting != now and _is_worth_a_try(setting, config, pod, state):
+                yield setting
+
+
+def _is_worth_a_try(setting: Setting, config: TrainConfig, pod: Pod, state: dict[str, int]) -> bool:
+    """Returns whether the rows divide and the estimate does not call it hopeless."""
+    if config.data.rows % setting.micro_batches:
+        return False
+    return estimated_share(setting.apply(config), pod, state) <= HOPELESS
 
 
 def settings(config: TrainConfig, pod: Pod) -> list[Setting]:
@@ -109,14 +117,16 @@ def settings(config: TrainConfig, pod: Pod) -> list[Setting]:
     Promising is little recomputation, then few micro-batches: weights are gathered once in each.
     """
     found = []
-    for mesh, remat in itertools.product(meshes_of(pod), REMATS):
+    for mesh in meshes_of(pod):
+        state = state_memory(dataclasses.replace(config, mesh=mesh), pod.num_chips)
         shards = pod.num_chips // mesh.tensor
         most = config.data.rows // shards if config.data.rows % shards == 0 else 0
-        for micro_batches in (n for n in range(1, most + 1) if most % n == 0):
+        counts = [n for n in range(1, most + 1) if most % n == 0]
+        for (remat, vit_remat), micro_batches in itertools.product(REMATS, counts):
             setting = Setting(
-                mesh=mesh, micro_batches=micro_batches, remat=remat[0], vit_remat=remat[1]
+                mesh=mesh, micro_batches=micro_batches, remat=remat, vit_remat=vit_remat
             )
-            if estimated_share(setting.apply(config), pod) <= HOPELESS:
+            if _is_worth_a_try(setting, config, pod, state):
                 found.append(setting)
     found.sort(key=lambda x: (REMATS.index((x.remat, x.vit_remat)), x.mesh.tensor, x.micro_batches))
     return found
@@ -138,10 +148,10 @@ def meshes_of(pod: Pod) -> list[MeshConfig]:
     return found
 
 
-def estimated_share(config: TrainConfig, pod: Pod) -> float:
+def estimated_share(config: TrainConfig, pod: Pod, state: dict[str, int]) -> float:
     """Returns the estimated memory as a share of a chip's; infinite where rows do not divide."""
     try:
-        return sum(estimate_memory(config, pod.num_chips).values()) / pod.chip.hbm_bytes
+        return sum(estimate_memory(config, pod.num_chips, state).values()) / pod.chip.hbm_bytes
     except ConfigError:
         return math.inf
 

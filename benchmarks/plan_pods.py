@@ -1,0 +1,69 @@
+"""Prints the table of the paper's runs on TPU pods, as markdown: each compiled, no TPU needed.
+
+    pip install '.[tpu]'
+    python benchmarks/plan_pods.py              # all rows: minutes each, 4 GB of memory
+    python benchmarks/plan_pods.py stage2       # rows whose name holds a word
+
+One process a row, so that each row's host memory is its own. Finished rows are kept in
+~/.cache/qwenvl_jax/plans: a second call goes on where the first one stopped.
+"""
+
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BIG = ["--mesh.data=-1", "--mesh.fsdp=128", "--mesh.tensor=1"]
+
+# (config, pod, slices, options): the recipe of the config, cut to the memory of the chip.
+ROWS: list[tuple[str, str, int, list[str]]] = [
+    ("stage1_pretrain", "v5e-256", 1, []),
+    ("stage1_pretrain", "v5e-256", 2, ["--micro-batches=15"]),
+    ("stage1_pretrain", "v6e-256", 1, ["--micro-batches=15"]),
+    ("stage1_pretrain", "v5p-256", 1, ["--micro-batches=8"]),
+    ("stage1_pretrain", "v4-512", 1, ["--micro-batches=15"]),
+    ("stage1_pretrain", "v4-256", 1, ["--micro-batches=30"]),
+    ("stage2_multitask", "v5e-256", 1, []),
+    ("stage2_multitask", "v6e-256", 1, ["--micro-batches=8"]),
+    ("stage2_multitask", "v5p-256", 1, ["--micro-batches=8"]),
+    ("stage2_multitask", "v4-512", 1, ["--micro-batches=8"]),
+    ("stage2_multitask", "v4-256", 1, ["--micro-batches=16"]),
+    ("stage3_chat", "v5e-256", 1, [*BIG[:2], "--mesh.tensor=2", "--micro-batches=1"]),
+    ("stage3_chat", "v6e-256", 1, [*BIG[:2], "--mesh.tensor=2", "--micro-batches=1"]),
+    ("stage3_chat", "v5p-256", 1, [*BIG, "--micro-batches=1"]),
+    ("stage3_chat", "v4-256", 1, [*BIG, "--micro-batches=1"]),
+    ("stage3_chat", "v5e-16", 1, []),
+    ("stage3_chat", "v6e-8", 1, ["--micro-batches=16"]),
+    ("stage3_chat", "v5e-8", 1, ["--micro-batches=16"]),
+]
+
+
+def row(stage: str, pod: str, slices: int, options: list[str]) -> str:
+    """Returns one row of the table, compiled or from the disk."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from qwenvl_jax.cli.train import read_config
+    from qwenvl_jax.planning.pods import find_pod
+    from qwenvl_jax.planning.report import table_row
+    from qwenvl_jax.planning.search import PlanCache
+
+    config = read_config(str(ROOT / "configs" / f"{stage}.py"), options)
+    cache = PlanCache(Path("~/.cache/qwenvl_jax/plans").expanduser())
+    return table_row(stage, cache(config, find_pod(pod, slices)))
+
+
+def main() -> None:
+    from qwenvl_jax.planning.report import TABLE_HEAD
+
+    words = sys.argv[1:]
+    chosen = [x for x in ROWS if all(word in f"{x[0]} {x[1]} x{x[2]}" for word in words)]
+    print(TABLE_HEAD, flush=True)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for arguments in chosen:
+            print(pool.submit(row, *arguments).result(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
