@@ -13,7 +13,6 @@ import hashlib
 import io
 import random
 from pathlib import Path
-from typing import Any
 
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import Record
@@ -34,9 +33,9 @@ _QUALITY = (50, 95)  # of the JPEG, as published
 class Documents:
     """A Source of `num` rows.
 
-    `tasks` and `languages` are equally likely. `fonts` is a folder of font files (None: those of
-    this machine, so pages differ between machines), `corpus` one of text files (None: built-in
-    sentences), `photos` one of backgrounds.
+    `tasks` and `languages` are equally likely; a document that settles no question becomes a row
+    of ocr. `fonts` is a folder of font files (None: those of this machine, so pages differ between
+    machines), `corpus` one of text files (None: built-in sentences), `photos` one of backgrounds.
 
     Raises: DataError for settings that cannot be, and material that is missing.
     """
@@ -106,7 +105,7 @@ class Documents:
         Raises: IndexError past the end, DataError where a file of the material cannot be read.
         """
         made, task, language, rng = self.document(index)
-        fields: dict[str, Any] = page_rows.fields_of(task, made, language, rng)
+        task, fields = page_rows.fields_of(task, made, language, rng)
         data = io.BytesIO()
         made.image.save(data, "JPEG", quality=rng.randint(*_QUALITY))
         key = f"documents/{self.split}/{index}"

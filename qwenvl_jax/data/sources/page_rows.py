@@ -1,7 +1,8 @@
-"""What is asked about a document: its lines, one line by its place or its neighbour, their number.
+"""What is asked about a document: its lines, one line by its start or its neighbour, their number.
 
 Nothing is asked that the picture does not settle: lines are counted only where all are labelled,
-and a line is named by its text only where no other has it.
+and a line is named by its text only where no other has it. Tags are live in chat and not in the
+questions of vqa, so only chat asks for places.
 """
 
 import itertools
@@ -20,6 +21,10 @@ _AT = {
 _ENDS = {
     "en": ("What is the first line?", "What is the last line?"),
     "zh": ("第一行写的是什么？", "最后一行写的是什么？"),
+}
+_STARTS = {
+    "en": ("Which line begins with “{}”?", "What does the line that begins with “{}” say?"),
+    "zh": ("以“{}”开头的那一行写的是什么？", "哪一行以“{}”开头？"),
 }
 _AFTER = {"en": "Which line comes after “{}”?", "zh": "“{}”的下一行是什么？"}
 _COUNT = {"en": "How many lines of text are there?", "zh": "图中有多少行文字？"}
@@ -40,23 +45,25 @@ def quad_of(document: Document, line: Line) -> Quad:
     return quad_from_pixels(line.quad.tolist(), *document.image.size)
 
 
-def fields_of(task: str, document: Document, language: str, rng: random.Random) -> dict[str, Any]:
-    """Returns the fields of a row of one of the tasks of `documents.TASKS`.
+def fields_of(
+    task: str, document: Document, language: str, rng: random.Random
+) -> tuple[str, dict[str, Any]]:
+    """Returns the task and the fields of a row; ocr where the document settles no question.
 
-    Raises: ValueError for another task.
+    Raises: ValueError for a task that `documents.TASKS` does not have.
     """
-    if task == "ocr":
-        lines = [[line.text, _points(document, line)] for line in document.lines]
-        return {"lines": lines}
     if task == "chat":
-        return {"conversations": _dialogue(document, language, rng)}
+        return task, {"conversations": _dialogue(document, language, rng)}
     if task in ("ocr_vqa", "vqa"):
-        askers: list[Asker] = [_at]
+        askers: list[Asker] = [_starts]
         if task == "vqa":
-            askers = [_ends, _after, _count, _ends, _after]
-        question, answer = _ask(askers, document, language, rng)
-        return {"question": question, "answer": answer}
-    raise ValueError(f"unknown task of the documents: got {task!r}")
+            askers += [_ends, _after, _count]
+        asked = _ask(askers, document, language, rng)
+        if asked is not None:
+            return task, {"question": asked[0], "answer": asked[1]}
+    elif task != "ocr":
+        raise ValueError(f"unknown task of the documents: got {task!r}")
+    return "ocr", {"lines": [[line.text, _points(document, line)] for line in document.lines]}
 
 
 def _points(document: Document, line: Line) -> list[list[int]]:
@@ -66,18 +73,34 @@ def _points(document: Document, line: Line) -> list[list[int]]:
 Asker = Callable[[Document, str, random.Random], Asked | None]
 
 
-def _ask(askers: list[Asker], document: Document, language: str, rng: random.Random) -> Asked:
+def _ask(
+    askers: list[Asker], document: Document, language: str, rng: random.Random
+) -> Asked | None:
     for asker in rng.sample(askers, len(askers)):
         asked = asker(document, language, rng)
         if asked is not None:
             return asked
-    return _at(document, language, rng)
+    return None
 
 
 def _at(document: Document, language: str, rng: random.Random) -> Asked:
     line = rng.choice(document.lines)
     place = format_quad(quad_of(document, line))
     return rng.choice(_AT[language]).format(place), line.text
+
+
+def _starts(document: Document, language: str, rng: random.Random) -> Asked | None:
+    """Asks for a line by its first word, or its first two signs, which stand nowhere else."""
+    whole = "\n".join(line.text for line in document.lines)
+    found = []
+    for line in document.lines:
+        start = line.text[:2] if language == "zh" else line.text.split()[0]
+        if whole.count(start) == 1 and len(start) > 1 and start != line.text:
+            found.append((start, line))
+    if document.unlabelled or not found:
+        return None
+    start, line = rng.choice(found)
+    return rng.choice(_STARTS[language]).format(start), line.text
 
 
 def _ends(document: Document, language: str, rng: random.Random) -> Asked | None:
@@ -133,9 +156,10 @@ def _is_unique(document: Document, line: Line) -> bool:
 def _dialogue(document: Document, language: str, rng: random.Random) -> list[dict[str, str]]:
     """Returns one to three turns, no question twice."""
     turns: dict[str, str] = {}
-    kinds: list[Asker] = [_at, _find, _find, _ends, _after, _count]
+    kinds: list[Asker] = [_at, _find, _find, _ends, _after, _count, _starts]
     for _ in range(rng.choice((1, 2, 3))):
-        question, answer = _ask([rng.choice(kinds)], document, language, rng)
+        asked = rng.choice(kinds)(document, language, rng)
+        question, answer = asked or _at(document, language, rng)
         turns.setdefault(question, answer)
     if len(document.lines) <= 6 and rng.random() < 0.3:
         turns = dict([_all(document, language, rng)])
