@@ -4,11 +4,13 @@ import pickle
 
 import pytest
 
+from qwenvl_jax.cli import data_prepare
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.sources.collages import Collages
 from qwenvl_jax.data.sources.documents import Documents
 from qwenvl_jax.data.sources.generated import GeneratedOptions, open_generated
 from qwenvl_jax.data.sources.page_photo import PageSettings
+from qwenvl_jax.data.sources.prepared import Prepared
 
 
 def test_options_reach_the_sources(tmp_path):
@@ -39,3 +41,28 @@ def test_a_worker_that_is_handed_a_source_makes_the_same_rows(name):
     copy = pickle.loads(pickle.dumps(made))
     assert copy[2] == made[2]
     assert copy.fingerprint == made.fingerprint
+
+
+def test_generated_rows_are_prepared_by_name(tmp_path, capsys):
+    words = ["documents", str(tmp_path / "out"), "--limit", "3", "--num-workers", "1"]
+    small = ["--generated.tasks", "ocr_vqa", "--generated.languages", "en"]
+    assert data_prepare.main([*words, *small]) == 0
+    prepared = Prepared(tmp_path / "out")
+    made = open_generated("documents", 3, GeneratedOptions(tasks=("ocr_vqa",), languages=("en",)))
+    assert [prepared[i] for i in range(3)] == [made[i] for i in range(3)]
+    assert "ocr_vqa 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["documents", "out"], "--limit is missing"),
+        ([".", "../out", "--generated.emoji"], "--generated.* has no effect on ."),
+    ],
+)
+def test_options_of_generated_rows_that_cannot_work_are_told(
+    words, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert data_prepare.main(words) == 2
+    assert message in capsys.readouterr().err

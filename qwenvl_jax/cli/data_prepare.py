@@ -1,13 +1,15 @@
 """Turns any source of training data into ArrayRecord files with an index, which training reads.
 
 SOURCE is a folder of WebDataset tar shards or of img2dataset parquet files (GRIT's among them), a
-conversation file (.json, .jsonl), a file of the original evaluation scripts, text files, or a
-folder of TensorFlow Datasets. OUT is new; a run that was stopped or killed goes on where it was
-when the same command is given again. Rows that cannot be used are listed in OUT/refused.jsonl.
+conversation file (.json, .jsonl), a file of the original evaluation scripts, text files, a folder
+of TensorFlow Datasets; or `collages` or `documents`, which are made. OUT is new; a run that was
+stopped or killed goes on where it was when the same command is given again. Rows that cannot be
+used are listed in OUT/refused.jsonl.
 
 Example:
     qwenvl data prepare laion/ prepared/laion --rules web --tokenizer weights/chat
     qwenvl data prepare laion/ prepared/laion --beam --runner=DirectRunner
+    qwenvl data prepare documents prepared/documents --limit 100000 --generated.languages zh
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ from qwenvl_jax.cli.errors import SUCCESS, run_command
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.clean import Limits
+from qwenvl_jax.data.sources.generated import NAMES, GeneratedOptions, open_generated
 
 if TYPE_CHECKING:
     from qwenvl_jax.data.prepare import Engine, Progress
@@ -39,13 +42,13 @@ class PrepareOptions:
     """What to prepare, and how."""
 
     source: tyro.conf.Positional[Path]
-    """A file or folder with the rows."""
+    """A file or folder with the rows; or collages, or documents."""
     out: tyro.conf.Positional[Path]
     """The new folder; or one that the same command has begun."""
     num_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     """Processes; the number changes no byte of the result."""
     limit: int | None = None
-    """Only the first rows, for a look."""
+    """Only the first rows, for a look; of what is made, how many."""
     rows_per_shard: int = 10_000
     """Of sources read in any order; other sources have one file for each of theirs."""
     tokenizer: Path | None = None
@@ -55,6 +58,8 @@ class PrepareOptions:
     """Where the picture paths in a JSON file start; its own folder if left out."""
     rules: tuple[str, ...] = ()
     """Cleaning of captions: web, academic, or single rules in order."""
+    generated: GeneratedOptions = dataclasses.field(default_factory=GeneratedOptions)
+    """How collages or documents are made."""
     limits: Annotated[Limits, tyro.conf.arg(name="limits")] = dataclasses.field(
         default_factory=Limits
     )
@@ -112,6 +117,10 @@ def _check(options: PrepareOptions) -> None:
             "--limits.* has no effect without rules: got no --rules; add --rules web, or the names "
             "of single rules"
         )
+    if options.generated != GeneratedOptions() and not is_generated(options):
+        raise ConfigError(
+            f"--generated.* has no effect on {options.source}: it is for {' and '.join(NAMES)}"
+        )
     if options.out.absolute().is_relative_to(options.source.absolute()):
         raise ConfigError(
             f"OUT lies in SOURCE: got {str(options.out)!r}, expected a folder elsewhere, as what "
@@ -119,9 +128,23 @@ def _check(options: PrepareOptions) -> None:
         )
 
 
+def is_generated(options: PrepareOptions) -> bool:
+    """Returns whether SOURCE names data that are made; a file of that name is opened instead."""
+    return str(options.source) in NAMES and not options.source.exists()
+
+
 def _stream(options: PrepareOptions) -> "Stream":
     from qwenvl_jax.data.sources.open_stream import open_stream
     from qwenvl_jax.data.sources.stream import First, InRanges
+
+    if is_generated(options):
+        if options.limit is None:
+            raise ConfigError(
+                f"--limit is missing: {options.source} has as many rows as are asked for; "
+                "e.g. --limit 100000"
+            )
+        made = open_generated(str(options.source), options.limit, options.generated)
+        return InRanges(made, options.rows_per_shard, options.limit)
 
     place = options.source.absolute()
     stream = open_stream(place, options.pictures)

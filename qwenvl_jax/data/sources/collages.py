@@ -83,8 +83,13 @@ class Collages:
         allowed = cutouts.merged(found)
         return tuple(k for k in allowed if self.split == "heldout" or not k.is_held_out)
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
+        """Digest of the settings and of the material they name."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         """Digest of the settings and of the material's names and sizes; paths do not matter."""
         digest = hashlib.blake2b(digest_size=16)
         settings = (self.num, self.split, self.side, self.languages, self.tasks)

@@ -68,8 +68,13 @@ class Documents:
             )
         _ = self.fingerprint  # reads all folders, so that missing material is noticed at once
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
+        """Digest of the settings and of the material they name."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         """Digest of the settings and of the material's names and sizes; paths do not matter."""
         settings = (self.num, self.split, self.languages, self.tasks, self.page)
         digest = hashlib.blake2b(repr((_VERSION, *settings)).encode(), digest_size=16)
