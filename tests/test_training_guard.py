@@ -19,6 +19,8 @@ from qwenvl_jax.training.loop import restore, train
 from qwenvl_jax.training.skips import joined, last_skipped, parse_skips
 from qwenvl_jax.training.state import make_layout
 
+pytestmark = pytest.mark.timeout(900)  # whole runs; a machine with other work compiles slowly
+
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
