@@ -40,6 +40,7 @@ AXIS_TABLE: dict[str, str | tuple[str, ...] | None] = {
     axes.QUERY: None,
     axes.BATCH: BATCH_AXES,
     axes.LENGTH: None,
+    axes.COPIES: "data",
 }
 
 

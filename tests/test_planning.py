@@ -103,7 +103,7 @@ def test_a_loop_without_a_bound_is_an_error(program):
 def test_a_slice_update_costs_its_slice(program):
     work = measure(program, MESH, causal_block=512)
     x, w, gathered, row = 6 * 8 * 4, 8 * 4 * 2, 8 * 16 * 2, 6 * 16 * 4
-    each = (x + w) + 2 * (w + gathered) + (x + gathered + row) + 2 * row
+    each = (x + w) + gathered + (x + gathered + row) + 2 * row  # in flight twice, written once
     whole = 2 * x + 5 * 6 * 16 * 4  # the sum, and the room that is set aside
     assert work.hbm_bytes == pytest.approx(5 * each + whole, rel=0.01)
 
@@ -171,6 +171,7 @@ def test_products_count_what_meets(left, right, out, how, expected):
         ("mesh['x'=2,'y'=3,'z'=4] {'y'}", [0, 4, 8], 8),
         ("mesh['x'=2,'y'=3,'z'=4] {'x','z'}", [0, 1, 2, 3, 12, 13, 14, 15], 3),
         ("{{0,2},{1,3}}", [0, 2], 2),
+        ("mesh['x'=12,'y'=2], device_ids=([2,12]T(1,0)) {'x'}", list(range(12)), 2),
     ],
 )
 def test_groups_of_every_notation(text, first, count):

@@ -130,7 +130,10 @@ class Decoder(nnx.Module):
         )
 
     def embed_tokens(self, tokens_BL: Int[Array, "B L"], dtype: str) -> jax.Array:
+        # First as the table lies, then with its rows: the gradient goes the same way back, and is
+        # added up where the table lies. Else XLA gathers a float32 table for it on every device.
         x_BLD = self.embed.embedding[...][tokens_BL].astype(dtype)
+        x_BLD = constrain(x_BLD, axes.COPIES, None, axes.EMBED)
         return constrain(x_BLD, axes.BATCH, None, None)
 
     def __call__(

@@ -72,6 +72,10 @@ class Instruction:
     def hbm_bytes(self) -> int:
         return sum(shape.num_bytes for shape in self.shapes if shape.is_in_hbm)
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(shape.num_bytes for shape in self.shapes)
+
     @cached_property
     def op_name(self) -> str:
         """Where the program's source made it, e.g. `jit(train_step)/while/body/dot_general`."""

@@ -86,6 +86,8 @@ def measure(program: Program, mesh: Mesh | AbstractMesh, *, causal_block: int) -
                 kind = inner.opcode.removesuffix("-start")
                 if kind in _COLLECTIVES and _channel(inner) not in seen:
                     seen.add(_channel(inner))
+                    if inner is not instruction:
+                        hbm += times * inner.hbm_bytes
                     collectives.append(_collective(inner, kind, times, mesh))
     return Work(flops=flops, hbm_bytes=hbm, collectives=tuple(collectives))
 
@@ -163,6 +165,10 @@ def hbm_bytes(program: Program, instruction: Instruction) -> float:
     if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return 0.0
     operands = program.operands(instruction)
+    if instruction.opcode == "slice-start":  # lists the array, then the slice
+        return float(instruction.shapes[1].num_bytes)
+    if instruction.opcode == "copy-start":  # lists both ends, of which one may be on the chip
+        return float(instruction.hbm_bytes)
     if instruction.opcode == "dynamic-slice":
         return 2.0 * instruction.hbm_bytes
     if instruction.opcode == "dynamic-update-slice":
@@ -172,25 +178,37 @@ def hbm_bytes(program: Program, instruction: Instruction) -> float:
     body = program.computations[instruction.called[0]]
     total = 0.0
     for parameter in (x for x in body.values() if x.opcode == "parameter"):
-        users = [x for x in body.values() if parameter.name in x.operands]
-        touched = [_touched(body, user, parameter) for user in users]
-        total += min(parameter.hbm_bytes, sum(touched))
+        total += min(parameter.hbm_bytes, _touched(program, parameter))
     root = next(x for x in body.values() if x.is_root)
     written = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
     for array in written:
+        while array.opcode == "bitcast":
+            array = body[array.operands[0]]
         if array.opcode == "dynamic-update-slice":
-            total += body[array.operands[1]].hbm_bytes
-        elif array.opcode != "parameter":
-            total += array.hbm_bytes
+            total += body[array.operands[1]].num_bytes
+        elif array.opcode != "parameter" and array.opcode not in _COLLECTIVES:
+            total += array.hbm_bytes  # what an exchange in flight brings is written but once
     return total
 
 
-def _touched(body: dict[str, Instruction], user: Instruction, parameter: Instruction) -> int:
-    if user.opcode in ("dynamic-slice", "slice", "gather"):
-        return user.shapes[0].num_bytes
-    if user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
-        return 0  # written in place; counted at the root
-    return parameter.hbm_bytes
+def _touched(program: Program, array: Instruction) -> int:
+    """Returns how many bytes of an array its users read, following views and inner fusions."""
+    body, total = program.computations[array.home], 0
+    for user in (x for x in body.values() if array.name in x.operands):
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += user.num_bytes
+        elif user.opcode == "bitcast":
+            total += _touched(program, user)
+        elif user.opcode == "fusion":
+            inner = program.computations[user.called[0]].values()
+            number = f"({user.operands.index(array.name)})"
+            same = next(x for x in inner if x.opcode == "parameter" and x.rest == number)
+            total += _touched(program, same)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == array.name:
+            continue  # written in place; counted at the root
+        elif user.opcode not in ("tuple", *_COLLECTIVES):
+            total += array.num_bytes
+    return total
 
 
 # --- bytes over the links -------------------------------------------------------------------------
@@ -233,20 +251,26 @@ def exchange_groups(instruction: Instruction, mesh: Mesh | AbstractMesh) -> np.n
     """Returns int [groups, members]: which devices, counted along the mesh, exchange together."""
     text = instruction.attribute("replica_groups") or instruction.attribute("source_target_pairs")
     everyone = np.arange(mesh.size)
-    if named := re.match(r"mesh\[([^\]]*)\]\s*(?:\(([\d,]*)\))?\s*\{([^}]*)\}", text):
+    # A mesh of the compiler's own: sizes, perhaps the devices in another order, the axes in use.
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", instruction.rest):
         sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", named[1])}
         moved = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", named[3])]
+        if order := re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", named[2]):
+            everyone = _iota(order[1], order[2])
         grid = everyone.reshape(tuple(sizes.values()))
         grid = np.moveaxis(grid, moved, range(-len(moved), 0))
         return grid.reshape(-1, math.prod(list(sizes.values())[i] for i in moved))
     if iota := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        dims = [int(n) for n in iota[2].split(",")]
-        grid = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            grid = grid.transpose([int(n) for n in iota[3].split(",")])
-        return grid.reshape([int(n) for n in iota[1].split(",")])
+        return _iota(iota[2], iota[3]).reshape([int(n) for n in iota[1].split(",")])
     groups = [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)]
     return np.array(groups) if groups else everyone[None]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Returns 0, 1, 2, ... laid out in `dims` and read in another order of the dimensions."""
+    sizes = [int(n) for n in dims.split(",")]
+    grid = np.arange(math.prod(sizes)).reshape(sizes)
+    return (grid.transpose([int(n) for n in order.split(",")]) if order else grid).ravel()
 
 
 def _axes_that_vary(groups: np.ndarray, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
