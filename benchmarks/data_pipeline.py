@@ -7,7 +7,8 @@ lets four ways take turns, several times, and prints medians of the ratios, so t
 the machine weighs on all alike:
 
     bare      Pillow decodes and resizes the files, nothing else, on one core
-    pipeline  rows planned, read, tokenised, decoded, resized, packed: threads, 1 and 2 processes
+    pipeline  rows planned, read, tokenised, decoded, resized, packed: one worker's work in this
+              process, threads of this process, 1 and 2 worker processes
     torch     a DataLoader with as many processes that reads, tokenises, decodes, resizes, collates
 
 A minute on two free cores. PyTorch comes with the extra `bench`; without it its lines are left out.
@@ -28,6 +29,7 @@ from PIL import Image
 
 from qwenvl_jax.config import DataConfig
 from qwenvl_jax.data.pipeline import batches
+from qwenvl_jax.data.rows import RowMaker, open_rows, open_sources
 from qwenvl_jax.data.sources.conversations import Conversations
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
@@ -68,8 +70,8 @@ def bare(path: Path) -> Iterator[int]:
         yield ROWS * MAX_IMAGES
 
 
-def pipeline(path: Path, num_workers: int) -> Iterator[int]:
-    config = DataConfig(
+def data_config(path: Path, num_workers: int) -> DataConfig:
+    return DataConfig(
         source="rows",
         path=str(path),
         length=2300,  # seven of these samples
@@ -79,7 +81,20 @@ def pipeline(path: Path, num_workers: int) -> Iterator[int]:
         tokenizer=str(VOCABULARY),
         num_workers=num_workers,
     )
-    for batch in batches(config, 0, slots=SLOTS):
+
+
+def pipeline(path: Path, num_workers: int) -> Iterator[int]:
+    for batch in batches(data_config(path, num_workers), 0, slots=SLOTS):
+        yield int((batch.image_start < 2**30).sum())
+
+
+def worker(path: Path) -> Iterator[int]:
+    """What a worker process does, in this one: batches made on one core, without a queue."""
+    config, tokenizer = data_config(path, 1), load_tokenizer(VOCABULARY, slots=SLOTS)
+    opened = open_rows(config, tokenizer, 0, open_sources(config))
+    make = RowMaker(config, tokenizer, opened, range(ROWS), num_threads=1)
+    for step in itertools.count():
+        batch, _ = make(step)
         yield int((batch.image_start < 2**30).sum())
 
 
@@ -159,10 +174,11 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
         path = write_files(Path(folder))
-        ways = {"bare": bare(path), "threads": pipeline(path, 0)}
+        ways = {"bare": bare(path), "worker": worker(path), "threads": pipeline(path, 0)}
         # Seconds of this process on a core: what other programs do meanwhile does not count.
         speeds = compare(ways, rounds, time.process_time)
-        show("pipeline to bare loop, per second of a core", speeds, "threads", "bare")
+        show("a worker to the bare loop, a core's second", speeds, "worker", "bare")
+        show("threads to the bare loop, a core's second", speeds, "threads", "bare")
         ways = {f"{count} process": pipeline(path, count) for count in (1, 2)}
         speeds = compare(ways, rounds, time.perf_counter)
         show("2 processes to 1", speeds, "2 process", "1 process")
