@@ -41,6 +41,7 @@ def get_config() -> TrainConfig:
             source="rows",
             path="my.json",
             mask="released",  # ChatML's own tokens of every turn count, as in the original
+            cut_turns=True,  # the original cuts the ids, also inside a picture
             length=2048,
             max_images=7,
             image_size=448,

@@ -193,6 +193,7 @@ class DataConfig:
     mixing: Mixing = "weights"  # what the weights of the mixture are; see `data/mixture.py`
     temperature: float = 1.0  # of mixing="temperature": more draws the shares together
     mask: LossMask = "released"  # of dialogues
+    cut_turns: bool = False  # a dialogue longer than a row loses its last turns, else it is refused
     same_task_rows: bool = False  # a row holds samples of one task
     max_bad_fraction: float = 0.001  # of the samples that may be unusable before the run stops
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import sys
 from subprocess import run
 
@@ -10,7 +11,7 @@ import pytest
 from finetune_rows import NANO, SLOTS, Rows, data_config, numbers_in, same, write_rows
 
 from qwenvl_jax.config import ConfigError
-from qwenvl_jax.data.example import NO_IMAGE, Batch
+from qwenvl_jax.data.example import NO_IMAGE, Batch, DataError
 from qwenvl_jax.data.pipeline import Share, batches
 from qwenvl_jax.data.record import Record
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
@@ -238,3 +239,22 @@ def test_settings_that_would_do_nothing_or_harm(changes, message):
 def test_held_out_rows_are_another_path(tmp_path):
     with pytest.raises(ConfigError, match="has no part 'heldout'"):
         batches(data_config(path=write_rows(tmp_path, 2)), 0, slots=SLOTS, split="heldout")
+
+
+def test_long_dialogues_lose_their_last_turns_where_that_is_asked_for(tmp_path, tok):
+    turns = []
+    for number in range(6):
+        turns.append({"from": "user", "value": "Which one? " + "It is. " * 6})
+        turns.append({"from": "assistant", "value": f"number {number}"})
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps([{"id": "long", "conversations": turns}]), encoding="utf-8")
+    config = data_config(path=str(path), cut_turns=True)
+    (batch,) = take(config, 1)
+    text = tok.decode(batch.tokens[0][batch.segment[0] == 1])
+    assert "number 0" in text
+    assert "number 5" not in text
+    assert text.endswith("<|im_end|>\n")
+    with pytest.raises(DataError, match=r"long.* does not fit into a row"):
+        take(dataclasses.replace(config, cut_turns=False), 1)
+    with pytest.raises(DataError, match="answer alone do not fit into 40"):
+        take(dataclasses.replace(config, length=40), 1)

@@ -39,7 +39,7 @@ _LAST_STEP = 2**31 - 1
 _PREFETCH = 4  # batches
 _KEPT_METRICS = 64  # steps; more than can be under way at once
 _GENERATED = ("scenes", "text")
-_ONLY_ROWS = ("path", "mixture", "mixing", "temperature", "mask", "same_task_rows")
+_ONLY_ROWS = ("path", "mixture", "mixing", "temperature", "mask", "cut_turns", "same_task_rows")
 _log = logging.getLogger(__name__)
 
 
@@ -127,7 +127,7 @@ def batches(
     num_rows = None
     make: Callable[[int], tuple[Batch, Notes]]
     if config.source == "rows":
-        sources = open_sources(config)
+        sources = open_sources(config, tokenizer)
         if folder is not None:
             now = fingerprint(config, tokenizer, sources)
             check_unchanged(Path(folder), now, first_step, share.process)

@@ -21,6 +21,7 @@ from qwenvl_jax.data.packing import check_fits, image_slots, new_canvas, pack, p
 from qwenvl_jax.data.record import Source
 from qwenvl_jax.data.sizes import sizes_of
 from qwenvl_jax.data.tasks import example_of
+from qwenvl_jax.data.turns import CutTurns
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 _ORDER_FORMAT = 1  # another number where the same settings would give another order
@@ -41,11 +42,14 @@ class OpenRows(NamedTuple):
     unusable: dict[str, np.ndarray]  # the rows of each source that no step holds
 
 
-def open_sources(config: DataConfig) -> dict[str, Source]:
+def open_sources(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Source]:
     """Returns path -> source. Raises: DataError or OSError where one cannot be opened."""
     from qwenvl_jax.data.sources.open import open_source
 
-    return {path: open_source(path) for path in config.mixture or [config.path]}
+    sources = {path: open_source(path) for path in config.mixture or [config.path]}
+    if not config.cut_turns:
+        return sources
+    return {path: CutTurns(source, tokenizer, config.length) for path, source in sources.items()}
 
 
 def open_rows(

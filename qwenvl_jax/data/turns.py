@@ -1,9 +1,10 @@
 """Chat rows by their turns: which pictures they hold, and how many turns fit a length."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from qwenvl_jax.data.example import DataError
-from qwenvl_jax.data.record import Record, check_record
+from qwenvl_jax.data.record import Record, Source, check_record
 from qwenvl_jax.prompt.chat import (
     DEFAULT_SYSTEM,
     ChatError,
@@ -64,3 +65,24 @@ def fit_turns(record: Record, tokenizer: Tokenizer, length: int) -> Record:
     dropped_first = len(conversations) - (len(messages) - 1)  # an answer before any question
     fields = {**record.fields, "conversations": conversations[: dropped_first + kept]}
     return record._replace(fields=fields, images=record.images[:num_images])
+
+
+@dataclasses.dataclass(frozen=True)
+class CutTurns:
+    """The rows of a source, whose dialogues lose the last turns that a length has no room for."""
+
+    source: Source
+    tokenizer: Tokenizer
+    length: int
+
+    @property
+    def fingerprint(self) -> str:
+        slots = self.tokenizer.slots
+        return f"{self.source.fingerprint} turns cut to {self.length} with {slots} slots a picture"
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises: as the source does, and DataError for a row whose first turn does not fit."""
+        return fit_turns(self.source[index], self.tokenizer, self.length)
