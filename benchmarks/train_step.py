@@ -84,7 +84,7 @@ def torch_contestant(
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
-        return float(value)
+        return float(value.detach())
 
     return forward, train, sum(p.numel() for p in model.parameters())
 

@@ -7,7 +7,7 @@ import dataclasses
 
 import tiny
 
-from qwenvl_jax.config import CheckpointConfig, DataConfig, GuardConfig, MeshConfig, TrainConfig
+from qwenvl_jax.config import CheckpointConfig, DataConfig, MeshConfig, TrainConfig
 
 STEPS = 8
 SAVED_EVERY = 2
@@ -33,5 +33,4 @@ def get_config() -> TrainConfig:
         data=data,
         mesh=MeshConfig(),
         checkpoint=CheckpointConfig(every_steps=SAVED_EVERY, keep=3),
-        guard=GuardConfig(data_timeout=60.0),
     )

@@ -290,10 +290,10 @@ def killed_worker(row: Row) -> str:
 
 def hanging_data(row: Row) -> str:
     """F19: the data do not come any more."""
-    said = row.fault("data-hang@4", code=2, more=("--guard.data-timeout=5",))
-    assert "the data have stopped coming: got no batch for 5 seconds" in said
+    said = row.fault("data-hang@4", code=2, more=("--guard.data-timeout=30",))
+    assert "the data have stopped coming: got no batch for 30 seconds" in said
     row.train()
-    return f"error after 5 s, then {row.equals_whole()}"
+    return f"error after 30 s, then {row.equals_whole()}"
 
 
 def copy_that_differs(row: Row) -> str:
