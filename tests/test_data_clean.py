@@ -120,7 +120,7 @@ def test_grounded_captions_are_judged_and_never_mended():
         clean(row, WEB, Limits())
 
 
-@pytest.mark.parametrize("task", set(FIELDS) - {"caption", "grounded_caption"})
+@pytest.mark.parametrize("task", [name for name in FIELDS if "caption" not in name.split("_")])
 def test_other_tasks_pass(task):
     row = Record("k", task, dict.fromkeys(FIELDS[task], "🌟 <b>звезда</b>"))
     assert clean(row, WEB + ACADEMIC, Limits()) == (row, [])
