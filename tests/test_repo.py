@@ -304,7 +304,9 @@ def options_of(page: str, door: str) -> set[str]:
     """Returns the `--options` that a page's code gives to `python door.py` or `qwenvl door`."""
     joined = re.sub(r"\\\n\s*", " ", page)
     lines = [
-        line for line in code_of(joined) if re.search(rf"(?:{door}\.py|qwenvl {door})\b", line)
+        line
+        for line in code_of(joined)
+        if re.search(rf"(?<!\w)(?:{door}\.py|qwenvl {door})\b", line)
     ]
     return {option for line in lines for option in re.findall(r"(?<=\s)--[a-z][\w.-]*", line)}
 

@@ -65,9 +65,8 @@ def train(
 ) -> int:
     """Runs or resumes the run in `config.run_dir`; returns the number of finished steps.
 
-    That is `config.steps`, or fewer when SIGTERM or Ctrl-C asked to stop: then the state of the
-    last finished step has been saved. `batches` replaces the configured data, `devices` all those
-    of this job.
+    That is `config.steps`, or fewer after SIGTERM or Ctrl-C: then the last finished step is saved.
+    `batches` replaces the configured data, `devices` all those of this job.
 
     Raises:
         ConfigError: settings that cannot work, or that are not those of the run in this directory.
@@ -77,26 +76,23 @@ def train(
         OutOfMemory: the device cannot hold the step; what is on disk is whole.
     """
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
-    mesh = make_mesh(config.mesh, devices)
-    layout = make_layout(config, mesh)
+    layout = make_layout(config, make_mesh(config.mesh, devices))
     train_step = make_train_step(config, layout)
     with contextlib.ExitStack() as stack:
         # The mesh context serves sharding constraints that name mesh axes only.
-        stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(jax.set_mesh(layout.mesh))
         stack.enter_context(explained(layout))
         run_dir = stack.enter_context(contextlib.closing(open_run(config, command)))
         _check_processes(config, run_dir)
         store = CheckpointStore(config.run_dir, keep=config.checkpoint.keep)
         stack.enter_context(contextlib.closing(store))
         with goodput.spend("restore"):
-            state = restore(layout, store)
-            state = state or start_state(config, layout, initial_weights(config, layout))
+            state = restore(layout, store) or new_state(config, layout)
         first_step = int(state.step)
         check_agreement({"the newest good checkpoint": str(first_step)})
         run_dir.ask_to_skip(config.skip_steps, first_step)
         report = stack.enter_context(contextlib.closing(Report(config, layout, first_step)))
-        for line in [*run_dir.notes, *introduction(config, layout, first_step)]:
-            report.say(line)
+        report.say("\n".join([*run_dir.notes, *introduction(config, layout, first_step)]))
         if first_step >= config.steps:
             report.say("nothing to do: this run is finished")
             return first_step
@@ -171,6 +167,11 @@ def restore(layout: Layout, store: CheckpointStore) -> TrainState | None:
     """Returns the state of the newest good checkpoint, or None where there is none."""
     found = store.restore_newest(to_items(layout.abstract), new_items(layout))
     return found and from_items(found[1], layout.abstract)
+
+
+def new_state(config: TrainConfig, layout: Layout) -> TrainState:
+    """Returns the state of a run that begins."""
+    return start_state(config, layout, initial_weights(config, layout))
 
 
 def initial_weights(config: TrainConfig, layout: Layout) -> Weights:

@@ -68,15 +68,11 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
             optimizer=keep(moments, state.optimizer),
             guard=guard,
         )
-        is_token = batch.segment > 0
-        metrics = {
+        metrics = _counts(batch) | {
             "loss": loss,
             "grad_norm": norm,
             "lr": lr,
-            "tokens": is_token.sum(),
-            "pairs": jnp.where(is_token, batch.position + 1.0, 0.0).sum(),
             "scored_tokens": weight_sum,
-            "images": (batch.image_start < NO_IMAGE).sum(),
             "verdict": verdict,
             "spike_score": score,
             "skipped": guard.skipped,
@@ -92,6 +88,16 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
         out_shardings=(layout.shardings, replicated),
         compiler_options=compiler_options(layout.mesh),
     )
+
+
+def _counts(batch: Batch) -> Metrics:
+    """Returns what is in a batch, which its work follows from."""
+    is_token = batch.segment > 0
+    return {
+        "tokens": is_token.sum(),
+        "pairs": jnp.where(is_token, batch.position + 1.0, 0.0).sum(),
+        "images": (batch.image_start < NO_IMAGE).sum(),
+    }
 
 
 def _check_rows(config: TrainConfig, mesh: Mesh) -> int:
