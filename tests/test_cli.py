@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from qwenvl_jax.cli import main as cli
+from qwenvl_jax.cli.devices import leave_out_absent_tpu
 from qwenvl_jax.cli.errors import INTERRUPTED, SUCCESS, USAGE_ERROR, is_user_error, run_command
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError, MeshConfig
@@ -154,3 +155,26 @@ def test_a_wrong_option_is_one_line_that_names_it(words, told):
     assert told in text
     assert "\n" not in text
     assert not set(text) & set("│╭╰─")
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("null", None, "cpu"),
+        ("accel0", None, None),  # a TPU of the older kind
+        ("vfio/0", None, None),
+        ("null", "tpu", "tpu"),  # somebody has decided
+    ],
+)
+def test_a_tpu_that_is_not_there_is_not_looked_for(file, before, after, tmp_path, monkeypatch):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    monkeypatch.delenv("JAX_PLATFORMS")
+    if before:
+        monkeypatch.setenv("JAX_PLATFORMS", before)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: object() if name == "libtpu" else None
+    )
+    leave_out_absent_tpu(tmp_path)
+    assert os.environ.get("JAX_PLATFORMS") == after

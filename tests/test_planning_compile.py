@@ -1,13 +1,11 @@
 """The paper's three runs, made small, compiled for a TPU slice that is not there.
 
 `tests/golden/plans/` holds where each parameter lies and what crosses the links; a change of either
-is seen as a difference of text. `python tests/test_planning_compile.py` writes them again; it needs
-the TPU compiler (`pip install libtpu`, at the version that jax names), as the last tests here do.
+is seen as a difference of text. `python tests/test_planning_compile.py` writes them again.
 """
 
 import dataclasses
 import difflib
-import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
@@ -85,11 +83,6 @@ def test_parameters_lie_where_they_lay(stage):
 
 # --- with the TPU compiler ------------------------------------------------------------------------
 
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="the TPU compiler is not installed: pip install libtpu",
-)
-
 
 @pytest.fixture(scope="module")
 def compiled() -> CompiledStep:
@@ -101,12 +94,10 @@ def plan(compiled) -> Plan:
     return describe(compiled, find_pod(POD))
 
 
-@needs_compiler
 def test_exchanges_are_those_of_the_snapshot(plan):
     assert differences("stage2_multitask_collectives.txt", collectives_text(plan)) == []
 
 
-@needs_compiler
 def test_rows_stay_where_they_are(plan):
     """Over `fsdp` weights and their gradients travel, never the activations of the rows."""
     rows, length, patches = 2, 256, 64  # of a chip in a micro-batch; a picture
@@ -117,7 +108,6 @@ def test_rows_stay_where_they_are(plan):
             assert [rows * 4 * 2, patches] != dims[:2], exchange
 
 
-@needs_compiler
 def test_state_is_given_up_and_counted(compiled, plan):
     stats = compiled.executable.memory_analysis()
     new = stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -132,7 +122,6 @@ def test_state_is_given_up_and_counted(compiled, plan):
     assert plan.replicated == ()
 
 
-@needs_compiler
 def test_executed_work_is_useful_work_and_what_remat_adds(plan):
     """The tower is computed twice going forward; the decoder keeps its products."""
     assert 1.0 < plan.recompute < 1.34
@@ -142,7 +131,6 @@ def test_executed_work_is_useful_work_and_what_remat_adds(plan):
     assert table_row("stage 2", plan).count("|") == 13
 
 
-@needs_compiler
 def test_prefill_and_decode_of_a_server():
     load = Load(rows=4, prompt=128, answer=32, images=1)
     model, pod = reduced("stage3_chat").model, find_pod("v5e-4")

@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from qwenvl_jax.cli.devices import leave_out_absent_tpu
+
 SUCCESS = 0
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -54,6 +56,7 @@ def run_command(
     name: what the person typed, put before the message ("infer", "train").
     argv: without the program's name; None takes it from the command line.
     """
+    leave_out_absent_tpu()
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
