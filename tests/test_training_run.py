@@ -281,7 +281,7 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_curve_of_a_run_with_skipped_steps(tmp_path):
-    numbers = {"lr": 1e-3, "grad_norm": 0.5, "loss/vqa": 1.5}
+    numbers = {"lr": 1e-3, "grad_norm": 0.5}
     lines = [{"step": s, "loss": loss} | numbers for s, loss in ((1, 3.0), (2, None), (3, 2.0))]
     lines.insert(2, {"step": 2, "loss": None, "passed_over": True})
     text = "".join(json.dumps(x) + "\n" for x in lines)

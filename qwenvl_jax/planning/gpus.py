@@ -11,6 +11,7 @@ from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.planning.estimate import estimate_memory
 from qwenvl_jax.planning.pods import GB, GiB
 from qwenvl_jax.planning.useful import useful_flops
+from qwenvl_jax.training.flops import PEAKS
 
 _RESERVE = 0.90  # jax takes three quarters unless told otherwise; the driver needs the rest of this
 
@@ -26,11 +27,11 @@ class Gpus:
 
 
 _KINDS = {
-    "l4": (24 * GiB, 121e12),
-    "a100-40": (40 * GiB, 312e12),
-    "a100-80": (80 * GiB, 312e12),
-    "h100": (80 * GiB, 989e12),
-    "h200": (141 * GB, 989e12),
+    "l4": (24 * GiB, PEAKS["NVIDIA L4"]),
+    "a100-40": (40 * GiB, PEAKS["NVIDIA A100"]),
+    "a100-80": (80 * GiB, PEAKS["NVIDIA A100"]),
+    "h100": (80 * GiB, PEAKS["NVIDIA H100"]),
+    "h200": (141 * GB, PEAKS["NVIDIA H200"]),
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.training.flops import PEAKS
 
 GB, GiB = 10**9, 2**30
 
@@ -41,7 +42,7 @@ CHIPS = {
     for chip in (
         Chip(
             generation="v4",
-            peak_flops=275e12,
+            peak_flops=PEAKS["TPU v4"],
             hbm_bytes=32 * GiB,
             hbm_bandwidth=1200e9,
             link_bandwidth=50e9,
@@ -51,7 +52,7 @@ CHIPS = {
         ),
         Chip(
             generation="v5e",
-            peak_flops=197e12,
+            peak_flops=PEAKS["TPU v5e"],
             hbm_bytes=16 * GiB,
             hbm_bandwidth=800e9,
             link_bandwidth=50e9,
@@ -61,7 +62,7 @@ CHIPS = {
         ),
         Chip(
             generation="v5p",
-            peak_flops=459e12,
+            peak_flops=PEAKS["TPU v5p"],
             hbm_bytes=95 * GiB,
             hbm_bandwidth=2765e9,
             link_bandwidth=100e9,
@@ -71,7 +72,7 @@ CHIPS = {
         ),
         Chip(
             generation="v6e",
-            peak_flops=918e12,
+            peak_flops=PEAKS["TPU v6e"],
             hbm_bytes=32 * GiB,
             hbm_bandwidth=1600e9,
             link_bandwidth=100e9,

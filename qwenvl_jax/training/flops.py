@@ -8,6 +8,7 @@ is trained: a frozen part costs one third or two thirds of a trained one. Attent
 of tokens that may look at each other. Norms, softmax, optimizer and loss count nothing.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ PEAKS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
+    "NVIDIA L4": 121e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
@@ -38,7 +40,7 @@ _PER_STEP = "adapter.attn.q_proj"
 
 def peak_flops(device_kind: str) -> float | None:
     """Returns the peak of one device of this kind; None where it is not known, as of a CPU."""
-    known = [kind for kind in PEAKS if device_kind.startswith(kind)]
+    known = [kind for kind in PEAKS if re.match(rf"{kind}\b", device_kind)]  # an L40 is no L4
     return PEAKS[max(known, key=len)] if known else None
 
 

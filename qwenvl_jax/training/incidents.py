@@ -1,7 +1,6 @@
 """incidents.jsonl: one line for every step that went wrong, with what to look at afterwards."""
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +9,27 @@ import numpy as np
 
 from qwenvl_jax.training.guard import REASONS
 
-Samples = Callable[[int], Sequence[str]]  # step -> the keys of the samples in its batch
-
 
 class RunStopped(RuntimeError):
     """The run has ended itself; its state is saved."""
 
 
-def no_samples(step: int) -> Sequence[str]:
-    """Stands for data that cannot name their samples: the seed and the step find them again."""
-    del step
-    return ()
-
-
 class Incidents:
-    """Appends to run_dir/incidents.jsonl, on the first process only, and says the same in words."""
+    """Appends to run_dir/incidents.jsonl, on the first process only, and says the same in words.
 
-    def __init__(self, run_dir: str | Path, seed: int, samples: Samples = no_samples):
-        self.path = Path(run_dir) / "incidents.jsonl"
-        self._seed, self._samples = seed, samples
+    Seed and step of a line make its batch again.
+    """
+
+    def __init__(self, run_dir: str | Path, seed: int):
+        self.path, self._seed = Path(run_dir) / "incidents.jsonl", seed
 
     def note(self, numbers: dict[str, Any], action: str, **facts: Any) -> str:
         """Writes one incident down; returns it as a line for the person who watches."""
         step, reason = numbers["step"], REASONS[numbers["verdict"]]
         seen = {name: numbers[name] for name in ("loss", "grad_norm", "spike_score")}
         if jax.process_index() == 0:
-            samples = {"seed": self._seed, "samples": list(self._samples(step))}
-            record = {"step": step, "reason": reason, "action": action} | seen | facts | samples
+            record = {"step": step, "seed": self._seed, "reason": reason, "action": action}
+            record |= seen | facts
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, default=str) + "\n")
         told = ", ".join(f"{name} {value:.4g}" for name, value in seen.items())

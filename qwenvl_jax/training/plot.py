@@ -7,7 +7,7 @@ from typing import Any
 
 from qwenvl_jax.config import ConfigError
 
-# Panels from the top: what is drawn, and on which scale. Records may hold `loss/TASK` too.
+# Panels from the top: what is drawn, and on which scale.
 PANELS = {"loss": "linear", "lr": "linear", "grad_norm": "log"}
 
 
@@ -24,7 +24,7 @@ def plot_curves(run_dir: str | Path) -> str:
 
 
 def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Returns the path of the PNG: loss (by task where recorded), rate and gradient norm by step.
+    """Returns the path of the PNG: loss, rate and gradient norm by step.
 
     Raises:
         ConfigError: the directory has no metrics.jsonl with a finished step.
@@ -47,8 +47,6 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     for panel, (name, scale) in zip(panels, PANELS.items(), strict=True):
         draw_series(panel, records, name)
         panel.set(ylabel=name, yscale=scale)
-    for task in sorted({key for r in records for key in r if key.startswith("loss/")}):
-        draw_series(panels[0], records, task)
     panels[0].set(title=str(run_dir))
     panels[0].legend(frameon=False)
     panels[-1].set(xlabel="step")
@@ -79,8 +77,7 @@ def draw_series(panel: Any, records: list[dict[str, Any]], name: str) -> None:
     points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
     steps, values = [step for step, _ in points], [value for _, value in points]
     width = max(1, len(values) // 50)
-    if name == "loss":
-        panel.plot(steps, values, color="0.8", linewidth=0.8)
+    panel.plot(steps, values, color="0.8", linewidth=0.8)
     panel.plot(steps, running_mean(values, width), linewidth=1.2, label=f"{name}, mean of {width}")
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import Record
 from qwenvl_jax.data.sources.pairs import COLUMNS, rows_of
-from qwenvl_jax.data.sources.stream import Refusal, files_fingerprint, find_files
+from qwenvl_jax.data.sources.stream import FoundFiles, Refusal
 
 ENDINGS = (".parquet",)
 _PICTURES = ("jpg", "png", "webp", "image")
@@ -27,20 +27,18 @@ class ParquetFiles:
 
     def __init__(self, path: str | Path):
         """Raises: DataError where there is no parquet file."""
-        self.path = Path(path)
-        self.root = self.path.parent if self.path.is_file() else self.path
-        find_files(self.path, ENDINGS)
+        self.files = FoundFiles(Path(path), ENDINGS)
 
     @property
     def fingerprint(self) -> str:
-        return files_fingerprint(find_files(self.path, ENDINGS), self.root, kind="parquet")
+        return self.files.fingerprint(kind="parquet")
 
     def shards(self) -> list[str]:
-        return [p.relative_to(self.root).as_posix() for p in find_files(self.path, ENDINGS)]
+        return self.files.names()
 
     def read(self, shard: str) -> Iterator[Record | DataError]:
         """Yields rows and refusals. Raises: DataError for files of addresses without pictures."""
-        path, number = self.root / shard, 0
+        path, number = self.files.root / shard, 0
         with path.open("rb") as file:  # so that a missing file is not taken for a damaged one
             try:
                 table = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER, pre_buffer=False)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import Record
 from qwenvl_jax.data.sources.pdf_page import Box, PdfPage, open_pdf, pdfium, read_page
-from qwenvl_jax.data.sources.stream import Refusal, files_fingerprint, find_files
+from qwenvl_jax.data.sources.stream import FoundFiles, Refusal
 from qwenvl_jax.prompt.boxes import quad_from_pixels
 
 ENDINGS = (".pdf",)
@@ -69,26 +69,24 @@ class PdfPages:
 
     def __post_init__(self) -> None:
         pdfium()
-        find_files(self.path, ENDINGS)
+        _ = self._files  # so that missing ones are noticed at once
 
     @property
-    def _root(self) -> Path:
-        return self.path.parent if self.path.is_file() else self.path
+    def _files(self) -> FoundFiles:
+        return FoundFiles(self.path, ENDINGS)
 
     @property
     def fingerprint(self) -> str:
         settings = {"side": self.side, "unit": self.unit, "limits": repr(self.limits)}
-        files = find_files(self.path, ENDINGS)
-        return files_fingerprint(files, self._root, kind="pdf", version=_VERSION, **settings)
+        return self._files.fingerprint(kind="pdf", version=_VERSION, **settings)
 
     def shards(self) -> list[str]:
         """Returns one shard for each file."""
-        files = find_files(self.path, ENDINGS)
-        return [file.relative_to(self._root).as_posix() for file in files]
+        return self._files.names()
 
     def read(self, shard: str) -> Iterator[Record | DataError]:
         """Yields the file's pages in order. Raises: OSError where it cannot be read."""
-        data = (self._root / shard).read_bytes()
+        data = (self._files.root / shard).read_bytes()
         try:
             with contextlib.closing(open_pdf(data, shard)) as document:
                 for number in range(len(document)):

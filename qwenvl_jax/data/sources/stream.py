@@ -4,6 +4,7 @@ A web set is too large to be read in any order before it is prepared. A `Stream`
 and reads each on its own and in a stable order, so that shards can be read by many processes.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -91,6 +92,34 @@ class First(NamedTuple):
     def read(self, shard: str) -> Iterator[Record | DataError]:
         rows = itertools.chain.from_iterable(map(self.stream.read, self.stream.shards()))
         return itertools.islice(rows, self.num_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundFiles:
+    """A file, or the files below a folder with one of the endings; looked for each time.
+
+    Raises: DataError where there is none.
+    """
+
+    path: Path
+    endings: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        find_files(self.path, self.endings)
+
+    @property
+    def root(self) -> Path:
+        """What names are relative to."""
+        return self.path.parent if self.path.is_file() else self.path
+
+    def paths(self) -> list[Path]:
+        return find_files(self.path, self.endings)
+
+    def names(self) -> list[str]:
+        return [path.relative_to(self.root).as_posix() for path in self.paths()]
+
+    def fingerprint(self, **settings: Any) -> str:
+        return files_fingerprint(self.paths(), self.root, **settings)
 
 
 def find_files(path: Path, endings: Sequence[str]) -> list[Path]:

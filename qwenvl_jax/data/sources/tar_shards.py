@@ -11,7 +11,7 @@ from typing import Any
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import Record
 from qwenvl_jax.data.sources.pairs import rows_of
-from qwenvl_jax.data.sources.stream import Refusal, files_fingerprint, find_files
+from qwenvl_jax.data.sources.stream import FoundFiles, Refusal
 from qwenvl_jax.image.load import MAX_BYTES
 
 ENDINGS = (".tar", ".tar.gz", ".tgz")
@@ -27,19 +27,17 @@ class TarShards:
 
     def __init__(self, path: str | Path):
         """Raises: DataError where there is no tar file."""
-        self.path = Path(path)
-        self.root = self.path.parent if self.path.is_file() else self.path
-        find_files(self.path, ENDINGS)
+        self.files = FoundFiles(Path(path), ENDINGS)
 
     @property
     def fingerprint(self) -> str:
-        return files_fingerprint(find_files(self.path, ENDINGS), self.root, kind="tar")
+        return self.files.fingerprint(kind="tar")
 
     def shards(self) -> list[str]:
-        return [p.relative_to(self.root).as_posix() for p in find_files(self.path, ENDINGS)]
+        return self.files.names()
 
     def read(self, shard: str) -> Iterator[Record | DataError]:
-        with (self.root / shard).open("rb") as file:
+        with (self.files.root / shard).open("rb") as file:
             try:
                 with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
                     for name, members in itertools.groupby(tar, key=_name):

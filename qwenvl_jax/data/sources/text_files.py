@@ -7,7 +7,7 @@ from pathlib import Path
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import Record
 from qwenvl_jax.data.sources.lines import ranges, read_lines, split
-from qwenvl_jax.data.sources.stream import Refusal, files_fingerprint, find_files
+from qwenvl_jax.data.sources.stream import FoundFiles, Refusal
 
 ENDINGS = (".txt", ".jsonl")
 # A row of 2048 tokens holds about this many Chinese characters, and more English ones; samples are
@@ -24,17 +24,14 @@ class TextFiles:
 
     def __init__(self, path: str | Path):
         """Raises: DataError where there is no such file."""
-        self.path = Path(path)
-        self.root = self.path.parent if self.path.is_file() else self.path
-        find_files(self.path, ENDINGS)
+        self.files = FoundFiles(Path(path), ENDINGS)
 
     @property
     def fingerprint(self) -> str:
-        files = find_files(self.path, ENDINGS)
-        return files_fingerprint(files, self.root, kind="text", characters=MAX_CHARACTERS)
+        return self.files.fingerprint(kind="text", characters=MAX_CHARACTERS)
 
     def shards(self) -> list[str]:
-        return ranges(find_files(self.path, ENDINGS), self.root)
+        return ranges(self.files.paths(), self.files.root)
 
     def read(self, shard: str) -> Iterator[Record | DataError]:
         name, *_ = split(shard)
@@ -49,11 +46,11 @@ class TextFiles:
     def _plain(self, shard: str) -> Iterator[tuple[int, str | Refusal]]:
         """Yields the documents that begin in a range; the last one may reach past its end."""
         name, start, end = split(shard)
-        length = (self.root / name).stat().st_size
+        length = (self.files.root / name).stat().st_size
         begin, size = 0, 0
         lines: list[bytes] = []
         is_inside = start > 0 and not self._blank_before(name, start)
-        for place, line in read_lines(f"{name}[{start}:{length}]", self.root):
+        for place, line in read_lines(f"{name}[{start}:{length}]", self.files.root):
             if line.strip():
                 if not lines and place >= end:
                     return
@@ -78,7 +75,7 @@ class TextFiles:
 
         That line began in the range before, which reads on to the end of its last document.
         """
-        with (self.root / name).open("rb") as file:
+        with (self.files.root / name).open("rb") as file:
             back = max(start - 65_536, 0)
             file.seek(back)
             before = file.read(start - back)
@@ -88,7 +85,7 @@ class TextFiles:
 
     def _json(self, shard: str) -> Iterator[tuple[int, str | Refusal]]:
         name, *_ = split(shard)
-        for place, line in read_lines(shard, self.root):
+        for place, line in read_lines(shard, self.files.root):
             if not line.strip():
                 continue
             try:
