@@ -1,9 +1,9 @@
 """Turns any source of training data into ArrayRecord files with an index, which training reads.
 
 SOURCE is a folder of WebDataset tar shards or of img2dataset parquet files (GRIT's among them), a
-conversation file (.json, .jsonl), a file of the original evaluation scripts, text files, a folder
-of TensorFlow Datasets; or `collages` or `documents`, which are made. OUT is new; a run that was
-stopped or killed goes on where it was when the same command is given again. Rows that cannot be
+conversation file (.json, .jsonl), a file of the original evaluation scripts, text or PDF files, a
+folder of TensorFlow Datasets; or `collages` or `documents`, which are made. OUT is new; a run that
+was stopped or killed goes on where it was when the same command is given again. Rows that cannot be
 used are listed in OUT/refused.jsonl.
 
 Example:
