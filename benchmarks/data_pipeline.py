@@ -91,7 +91,7 @@ def pipeline(path: Path, num_workers: int) -> Iterator[int]:
 def worker(path: Path) -> Iterator[int]:
     """What a worker process does, in this one: batches made on one core, without a queue."""
     config, tokenizer = data_config(path, 1), load_tokenizer(VOCABULARY, slots=SLOTS)
-    opened = open_rows(config, tokenizer, 0, open_sources(config))
+    opened = open_rows(config, tokenizer, 0, open_sources(config, tokenizer))
     make = RowMaker(config, tokenizer, opened, range(ROWS), num_threads=1)
     for step in itertools.count():
         batch, _ = make(step)
