@@ -10,7 +10,7 @@ lets the ways take turns, several times, and prints medians of the ratios of eac
               process, threads of this process, 1 and 2 worker processes
     torch     a DataLoader with as many processes that reads, tokenises, decodes, resizes, collates
 
-Five minutes on two free cores. PyTorch comes with the extra `bench`; without it its lines are left
+Six minutes on two free cores. PyTorch comes with the extra `bench`; without it its lines are left
 out.
 """
 
@@ -20,6 +20,8 @@ import gc
 import importlib.util
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -39,8 +41,7 @@ from qwenvl_jax.prompt.tokenizer import load_tokenizer
 SIDE, SLOTS, MAX_IMAGES, ROWS = 448, 256, 7, 8
 NUM_FILES, WIDTH, HEIGHT = 96, 640, 480
 VOCABULARY = Path(__file__).parents[1] / "qwenvl_jax" / "assets" / "nano"
-DRAINED, TIMED = 2, 6  # batches a turn
-AHEAD = 16  # more drained from worker processes: what was made before the clock ran
+DRAINED, TIMED = 18, 18  # batches a turn: those that workers made before the clock ran, and after
 
 
 def write_files(folder: Path) -> Path:
@@ -145,24 +146,34 @@ Speeds = dict[str, list[float]]
 
 
 def core_turn(way: Way) -> float:
-    """Returns pictures a second of this process on a core: other programs do not count."""
-    pictures = way()
-    for _ in range(DRAINED):
-        next(pictures)
-    start = time.process_time()
-    return sum(itertools.islice(pictures, TIMED)) / (time.process_time() - start)
+    """Returns pictures a second of a core: what other programs take does not count."""
+    return turn(way, family_time)
 
 
 def clock_turn(way: Way) -> float:
-    """Returns pictures a second by the clock, of worker processes that start and end here."""
+    """Returns pictures a second by the clock."""
+    return turn(way, time.perf_counter)
+
+
+def turn(way: Way, clock: Callable[[], float]) -> float:
     pictures = way()
-    for _ in range(DRAINED + AHEAD):
+    for _ in range(DRAINED):
         next(pictures)
-    start = time.perf_counter()
-    speed = sum(itertools.islice(pictures, 3 * TIMED)) / (time.perf_counter() - start)
+    start = clock()
+    speed = sum(itertools.islice(pictures, TIMED)) / (clock() - start)
     del pictures
-    gc.collect()  # ends the workers
+    gc.collect()  # ends worker processes
     return speed
+
+
+def family_time() -> float:
+    """Returns seconds of a core that this process and its workers have used so far."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        status = Path(f"/proc/{child.pid}/stat").read_text(encoding="ascii")
+        user, system = status.rpartition(")")[2].split()[11:13]  # proc(5): utime and stime
+        total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def compare(ways: dict[str, Way], rounds: int, turn: Callable[[Way], float]) -> Speeds:
@@ -181,7 +192,7 @@ def ratio(speeds: Speeds, one: str, other: str) -> str:
 
 
 def show(name: str, speeds: Speeds, one: str, other: str) -> None:
-    print(f"{name:<50} {ratio(speeds, one, other)}", flush=True)
+    print(f"{name:<60} {ratio(speeds, one, other)}", flush=True)
 
 
 def main() -> None:
@@ -195,30 +206,28 @@ def main() -> None:
         def ways(make: Callable[[Path, int], Iterator[int]], counts: Iterable[int]) -> list[Way]:
             return [functools.partial(make, path, count) for count in counts]
 
-        (threads,) = ways(pipeline, [0])
+        threads, one, two = ways(pipeline, [0, 1, 2])
         core: dict[str, Way] = {
             "bare": functools.partial(bare, path),
             "worker": functools.partial(worker, path),
             "threads": threads,
+            "one": one,
         }
-        one, two = ways(pipeline, [1, 2])
-        clock = {"bare": core["bare"], "one": one, "two": two}
         if has_torch:
-            (core["torch"],) = ways(torch_loader, [0])
-            clock["torch one"], clock["torch two"] = ways(torch_loader, [1, 2])
+            core["torch"], core["torch one"] = ways(torch_loader, [0, 1])
         speeds = compare(core, rounds, core_turn)
-        show("a worker's work to the bare loop, a core's second", speeds, "worker", "bare")
-        show("threads to the bare loop, a core's second", speeds, "threads", "bare")
+        print("pictures a core's second:")
+        show("a worker's work to the bare loop", speeds, "worker", "bare")
+        show("threads to the bare loop", speeds, "threads", "bare")
+        show("a worker process, handing over included, to the bare loop", speeds, "one", "bare")
         if has_torch:
-            show("threads to DataLoader, a core's second", speeds, "threads", "torch")
-        speeds = compare(clock, rounds, clock_turn)
-        show("1 process to the bare loop, by the clock", speeds, "one", "bare")
-        show("2 processes to 1, by the clock", speeds, "two", "one")
-        if not has_torch:
+            show("threads to DataLoader without workers", speeds, "threads", "torch")
+            show("a worker process to DataLoader with one", speeds, "one", "torch one")
+        else:
             print("no comparison with DataLoader: PyTorch is not installed (extra `bench`)")
-            return
-        show("1 process to DataLoader with 1, by the clock", speeds, "one", "torch one")
-        show("2 processes to DataLoader with 2, by the clock", speeds, "two", "torch two")
+        speeds = compare({"one": one, "two": two}, rounds, clock_turn)
+        print("pictures a second by the clock:")
+        show("2 worker processes to 1", speeds, "two", "one")
 
 
 if __name__ == "__main__":
