@@ -116,7 +116,9 @@ class TorchRows:
         import torch
 
         example = example_of(self._source[index * 31 % NUM_FILES], self._tokenizer)
-        with Image.open(example.images[0]) as file:
+        (picture,) = example.images
+        assert isinstance(picture, Path)
+        with Image.open(picture) as file:
             image = file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         return torch.from_numpy(example.ids), torch.from_numpy(np.array(image))
 
@@ -196,7 +198,9 @@ def show(name: str, speeds: Speeds, one: str, other: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description="How fast pictures come through the data pipeline."
+    )
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     has_torch = importlib.util.find_spec("torch") is not None
