@@ -40,7 +40,16 @@ _PREFETCH = 4  # batches
 _MAX_THREADS = 16  # each makes a batch of its own; past these Python's lock is what they wait for
 _KEPT_METRICS = 64  # steps; more than can be under way at once
 _GENERATED = ("scenes", "text")
-_ONLY_ROWS = ("path", "mixture", "mixing", "temperature", "mask", "cut_turns", "same_task_rows")
+_ONLY_ROWS = (
+    "path",
+    "mixture",
+    "mixing",
+    "temperature",
+    "mask",
+    "cut_turns",
+    "same_task_rows",
+    "vary_pictures",
+)
 _log = logging.getLogger(__name__)
 
 

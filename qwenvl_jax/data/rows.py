@@ -6,6 +6,7 @@ the global batch, and pictures are decoded after the plan has said where they go
 
 import hashlib
 import json
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from qwenvl_jax.data.sizes import sizes_of
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.data.turns import CutTurns
 from qwenvl_jax.image.decode import keep_buffers
+from qwenvl_jax.image.vary import varied
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 _BUFFERS = 16  # that Pillow keeps, of up to 16 MB: a thread needs three for a picture
@@ -107,6 +109,8 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer, sources: dict[str, Sou
         "limits": [config.rows, config.length, config.max_images, config.image_size],
         "form": [config.mask, config.same_task_rows, config.attend_across],
     }
+    if config.vary_pictures:  # not where it is off, so that runs begun without it go on
+        facts["vary"] = config.vary_pictures
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -195,8 +199,9 @@ class RowMaker:
         keep_buffers(_BUFFERS)
         slots = self._order.rows(step * config.rows + self._rows)
         canvas = self._canvases.take()
+        first_of_row = np.searchsorted(slots.row, slots.row)
         first_image = np.cumsum(slots.pictures) - slots.pictures
-        first_image -= first_image[np.searchsorted(slots.row, slots.row)]  # within its row
+        first_image -= first_image[first_of_row]  # within its row
         places = [
             canvas[row, first : first + pictures]
             for row, pictures, first in zip(
@@ -209,7 +214,9 @@ class RowMaker:
         samples = list(map(self._read, *wanted, map(len, places)))
         rows: list[list[Example]] = [[] for _ in self._rows]
         holes = []
-        decoded = map(self._decode, samples, places)
+        numbers = step * config.rows + self._rows[slots.row]
+        within = np.arange(len(slots.row)) - first_of_row
+        decoded = map(self._decode, samples, places, numbers.tolist(), within.tolist())
         for row, sample in zip(slots.row.tolist(), decoded, strict=True):
             if isinstance(sample, Hole):
                 holes.append(sample)
@@ -241,14 +248,22 @@ class RowMaker:
             return Hole(example.key, "length", detail)
         return example
 
-    def _decode(self, sample: Example | Hole, places: np.ndarray) -> Example | Hole:
-        """Returns the sample with its pixels written to its places, views of the batch's images."""
+    def _decode(
+        self, sample: Example | Hole, places: np.ndarray, row: int, within: int
+    ) -> Example | Hole:
+        """Returns the sample with its pixels written to its places, views of the batch's images.
+
+        It is sample `within` of row `row`, counted from the start of training: pictures vary by
+        that and by the seed, whoever decodes them.
+        """
         if isinstance(sample, Hole):
             return sample
+        strength, size = self._config.vary_pictures, self._config.image_size
+        rng = random.Random(f"vary/{self._order.seed}/{row}/{within}") if strength else None
         try:
-            size = self._config.image_size
             for place, image in zip(places, sample.images, strict=False):  # fewer need fewer
-                place[...] = pixels(sample, image, size)
+                decoded = pixels(sample, image, size)
+                place[...] = decoded if rng is None else varied(decoded, strength, rng)
         except DataError as error:
             return Hole(sample.key, "picture", str(error))
         return sample._replace(images=tuple(places[: len(sample.images)]))
