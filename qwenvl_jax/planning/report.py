@@ -16,14 +16,7 @@ ASSUMPTIONS = (
 
 def plan_text(plan: Plan) -> str:
     """Returns the whole plan, about thirty lines."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    lines = [
-        plan.pod,
-        f"mesh {mesh}; {plan.rows} rows in {plan.micro_batches} micro-batches; "
-        f"remat {plan.remat} (decoder, tower)",
-        f"compiled in {plan.compile_seconds:.0f} s with {plan.host_bytes / GB:.1f} GB of memory",
-        "",
-    ]
+    lines = [plan.pod, *headline(plan), ""]
     if plan.memory is None or plan.work is None or plan.bound is None:
         return "\n".join([*lines, f"DOES NOT FIT: {plan.refusal}", *_replicated(plan)])
     lines += [f"memory of a chip, of {plan.hbm_bytes / GB:.1f} GB:"]
@@ -39,6 +32,7 @@ def plan_text(plan: Plan) -> str:
         f"executed {plan.work.flops / 1e12:.1f} (x {plan.recompute:.2f}), "
         f"HBM {plan.work.hbm_bytes / GB:.0f} GB",
         *_links(plan),
+        f"beside compute in the schedule: {plan.work.overlapped_share:.0%} of what crosses links",
         f"compute {plan.bound.compute:.2f} s, memory {plan.bound.hbm:.2f} s",
         f"a step takes at least {plan.bound.best:.2f} s (MFU {plan.mfu(plan.bound.best):.0%}), "
         f"{plan.bound.apart:.2f} s with nothing overlapped (MFU {plan.mfu(plan.bound.apart):.0%})",
@@ -46,6 +40,18 @@ def plan_text(plan: Plan) -> str:
         "assumed: " + "; ".join(ASSUMPTIONS),
     ]
     return "\n".join(lines)
+
+
+def headline(plan: Plan) -> list[str]:
+    """Returns what was compiled, and at what cost, as lines."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    options = " ".join(f"{name}={value}" for name, value in plan.compiler_options.items())
+    return [
+        f"mesh {mesh}; {plan.rows} rows in {plan.micro_batches} micro-batches; "
+        f"remat {plan.remat} (decoder, tower)",
+        f"compiled in {plan.compile_seconds:.0f} s with {plan.host_bytes / GB:.1f} GB of memory",
+        f"compiler options: {options or 'none'}",
+    ]
 
 
 def _links(plan: Plan) -> list[str]:
