@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import tiny
 from jax.sharding import AbstractMesh
 
 from qwenvl_jax import presets
-from qwenvl_jax.cli.plan import split_options
+from qwenvl_jax.cli.plan import main, split_options
 from qwenvl_jax.config import ConfigError, MeshConfig
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.planning.bound import Bound
@@ -24,6 +25,8 @@ from qwenvl_jax.planning.search import REMATS, meshes_of, nearest_fit, settings
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.planning.work import exchange_groups, measure
 from qwenvl_jax.sharding import MESH_AXES, mesh_sizes, placements
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # A loop of five turns around a product and an exchange in flight, which is listed in both fusions
 # that it overlaps; a gather of a weight before it; 2 x 3 x 4 devices.
@@ -413,6 +416,19 @@ def test_options_of_the_command_and_of_the_config_may_mix():
     ours, rest = split_options(words)
     assert ours == ["--topology", "v5e-8", "--search"]
     assert rest == ["--mesh.fsdp=8", "--micro-batches", "4", "--steps=3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--topology", "h100-8", "--page", "x.html"], "an estimate for GPUs and --page do not"),
+        (["--topology", "v5e-8", "--serve", "--search"], "--serve and --search do not go together"),
+        (["--topology", "v5e-8", "--search", "--executable", "x"], "--search and --executable do"),
+    ],
+)
+def test_options_without_effect_are_refused(words, expected, capsys):
+    assert main([str(ROOT / "configs" / "stage3_chat.py"), *words]) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_bound_takes_the_slowest_clock_or_all_links_after_it():
