@@ -346,6 +346,7 @@ def plan_that_fits_from(micro_batches: int):
             peak_flops=1.0,
             replicated=(),
             compile_seconds=0.0,
+            compile_cpu_seconds=None,
             host_bytes=0,
         )
 

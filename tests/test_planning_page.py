@@ -43,6 +43,7 @@ def plan() -> Plan:
         peak_flops=100e12,
         replicated=(),
         compile_seconds=9.0,
+        compile_cpu_seconds=None,
         host_bytes=10**9,
     )
 
@@ -83,14 +84,14 @@ def test_the_bar_of_memory_is_cut_as_the_classes_are(plan):
 
 def test_the_page_says_what_the_plan_says(plan):
     page = plan_page(plan)
-    assert "Fits: 18.0 of 20.0 GB" in page
+    assert "Fits: 18.00 of 20.0 GB" in page
     assert "other <b>-1.00 GB</b>" in page
     assert "1.10 times useful" in page
     assert "xla_some=1" in page
     assert "a/&lt;dot&gt;" not in page
     assert "&lt;dot&gt;" in page
     assert "<dot>" not in page
-    assert re.search(r"3\.0 GB</td><td>3 x all-gather</td><td>bf16\[11\]</td><td>fsdp", page)
+    assert re.search(r"3\.00 GB</td><td>3 x all-gather</td><td>bf16\[11\]</td><td>fsdp", page)
     assert "100% does so beside compute" in page
 
 

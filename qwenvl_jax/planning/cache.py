@@ -59,6 +59,7 @@ class CompiledProgram:
     too_large: TooLarge | None
     seconds: float  # by the clock, for tracing and compiling
     host_bytes: int  # of the compiling process at its largest
+    cpu_seconds: float | None = None  # of all its threads, where it was kept
 
 
 class ProgramCache:

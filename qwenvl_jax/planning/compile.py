@@ -71,7 +71,7 @@ def compile_step(config: TrainConfig, pod: Pod, cache: ProgramCache | None = Non
     mesh = make_mesh(config.mesh, pod.devices())
     layout = make_layout(config, mesh)
     batch = abstract_batch(config, mesh)
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh), quiet():
         step: Any = make_train_step(config, layout)
         lowered = step.lower(layout.abstract, batch)
@@ -91,7 +91,7 @@ def compile_step(config: TrainConfig, pod: Pod, cache: ProgramCache | None = Non
     )
 
 
-def _compile(lowered: Any, begin: float) -> tuple[CompiledProgram, Any]:
+def _compile(lowered: Any, begin: tuple[float, float]) -> tuple[CompiledProgram, Any]:
     text = sizes = too_large = executable = None
     try:
         executable = lowered.compile()
@@ -112,7 +112,8 @@ def _compile(lowered: Any, begin: float) -> tuple[CompiledProgram, Any]:
         text=text,
         sizes=sizes,
         too_large=too_large,
-        seconds=time.perf_counter() - begin,
+        seconds=time.perf_counter() - begin[0],
+        cpu_seconds=time.process_time() - begin[1],
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     return program, executable

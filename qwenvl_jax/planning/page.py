@@ -7,7 +7,7 @@ from pathlib import Path
 from qwenvl_jax.planning.memory import CLASSES, Buffer, Memory
 from qwenvl_jax.planning.plan import Plan
 from qwenvl_jax.planning.pods import GB
-from qwenvl_jax.planning.report import ASSUMPTIONS, headline
+from qwenvl_jax.planning.report import ASSUMPTIONS, headline, short
 from qwenvl_jax.planning.work import Collective
 
 _STYLE = Path(__file__).parents[1] / "assets" / "plan_page.css"
@@ -38,10 +38,10 @@ def _verdict(plan: Plan) -> str:
     if plan.memory is None or plan.bound is None:
         return f"Does not fit: {plan.refusal}"
     best, apart = plan.bound.best, plan.bound.apart
+    used = f"{short(plan.memory.total / GB)} of {plan.hbm_bytes / GB:.1f} GB a chip"
     return (
-        f"Fits: {plan.memory.total / GB:.1f} of {plan.hbm_bytes / GB:.1f} GB a chip. A step takes "
-        f"at least {best:.2f} s (MFU {plan.mfu(best):.0%}), {apart:.2f} s with nothing overlapped "
-        f"(MFU {plan.mfu(apart):.0%})."
+        f"Fits: {used}. A step takes at least {short(best)} s (MFU {plan.mfu(best):.0%}), "
+        f"{short(apart)} s with nothing overlapped (MFU {plan.mfu(apart):.0%})."
     )
 
 
@@ -52,13 +52,13 @@ def _sections(plan: Plan) -> Iterator[str]:
     yield f"{_arrays(plan.memory.largest)}</section>"
     work = {"useful": plan.useful_flops / 1e12, "executed": plan.work.flops / 1e12}
     yield (
-        f"<section><h2>Work of a chip in a step</h2>{_bars(work, 'TFLOP', 1)}"
+        f"<section><h2>Work of a chip in a step</h2>{_bars(work, 'TFLOP')}"
         f"<p>Executed is {plan.recompute:.2f} times useful.</p></section>"
     )
     clocks = {"compute": plan.bound.compute, "memory": plan.bound.hbm}
     clocks |= {f"links {axes}": seconds for axes, seconds in plan.bound.links.items()}
     ends = {"at best": plan.bound.best, "nothing overlapped": plan.bound.apart}
-    yield f"<section><h2>Clocks of a step</h2>{_bars(clocks, 's', 2, ends)}"
+    yield f"<section><h2>Clocks of a step</h2>{_bars(clocks, 's', ends)}"
     yield (
         f"<p>Of what crosses links, {plan.work.overlapped_share:.0%} does so beside compute in the "
         f"compiled schedule.</p>{_exchanges(plan.work.collectives)}</section>"
@@ -71,7 +71,7 @@ def _memory_chart(memory: Memory, capacity: int) -> str:
     scale = (_WIDTH - 2) / max(capacity, sum(sizes.values()))
     x, pieces = 1.0, []
     for number, (kind, size) in enumerate(sizes.items()):
-        title = f"{kind}: {memory.by_class[kind] / GB:.2f} GB"
+        title = f"{kind}: {short(memory.by_class[kind] / GB)} GB"
         pieces.append(
             f'<rect x="{x:.1f}" y="1" width="{size * scale:.1f}" height="{2 * _BAR}" '
             f'class="k{number}"><title>{_text(title)}</title></rect>'
@@ -81,18 +81,17 @@ def _memory_chart(memory: Memory, capacity: int) -> str:
         f'<rect x="1" y="1" width="{capacity * scale:.1f}" height="{2 * _BAR}" class="room"/>'
     )
     legend = "".join(
-        f'<li><i class="k{number}"></i>{kind} <b>{memory.by_class[kind] / GB:.2f} GB</b></li>'
+        f'<li><i class="k{number}"></i>{kind} <b>{short(memory.by_class[kind] / GB)} GB</b></li>'
         for number, kind in enumerate(CLASSES)
         if memory.by_class[kind]
     )
-    free = f'<li><i class="free"></i>free <b>{(capacity - memory.total) / GB:.2f} GB</b></li>'
+    free = f'<li><i class="free"></i>free <b>{short((capacity - memory.total) / GB)} GB</b></li>'
     return f'{_svg(pieces, 2 * _BAR + 2)}<ul class="legend">{legend}{free}</ul>'
 
 
 def _bars(
     values: Mapping[str, float],
     unit: str,
-    digits: int,
     marks: Mapping[str, float] | None = None,
 ) -> str:
     """Returns one bar a value, and lines across all of them at the marks."""
@@ -108,7 +107,7 @@ def _bars(
             f'<text x="{_LABEL - 8}" y="{middle:.1f}" class="label">{_text(name)}</text>'
             f'<rect x="{_LABEL}" y="{y}" width="{max(1.0, value * scale):.1f}" height="{_BAR}" '
             f'class="bar"/><text x="{_LABEL + value * scale + 6:.1f}" y="{middle:.1f}">'
-            f"{value:,.{digits}f} {unit}</text>"
+            f"{short(value)} {unit}</text>"
         )
     for name, value in (marks or {}).items():
         x = _LABEL + value * scale
@@ -126,7 +125,7 @@ def _svg(pieces: Sequence[str], height: int) -> str:
 
 def _arrays(buffers: Sequence[Buffer]) -> str:
     rows = [
-        (f"{x.num_bytes / GB:.2f} GB", x.kind, x.shape, x.op_name.split("/")[-1])
+        (f"{short(x.num_bytes / GB)} GB", x.kind, x.shape, x.op_name.split("/")[-1])
         for x in buffers[:_LARGEST]
     ]
     return _table("Largest temporary arrays", ("size", "class", "array", "made by"), rows)
@@ -136,7 +135,7 @@ def _exchanges(collectives: Sequence[Collective]) -> str:
     largest = sorted(collectives, key=lambda x: -x.num_bytes)[:_LARGEST]
     rows = [
         (
-            f"{x.num_bytes / GB:.1f} GB",
+            f"{short(x.num_bytes / GB)} GB",
             f"{x.times} x {x.kind}",
             x.shape,
             "+".join(x.axes) or "one chip",

@@ -36,6 +36,7 @@ class Plan:
     peak_flops: float
     replicated: tuple[str, ...]  # parameters that no axis splits, with bytes and reason
     compile_seconds: float
+    compile_cpu_seconds: float | None
     host_bytes: int
 
     @property
@@ -88,6 +89,7 @@ def describe(compiled: CompiledStep, pod: Pod) -> Plan:
         peak_flops=pod.chip.peak_flops,
         replicated=replicated(compiled),
         compile_seconds=made.seconds,
+        compile_cpu_seconds=made.cpu_seconds,
         host_bytes=made.host_bytes,
         **known,
     )
