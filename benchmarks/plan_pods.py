@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BIG = ["--mesh.data=-1", "--mesh.fsdp=128", "--mesh.tensor=1"]
+DOTS = ["--model.remat=dots"]
 
 # (config, pod, slices, options): the recipe of the config, cut to the memory of the chip.
 ROWS: list[tuple[str, str, int, list[str]]] = [
@@ -30,13 +31,16 @@ ROWS: list[tuple[str, str, int, list[str]]] = [
     ("stage2_multitask", "v5p-256", 1, ["--micro-batches=8"]),
     ("stage2_multitask", "v4-512", 1, ["--micro-batches=8"]),
     ("stage2_multitask", "v4-256", 1, ["--micro-batches=16"]),
-    ("stage3_chat", "v5e-256", 1, [*BIG[:2], "--mesh.tensor=2", "--micro-batches=1"]),
-    ("stage3_chat", "v6e-256", 1, [*BIG[:2], "--mesh.tensor=2", "--micro-batches=1"]),
-    ("stage3_chat", "v5p-256", 1, [*BIG, "--micro-batches=1"]),
-    ("stage3_chat", "v4-256", 1, [*BIG, "--micro-batches=1"]),
+    ("stage3_chat", "v5e-256", 1, [*BIG[:2], "--mesh.tensor=2", *DOTS, "--micro-batches=1"]),
+    ("stage3_chat", "v6e-256", 1, [*BIG[:2], "--mesh.tensor=2", *DOTS, "--micro-batches=1"]),
+    ("stage3_chat", "v5p-256", 1, [*BIG, *DOTS, "--micro-batches=1"]),
+    ("stage3_chat", "v4-512", 1, [*BIG[:2], "--mesh.tensor=2", *DOTS, "--micro-batches=1"]),
+    ("stage3_chat", "v4-256", 1, [*BIG, *DOTS, "--micro-batches=1"]),
     ("stage3_chat", "v5e-16", 1, []),
-    ("stage3_chat", "v6e-8", 1, ["--micro-batches=16"]),
-    ("stage3_chat", "v5e-8", 1, ["--micro-batches=16"]),
+    ("stage3_chat", "v6e-8", 1, [*DOTS, "--micro-batches=32"]),
+    ("stage3_chat", "v5e-8", 1, ["--micro-batches=32"]),
+    ("finetune", "v5e-16", 1, ["--mesh.tensor=2"]),
+    ("finetune", "v6e-8", 1, []),
 ]
 
 
@@ -44,13 +48,14 @@ def row(stage: str, pod: str, slices: int, options: list[str]) -> str:
     """Returns one row of the table, compiled or from the disk."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     from qwenvl_jax.cli.train import read_config
+    from qwenvl_jax.planning.cache import ProgramCache
+    from qwenvl_jax.planning.plan import make_plan
     from qwenvl_jax.planning.pods import find_pod
     from qwenvl_jax.planning.report import table_row
-    from qwenvl_jax.planning.search import PlanCache
 
     config = read_config(str(ROOT / "configs" / f"{stage}.py"), options)
-    cache = PlanCache(Path("~/.cache/qwenvl_jax/plans").expanduser())
-    return table_row(stage, cache(config, find_pod(pod, slices)))
+    programs = ProgramCache(Path("~/.cache/qwenvl_jax/plans").expanduser())
+    return table_row(stage, make_plan(config, find_pod(pod, slices), programs))
 
 
 def main() -> None:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import tiny
 from jax.sharding import AbstractMesh
 
 from qwenvl_jax import presets
-from qwenvl_jax.cli.plan import split_options
+from qwenvl_jax.cli.plan import main, split_options
 from qwenvl_jax.config import ConfigError, MeshConfig
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.planning.bound import Bound
@@ -16,7 +17,7 @@ from qwenvl_jax.planning.compile import read_refusal
 from qwenvl_jax.planning.estimate import estimate_memory
 from qwenvl_jax.planning.gpus import find_gpus
 from qwenvl_jax.planning.hlo import ArrayShape, Program
-from qwenvl_jax.planning.liveness import fullest_moment
+from qwenvl_jax.planning.liveness import fullest_moment, places_of
 from qwenvl_jax.planning.memory import Memory
 from qwenvl_jax.planning.plan import Plan
 from qwenvl_jax.planning.pods import find_pod, known_pods
@@ -24,6 +25,8 @@ from qwenvl_jax.planning.search import REMATS, meshes_of, nearest_fit, settings
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.planning.work import exchange_groups, measure
 from qwenvl_jax.sharding import MESH_AXES, mesh_sizes, placements
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # A loop of five turns around a product and an exchange in flight, which is listed in both fusions
 # that it overlaps; a gather of a weight before it; 2 x 3 x 4 devices.
@@ -110,11 +113,94 @@ def test_a_slice_update_costs_its_slice(program):
 
 def test_fullest_moment_follows_what_is_written_in_place(program):
     peak = fullest_moment(program)
-    names = sorted(array.name for array in peak.arrays)
-    # In the loop: the carried arrays, and beside the product its two inputs of this turn.
-    assert {"room", "sum", "two", "dot"} <= set(names)
-    assert "kept2" not in names, "an update lies where the array before it lay"
-    assert peak.num_bytes == sum(array.hbm_bytes for array in peak.arrays)
+    names = sorted(array.maker.name for array in peak.arrays)
+    # In the loop: what it carries, and beside the product the weight of this turn. What the program
+    # returns is no temporary, an update lies where the array before it lay, a result that nobody
+    # reads is gone at once.
+    assert names == ["dot", "sum", "two"]
+    assert peak.num_bytes == sum(array.shape.num_bytes for array in peak.arrays)
+
+
+# The compiler says which results of a fusion lie where an operand lay: the sum where %big lay, and
+# what an exchange in flight hands through. The loop's second element outlives the first.
+SHARING = """
+%pair (p: f32[8], q: f32[4]) -> (f32[8], f32[4]) {
+  %p = f32[8]{0} parameter(0)
+  %q = f32[4]{0} parameter(1)
+  %p2 = f32[8]{0} negate(%p)
+  %q2 = f32[4]{0} negate(%q)
+  ROOT %both = (f32[8]{0}, f32[4]{0}) tuple(%p2, %q2)
+}
+
+%body (b: (s32[], f32[32], f32[16])) -> (s32[], f32[32], f32[16]) {
+  ROOT %b = (s32[], f32[32]{0}, f32[16]{0}) parameter(0)
+}
+
+%condition (c: (s32[], f32[32], f32[16])) -> pred[] {
+  %c = (s32[], f32[32]{0}, f32[16]{0}) parameter(0)
+  %turns = s32[] constant(2)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %turns), direction=LT
+}
+
+ENTRY %main (a: f32[8], n: s32[]) -> f32[1] {
+  %a = f32[8]{0} parameter(0)
+  %n = s32[] parameter(1)
+  %big = f32[8]{0} negate(%a)
+  %small = f32[4]{0} slice(%a), slice={[0:4]}
+  %f = (f32[8]{0}, f32[4]{0}) fusion(%big, %small), kind=kLoop, calls=%pair, \
+backend_config={"aliasing_operands":{"lists":[{"indices":["0","2"]}]}}
+  %f0 = f32[8]{0} get-tuple-element(%f), index=0
+  %f1 = f32[4]{0} get-tuple-element(%f), index=1
+  %kept = f32[32]{0} broadcast(%f0), dimensions={0}
+  %long = f32[16]{0} broadcast(%f1), dimensions={0}
+  %init = (s32[], f32[32]{0}, f32[16]{0}) tuple(%n, %kept, %long)
+  %loop = (s32[], f32[32]{0}, f32[16]{0}) while(%init), condition=%condition, body=%body
+  %long2 = f32[16]{0} get-tuple-element(%loop), index=2
+  %wide = f32[64]{0} broadcast(%long2), dimensions={0}
+  %last = f32[16]{0} slice(%wide), slice={[0:16]}
+  %sum = f32[16]{0} add(%last, %long2)
+  ROOT %out = f32[1]{0} slice(%sum), slice={[0:1]}
+}
+""".replace("\\\n", "")
+
+
+def test_places_are_followed_through_tuples_loops_and_fusions():
+    program = Program(SHARING)
+    places = places_of(program, program.computations["main"])
+    assert places["f"] == (("big", 0), ("f", 1)), "one of two results is written over an operand"
+    assert places["f0"] == (("big", 0),)
+    assert places["loop"] == (None, ("kept", 0), ("long", 0))
+    assert places["long2"] == (("long", 0),)
+    assert places["out"] == (None,), "what is returned is no temporary"
+    peak = fullest_moment(program)
+    # The loop's other element is gone when the widest array comes.
+    assert sorted(array.maker.name for array in peak.arrays) == ["last", "long", "wide"]
+
+
+@pytest.mark.parametrize(
+    ("between", "is_overlapped"),
+    [
+        ("%c = f32[6,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 1),
+        ("%c = f32[6,8]{1,0} negate(%a)", 0),
+    ],
+)
+def test_an_exchange_overlaps_with_products_between_its_start_and_its_end(between, is_overlapped):
+    text = f"""ENTRY %main (a: f32[6,8], b: f32[8,16], w: f32[4,4]) -> f32[16,4] {{
+  %a = f32[6,8]{{1,0}} parameter(0)
+  %b = f32[8,16]{{1,0}} parameter(1)
+  %w = f32[4,4]{{1,0}} parameter(2)
+  %s = (f32[4,4]{{1,0}}, f32[16,4]{{1,0}}) all-gather-start(%w), channel_id=1, \
+replica_groups=[6,4]<=[24]
+  {between}
+  %d = f32[16,4]{{1,0}} all-gather-done(%s)
+  %e = f32[6,16]{{1,0}} dot(%a, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  ROOT %g = f32[16,4]{{1,0}} all-gather(%w), channel_id=2, replica_groups=[6,4]<=[24]
+}}
+""".replace("\\\n", "")
+    work = measure(Program(text), MESH, causal_block=512)
+    assert [x.is_overlapped for x in work.collectives] == [bool(is_overlapped), False]
+    assert work.overlapped_share == is_overlapped / 2
 
 
 @pytest.mark.parametrize(
@@ -250,6 +336,7 @@ def plan_that_fits_from(micro_batches: int):
             rows=config.data.rows,
             micro_batches=config.micro_batches,
             remat="",
+            compiler_options={},
             hbm_bytes=1,
             refusal=None if fits else "too large",
             memory=Memory(by_class={}, largest=()) if fits else None,
@@ -259,6 +346,7 @@ def plan_that_fits_from(micro_batches: int):
             peak_flops=1.0,
             replicated=(),
             compile_seconds=0.0,
+            compile_cpu_seconds=None,
             host_bytes=0,
         )
 
@@ -329,6 +417,19 @@ def test_options_of_the_command_and_of_the_config_may_mix():
     ours, rest = split_options(words)
     assert ours == ["--topology", "v5e-8", "--search"]
     assert rest == ["--mesh.fsdp=8", "--micro-batches", "4", "--steps=3"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--topology", "h100-8", "--page", "x.html"], "an estimate for GPUs and --page do not"),
+        (["--topology", "v5e-8", "--serve", "--search"], "--serve and --search do not go together"),
+        (["--topology", "v5e-8", "--search", "--executable", "x"], "--search and --executable do"),
+    ],
+)
+def test_options_without_effect_are_refused(words, expected, capsys):
+    assert main([str(ROOT / "configs" / "stage3_chat.py"), *words]) == 2
+    assert expected in capsys.readouterr().err
 
 
 def test_bound_takes_the_slowest_clock_or_all_links_after_it():

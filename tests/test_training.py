@@ -87,6 +87,28 @@ def layout_of(config):
     return make_layout(config, make_mesh(sizes, devices))
 
 
+def test_the_sum_of_a_head_gradient_over_chunks_loses_little_in_bfloat16():
+    """It is added up in the compute dtype: 0.4 % off after eight chunks where one is 0.2 % off."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (1, 1024, 64)).astype(jnp.bfloat16)
+    head = (jax.random.normal(keys[1], (64, 503)) / 4).astype(jnp.bfloat16)
+    targets = jax.random.categorical(keys[2], -jnp.log(jnp.arange(1, 504.0)), shape=(1, 1024))
+    weight = jnp.ones((1, 1024))
+
+    def gradient(hidden, head, chunk):
+        found = jax.grad(lambda head: next_token_loss(hidden, head, targets, weight, chunk)[0])
+        return np.asarray(found(head), np.float64)
+
+    exact = gradient(hidden.astype(jnp.float32), head.astype(jnp.float32), 1024)
+
+    def error(chunk):
+        off = gradient(hidden, head, chunk) - exact
+        return np.linalg.norm(off) / np.linalg.norm(exact)
+
+    assert error(1024) < 0.002
+    assert error(128) < 0.0045
+
+
 def test_weight_decay_follows_the_released_dimensions():
     layout = layout_of(tiny.train_config())
     decayed = {path for path, row in layout.plan.items() if row.weight_decay}

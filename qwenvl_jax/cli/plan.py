@@ -1,6 +1,7 @@
 """`qwenvl plan CONFIG --topology v5e-256`: will it fit, on what, how fast; asked on a laptop."""
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -11,9 +12,14 @@ from typing import Any
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.cli.train import read_config
-from qwenvl_jax.config import TrainConfig, to_dict
+from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 
 DOES_NOT_FIT = 1
+_WITHOUT = {  # what has no place in each way of planning
+    "an estimate for GPUs": ("serve", "search", "page", "executable"),
+    "--serve": ("search", "page", "executable"),
+    "--search": ("executable",),
+}
 
 _USAGE = """usage: qwenvl plan CONFIG --topology NAME [options] [--a.b=c ...]
 
@@ -30,8 +36,9 @@ does not fit, the nearest setting that does is looked for, compiled, and printed
   --serve            plan prefill and decode instead of a training step, in bf16:
   --rows N --prompt N --answer N --images N    what is asked at once (8, 1024, 256, 1)
   --json FILE        write the plan as JSON
+  --page FILE        write the plan as an HTML page with charts
   --executable FILE  write the serialised executable
-  --cache DIR        where finished plans are kept (~/.cache/qwenvl_jax/plans)
+  --cache DIR        where compiled programs are kept (~/.cache/qwenvl_jax/plans)
 
 examples:
   qwenvl plan configs/stage2_multitask.py --topology v5e-256
@@ -58,6 +65,7 @@ class PlanOptions:
     answer: int = 256
     images: int = 1
     json: str | None = None
+    page: str | None = None
     executable: str | None = None
     cache: str = "~/.cache/qwenvl_jax/plans"
 
@@ -80,6 +88,8 @@ def _run(argv: Sequence[str]) -> int:
     from qwenvl_jax.planning.pods import find_pod
 
     gpus = find_gpus(options.topology)
+    modes = {"an estimate for GPUs": gpus, "--serve": options.serve, "--search": options.search}
+    _check(options, next((name for name, is_on in modes.items() if is_on), ""))
     if gpus is not None:
         text, row, fits = gpu_text(config, gpus)
         print(text)
@@ -91,6 +101,13 @@ def _run(argv: Sequence[str]) -> int:
     if options.search:
         return _search(config, pod, options)
     return _plan(config, pod, options)
+
+
+def _check(options: PlanOptions, mode: str) -> None:
+    """Raises ConfigError for an option that could have no effect."""
+    given = [f"--{name}" for name in _WITHOUT.get(mode, ()) if getattr(options, name)]
+    if given:
+        raise ConfigError(f"{mode} and {' '.join(given)} do not go together: leave one out")
 
 
 def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -114,9 +131,9 @@ def _plan(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
     from qwenvl_jax.planning.compile import compile_step, save_executable
     from qwenvl_jax.planning.plan import describe
     from qwenvl_jax.planning.report import plan_text
-    from qwenvl_jax.planning.search import PlanCache, nearest_fit
+    from qwenvl_jax.planning.search import nearest_fit
 
-    cache = PlanCache(Path(options.cache).expanduser())
+    planner = _planner(options)
     _say(f"compiling for {pod.title}: minutes at full size, at once if it was compiled before")
     if options.executable:
         compiled = compile_step(config, pod)
@@ -124,13 +141,14 @@ def _plan(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
         if plan.fits:
             save_executable(compiled, options.executable)
     else:
-        plan = cache(config, pod)
+        plan = planner(config, pod)
     print(plan_text(plan))
     _write(options.json, to_dict(plan))
+    _write_page(options.page, plan)
     if plan.fits:
         return SUCCESS
     _say("looking for the nearest setting that fits")
-    found = nearest_fit(config, pod, plan=cache, tries=options.tries, say=_say)
+    found = nearest_fit(config, pod, plan=planner, tries=options.tries, say=_say)
     if found is None:
         print(f"nothing near fits within {options.tries} tries; --search looks further")
     else:
@@ -144,13 +162,13 @@ def _search(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
     from rich.progress import track
 
     from qwenvl_jax.planning.report import TABLE_HEAD, plan_text, table_row
-    from qwenvl_jax.planning.search import PlanCache, settings
+    from qwenvl_jax.planning.search import settings
 
-    cache = PlanCache(Path(options.cache).expanduser())
+    planner = _planner(options)
     found = []
     console = Console(stderr=True)
     for setting in track(settings(config, pod)[: options.tries], "compiling", console=console):
-        plan = cache(setting.apply(config), pod)
+        plan = planner(setting.apply(config), pod)
         found.append((setting, plan))
         if not console.is_terminal:
             _say(f"{'fits' if plan.fits else 'does not fit'}: {setting.options()}")
@@ -163,6 +181,7 @@ def _search(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
         print(f"\nnone of {len(found)} settings fits {pod.title}; try a larger pod")
         return DOES_NOT_FIT
     _, setting, plan = min(fitting, key=lambda row: row[0])
+    _write_page(options.page, plan)
     print(f"\nfastest of {len(found)}: {setting.options()}\n\n{plan_text(plan)}")
     return SUCCESS
 
@@ -179,6 +198,13 @@ def _serve(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
     return DOES_NOT_FIT if any(phase.refusal for phase in phases) else SUCCESS
 
 
+def _planner(options: PlanOptions) -> Any:
+    from qwenvl_jax.planning.cache import ProgramCache
+    from qwenvl_jax.planning.plan import make_plan
+
+    return functools.partial(make_plan, programs=ProgramCache(Path(options.cache).expanduser()))
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -186,6 +212,13 @@ def _say(text: str) -> None:
 def _write(path: str | None, row: Any) -> None:
     if path:
         Path(path).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_page(path: str | None, plan: Any) -> None:
+    from qwenvl_jax.planning.page import plan_page
+
+    if path:
+        Path(path).write_text(plan_page(plan), encoding="utf-8")
 
 
 if __name__ == "__main__":

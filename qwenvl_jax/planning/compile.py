@@ -14,37 +14,29 @@ from jax.sharding import AbstractMesh, Mesh
 
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.data.example import Batch
-from qwenvl_jax.planning.pods import GB, Pod, quiet
+from qwenvl_jax.planning.cache import (
+    CompiledProgram,
+    ProgramCache,
+    Sizes,
+    TooLarge,
+    program_digest,
+)
+from qwenvl_jax.planning.pods import Pod, quiet
 from qwenvl_jax.sharding import batch_sharding, make_mesh
+from qwenvl_jax.training.compiler import compiler_options
 from qwenvl_jax.training.state import Layout, make_layout
 from qwenvl_jax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TooLarge:
-    """The compiler's answer that a program does not fit."""
-
-    needed: int | None  # bytes, where it says so
-    capacity: int | None
-    largest: tuple[str, ...]  # its list of the largest arrays: size, shape, where they come from
-
-    def __str__(self) -> str:
-        size = f"needs {self.needed / GB:.1f} GB" if self.needed else "does not fit"
-        room = f" of {self.capacity / GB:.1f} GB" if self.capacity else ""
-        return f"{size}{room} a chip; largest: {'; '.join(self.largest[:3]) or 'not told'}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompiledStep:
-    """One train step, compiled; `executable` is None where it did not fit."""
+    """One train step, compiled; `executable` is None where it did not fit or was found on disk."""
 
     config: TrainConfig
     layout: Layout
     batch: Batch
+    program: CompiledProgram
     executable: Any
-    too_large: TooLarge | None
-    seconds: float
-    host_bytes: int  # of this process at its largest so far
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Batch:
@@ -67,8 +59,10 @@ def abstract_batch(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Batch:
     return Batch(**fields)
 
 
-def compile_step(config: TrainConfig, pod: Pod) -> CompiledStep:
+def compile_step(config: TrainConfig, pod: Pod, cache: ProgramCache | None = None) -> CompiledStep:
     """Returns the compiled step: same code, shardings and donation as in a run.
+
+    `cache`: where the same program may be found, and is kept.
 
     Raises:
         ConfigError: the mesh or the rows do not fit the number of chips.
@@ -77,25 +71,52 @@ def compile_step(config: TrainConfig, pod: Pod) -> CompiledStep:
     mesh = make_mesh(config.mesh, pod.devices())
     layout = make_layout(config, mesh)
     batch = abstract_batch(config, mesh)
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh), quiet():
         step: Any = make_train_step(config, layout)
         lowered = step.lower(layout.abstract, batch)
-        try:
-            executable, too_large = lowered.compile(), None
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            executable, too_large = None, read_refusal(str(error))
+        places = str([(device.id, device.coords) for device in mesh.devices.flat])
+        options = str(sorted(compiler_options(mesh).items()))
+        digest = program_digest(lowered.as_text(), pod.title, places, options)
+        known = cache.read(digest) if cache else None
+        if known is not None:
+            return CompiledStep(
+                config=config, layout=layout, batch=batch, program=known, executable=None
+            )
+        program, executable = _compile(lowered, begin)
+    if cache:
+        cache.write(digest, program)
     return CompiledStep(
-        config=config,
-        layout=layout,
-        batch=batch,
-        executable=executable,
+        config=config, layout=layout, batch=batch, program=program, executable=executable
+    )
+
+
+def _compile(lowered: Any, begin: tuple[float, float]) -> tuple[CompiledProgram, Any]:
+    text = sizes = too_large = executable = None
+    try:
+        executable = lowered.compile()
+        text = executable.as_text()
+        stats = executable.memory_analysis()
+        sizes = Sizes(
+            arguments=stats.argument_size_in_bytes,
+            results=stats.output_size_in_bytes,
+            shared=stats.alias_size_in_bytes,
+            temporaries=stats.temp_size_in_bytes,
+            code=stats.generated_code_size_in_bytes,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        too_large = read_refusal(str(error))
+    program = CompiledProgram(
+        text=text,
+        sizes=sizes,
         too_large=too_large,
-        seconds=time.perf_counter() - begin,
+        seconds=time.perf_counter() - begin[0],
+        cpu_seconds=time.process_time() - begin[1],
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+    return program, executable
 
 
 def save_executable(compiled: CompiledStep, path: str | Path) -> None:

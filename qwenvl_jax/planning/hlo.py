@@ -62,7 +62,8 @@ class Instruction:
 
     name: str
     opcode: str
-    shapes: tuple[ArrayShape, ...]
+    shapes: tuple[ArrayShape, ...]  # of all arrays of its result, however tuples nest
+    parts: tuple[int, ...]  # how many of them each element of a result that is a tuple holds
     operands: tuple[str, ...]
     rest: str  # attributes as text; of a constant or parameter, its value or number in brackets
     is_root: bool
@@ -199,11 +200,24 @@ def _parse(found: re.Match[str], home: str) -> Instruction:
         name=found[2],
         opcode=opcode.strip(),
         shapes=tuple(ArrayShape.parse(*array) for array in _ARRAY.findall(shape)),
+        parts=_parts(shape),
         operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
         rest=rest,
         is_root=bool(found[1]),
         home=home,
     )
+
+
+def _parts(shape: str) -> tuple[int, ...]:
+    """Returns the number of arrays in each element of a tuple's shape; of an array's, one."""
+    if not shape.startswith("("):
+        return (1,)
+    counts, rest = [], shape[1:-1]
+    while rest:
+        element = _balanced(rest, ",")
+        counts.append(len(_ARRAY.findall(element)))
+        rest = rest[len(element) + 1 :]
+    return tuple(counts)
 
 
 def _balanced(text: str, stop: str) -> str:

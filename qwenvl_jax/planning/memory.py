@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.planning.cache import Sizes
 from qwenvl_jax.planning.hlo import ArrayShape, Instruction, Program
 from qwenvl_jax.planning.liveness import fullest_moment
 from qwenvl_jax.training.state import Layout
@@ -24,6 +25,7 @@ CLASSES: tuple[str, ...] = (
     "activations",
     "logits",
     "pictures",
+    "gathered",  # weights whole for a product, and gradients before they are summed
     "temporaries",
     "other",
 )
@@ -59,9 +61,9 @@ def shard_bytes(tree: Any) -> int:
 
 
 def classes(
-    program: Program, stats: Any, config: TrainConfig, layout: Layout, batch: Any
+    program: Program, sizes: Sizes, config: TrainConfig, layout: Layout, batch: Any
 ) -> Memory:
-    """Returns the memory of a compiled train step. `stats`: XLA's `memory_analysis()` of it."""
+    """Returns the memory of a compiled train step. `sizes`: the compiler's own totals."""
     state = layout.abstract
     by_class = dict.fromkeys(CLASSES, 0)
     by_class["weights"] = shard_bytes((state.trainable, state.frozen))
@@ -69,20 +71,13 @@ def classes(
     by_class["batch"] = shard_bytes(batch)
     buffers = []
     label = _Labels(config, layout)
-    for array in fullest_moment(program).arrays:
-        for shape in (shape for shape in array.shapes if shape.is_in_hbm):
-            kind = label(shape, array)
-            by_class[kind] += shape.num_bytes
-            buffers.append(
-                Buffer(
-                    kind=kind, shape=str(shape), num_bytes=shape.num_bytes, op_name=array.op_name
-                )
-            )
-    # Results that take an argument's place (all of the state, when donation works) are not new.
-    new_results = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + new_results
-    total += stats.generated_code_size_in_bytes
-    by_class["other"] = total - sum(by_class.values())
+    for shape, maker in fullest_moment(program).arrays:
+        kind = label(shape, maker)
+        by_class[kind] += shape.num_bytes
+        buffers.append(
+            Buffer(kind=kind, shape=str(shape), num_bytes=shape.num_bytes, op_name=maker.op_name)
+        )
+    by_class["other"] = sizes.total - sum(by_class.values())
     buffers.sort(key=lambda buffer: -buffer.num_bytes)
     return Memory(by_class=by_class, largest=tuple(buffers[:8]))
 
@@ -92,8 +87,13 @@ class _Labels:
 
     def __init__(self, config: TrainConfig, layout: Layout):
         model, tensor = config.model, layout.mesh.shape["tensor"]
-        self._gradients = {
-            _key(x.sharding.shard_shape(x.shape)) for x in layout.abstract.trainable.values()
+        state = layout.abstract
+        self._gradients = {_key(_shard(x)) for x in state.trainable.values()}
+        fsdp = layout.mesh.shape["fsdp"]
+        self._gathered = {
+            _key(dims)
+            for path, x in (state.trainable | state.frozen).items()
+            if fsdp > 1 and len(dims := _whole(x, fsdp)[".blocks." in path :]) > 1
         }
         vocab = model.decoder.vocab_size
         self._vocab = {vocab, vocab // tensor if vocab % tensor == 0 else vocab}
@@ -108,6 +108,8 @@ class _Labels:
         dims = shape.dims
         if shape.dtype == "f32" and _key(dims) in self._gradients and "jvp()/" not in array.op_name:
             return "gradients"
+        if _key(dims) in self._gathered:
+            return "gathered"
         if self._vocab & set(dims) and not self._head & set(dims):
             return "logits"
         if shape.dtype in ("u8", "s8") or self._pixels in dims[1:] or dims[-1:] == (3,):
@@ -115,6 +117,20 @@ class _Labels:
         if len(dims) > 2 and dims[0] in self._layers:
             return "activations"
         return "temporaries"
+
+
+def _shard(x: Any) -> tuple[int, ...]:
+    """Returns the shape of a chip's part of an abstract array."""
+    return x.sharding.shard_shape(x.shape)
+
+
+def _whole(x: Any, fsdp: int) -> tuple[int, ...]:
+    """Returns the shape of that part once it is gathered along `fsdp`."""
+    names = [*x.sharding.spec, *[None] * len(x.shape)]
+    return tuple(
+        size * fsdp if name == "fsdp" else size
+        for size, name in zip(_shard(x), names, strict=False)
+    )
 
 
 def _key(dims: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,13 +5,15 @@ from typing import Any
 
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.planning.bound import Bound, bound
+from qwenvl_jax.planning.cache import ProgramCache
 from qwenvl_jax.planning.compile import CompiledStep, compile_step
 from qwenvl_jax.planning.hlo import Program
-from qwenvl_jax.planning.memory import Buffer, Memory, classes
+from qwenvl_jax.planning.memory import Memory, classes
 from qwenvl_jax.planning.pods import Pod
 from qwenvl_jax.planning.useful import useful_flops
-from qwenvl_jax.planning.work import Collective, Work, measure
+from qwenvl_jax.planning.work import Work, measure
 from qwenvl_jax.sharding import placements
+from qwenvl_jax.training.compiler import compiler_options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,7 @@ class Plan:
     rows: int
     micro_batches: int
     remat: str  # decoder, then tower
+    compiler_options: dict[str, str]
     hbm_bytes: int  # a chip's
     refusal: str | None
     memory: Memory | None
@@ -33,6 +36,7 @@ class Plan:
     peak_flops: float
     replicated: tuple[str, ...]  # parameters that no axis splits, with bytes and reason
     compile_seconds: float
+    compile_cpu_seconds: float | None
     host_bytes: int
 
     @property
@@ -49,41 +53,25 @@ class Plan:
         return self.useful_flops / self.peak_flops / seconds
 
 
-def plan_from_dict(row: dict[str, Any]) -> Plan:
-    """Returns the plan that `config.to_dict` made plain, read back from JSON."""
-    row = dict(row)
-    if row["memory"] is not None:
-        largest = tuple(Buffer(**buffer) for buffer in row["memory"]["largest"])
-        row["memory"] = Memory(by_class=row["memory"]["by_class"], largest=largest)
-        collectives = tuple(
-            Collective(**x | {"axes": tuple(x["axes"])}) for x in row["work"]["collectives"]
-        )
-        row["work"] = Work(**row["work"] | {"collectives": collectives})
-        row["bound"] = Bound(**row["bound"])
-    row["replicated"] = tuple(row["replicated"])
-    return Plan(**row)
-
-
-def make_plan(config: TrainConfig, pod: Pod) -> Plan:
-    """Returns the plan of `config` on `pod`, having compiled it.
+def make_plan(config: TrainConfig, pod: Pod, programs: ProgramCache | None = None) -> Plan:
+    """Returns the plan of `config` on `pod`, having compiled it, now or before (`programs`).
 
     Raises:
         ConfigError: mesh or rows do not go with the number of chips.
         PlanError: no TPU compiler.
     """
-    return describe(compile_step(config, pod), pod)
+    return describe(compile_step(config, pod, programs), pod)
 
 
 def describe(compiled: CompiledStep, pod: Pod) -> Plan:
     """Returns what a compiled step tells."""
-    config, layout = compiled.config, compiled.layout
+    config, layout, made = compiled.config, compiled.layout, compiled.program
     known: dict[str, Any] = {"memory": None, "work": None, "bound": None}
-    if compiled.executable is not None:
-        program = Program(compiled.executable.as_text())
-        stats = compiled.executable.memory_analysis()
+    if made.text is not None and made.sizes is not None:
+        program = Program(made.text)
         work = measure(program, layout.mesh, causal_block=config.model.attention_block)
         known = {
-            "memory": classes(program, stats, config, layout, compiled.batch),
+            "memory": classes(program, made.sizes, config, layout, compiled.batch),
             "work": work,
             "bound": bound(work, pod.chip, layout.mesh),
         }
@@ -94,13 +82,15 @@ def describe(compiled: CompiledStep, pod: Pod) -> Plan:
         rows=config.data.rows,
         micro_batches=config.micro_batches,
         remat=f"{config.model.remat}, {config.model.vit_remat or config.model.remat}",
+        compiler_options=compiler_options(layout.mesh),
         hbm_bytes=pod.chip.hbm_bytes,
-        refusal=str(compiled.too_large) if compiled.too_large else None,
+        refusal=str(made.too_large) if made.too_large else None,
         useful_flops=useful_flops(config) / pod.num_chips,
         peak_flops=pod.chip.peak_flops,
         replicated=replicated(compiled),
-        compile_seconds=compiled.seconds,
-        host_bytes=compiled.host_bytes,
+        compile_seconds=made.seconds,
+        compile_cpu_seconds=made.cpu_seconds,
+        host_bytes=made.host_bytes,
         **known,
     )
 

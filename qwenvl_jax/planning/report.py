@@ -14,38 +14,60 @@ ASSUMPTIONS = (
 )
 
 
+def short(number: float) -> str:
+    """Returns a number with two digits after the point, or two that count where it is small.
+
+    >>> short(13.418), short(0.00072)
+    ('13.42', '0.00072')
+    """
+    return f"{number:.2f}" if abs(number) >= 0.1 or number == 0 else f"{number:.2g}"
+
+
 def plan_text(plan: Plan) -> str:
     """Returns the whole plan, about thirty lines."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    lines = [
-        plan.pod,
-        f"mesh {mesh}; {plan.rows} rows in {plan.micro_batches} micro-batches; "
-        f"remat {plan.remat} (decoder, tower)",
-        f"compiled in {plan.compile_seconds:.0f} s with {plan.host_bytes / GB:.1f} GB of memory",
-        "",
-    ]
+    lines = [plan.pod, *headline(plan), ""]
     if plan.memory is None or plan.work is None or plan.bound is None:
         return "\n".join([*lines, f"DOES NOT FIT: {plan.refusal}", *_replicated(plan)])
+    work, clocks = plan.work, plan.bound
     lines += [f"memory of a chip, of {plan.hbm_bytes / GB:.1f} GB:"]
-    lines += [f"  {kind:<12}{plan.memory.by_class[kind] / GB:>8.2f} GB" for kind in CLASSES]
-    lines += [f"  {'total':<12}{plan.memory.total / GB:>8.2f} GB", "largest temporary arrays:"]
+    lines += [f"  {kind:<12}{short(plan.memory.by_class[kind] / GB):>9} GB" for kind in CLASSES]
+    lines += [f"  {'total':<12}{short(plan.memory.total / GB):>9} GB", "largest temporary arrays:"]
     lines += [
-        f"  {x.num_bytes / GB:>6.2f} GB  {x.kind:<12}{x.shape}  {x.op_name.split('/')[-1]}"
+        f"  {short(x.num_bytes / GB):>7} GB  {x.kind:<12}{x.shape}  {x.op_name.split('/')[-1]}"
         for x in plan.memory.largest[:5]
     ]
     lines += [
         "",
-        f"work of a chip in a step: useful {plan.useful_flops / 1e12:.1f} TFLOP, "
-        f"executed {plan.work.flops / 1e12:.1f} (x {plan.recompute:.2f}), "
-        f"HBM {plan.work.hbm_bytes / GB:.0f} GB",
+        f"work of a chip in a step: useful {short(plan.useful_flops / 1e12)} TFLOP, "
+        f"executed {short(work.flops / 1e12)} (x {plan.recompute:.2f}), "
+        f"HBM {short(work.hbm_bytes / GB)} GB",
         *_links(plan),
-        f"compute {plan.bound.compute:.2f} s, memory {plan.bound.hbm:.2f} s",
-        f"a step takes at least {plan.bound.best:.2f} s (MFU {plan.mfu(plan.bound.best):.0%}), "
-        f"{plan.bound.apart:.2f} s with nothing overlapped (MFU {plan.mfu(plan.bound.apart):.0%})",
+        f"beside compute in the schedule: {work.overlapped_share:.0%} of what crosses links",
+        f"compute {short(clocks.compute)} s, memory {short(clocks.hbm)} s",
+        f"a step takes at least {short(clocks.best)} s (MFU {plan.mfu(clocks.best):.0%}), "
+        f"{short(clocks.apart)} s with nothing overlapped (MFU {plan.mfu(clocks.apart):.0%})",
         *_replicated(plan),
         "assumed: " + "; ".join(ASSUMPTIONS),
     ]
     return "\n".join(lines)
+
+
+def headline(plan: Plan) -> list[str]:
+    """Returns what was compiled, and at what cost, as lines."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    options = " ".join(f"{name}={value}" for name, value in plan.compiler_options.items())
+    return [
+        f"mesh {mesh}; {plan.rows} rows in {plan.micro_batches} micro-batches; "
+        f"remat {plan.remat} (decoder, tower)",
+        f"compiled in {_seconds(plan)} with {plan.host_bytes / GB:.1f} GB of memory",
+        f"compiler options: {options or 'none'}",
+    ]
+
+
+def _seconds(plan: Plan) -> str:
+    known = plan.compile_cpu_seconds
+    busy = "" if known is None else f" ({known:.0f} s of processor time)"
+    return f"{plan.compile_seconds:.0f} s{busy}"
 
 
 def _links(plan: Plan) -> list[str]:
@@ -53,12 +75,12 @@ def _links(plan: Plan) -> list[str]:
         return []
     sizes = plan.work.link_bytes()
     lines = [
-        f"links along {axes}: {sizes[axes] / GB:.1f} GB, {seconds:.2f} s"
+        f"links along {axes}: {short(sizes[axes] / GB)} GB, {short(seconds)} s"
         for axes, seconds in plan.bound.links.items()
     ]
     largest = sorted(plan.work.collectives, key=lambda x: -x.num_bytes)[:4]
     return lines + [
-        f"  {x.num_bytes / GB:>6.1f} GB  {x.times:>5} x {x.kind} of {x.shape} over "
+        f"  {short(x.num_bytes / GB):>8} GB  {x.times:>5} x {x.kind} of {x.shape} over "
         f"{'+'.join(x.axes) or 'one chip'}"
         for x in largest
     ]
@@ -73,8 +95,8 @@ def _replicated(plan: Plan) -> list[str]:
 TABLE_HEAD = (
     "| run | pod | mesh (data, fsdp, tensor) | micro-batches | remat (decoder, tower) | "
     "HBM, GB of a chip | executed / useful | compute s | links s | step s, best .. apart | "
-    "MFU, best .. apart | compile s, host GB |\n"
-    "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    "MFU, best .. apart | overlapped | compile: clock s, processor s, host GB |\n"
+    "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
 )
 
 
@@ -83,19 +105,21 @@ def table_row(run: str, plan: Plan) -> str:
     cells: Sequence[str]
     place = [run, plan.pod, ", ".join(map(str, plan.mesh.values()))]
     place += [str(plan.micro_batches), plan.remat]
-    cost = f"{plan.compile_seconds:.0f}, {plan.host_bytes / GB:.1f}"
+    busy = "-" if plan.compile_cpu_seconds is None else f"{plan.compile_cpu_seconds:.0f}"
+    cost = f"{plan.compile_seconds:.0f}, {busy}, {plan.host_bytes / GB:.1f}"
     if plan.memory is None or plan.work is None or plan.bound is None:
-        cells = [*place, f"does not fit: {plan.refusal}", "", "", "", "", "", cost]
+        cells = [*place, f"does not fit: {plan.refusal}", "", "", "", "", "", "", cost]
         return "| " + " | ".join(cells) + " |"
     best, apart = plan.bound.best, plan.bound.apart
     cells = [
         *place,
-        f"{plan.memory.total / GB:.1f} of {plan.hbm_bytes / GB:.1f}",
+        f"{short(plan.memory.total / GB)} of {plan.hbm_bytes / GB:.1f}",
         f"{plan.recompute:.2f}",
-        f"{plan.bound.compute:.2f}",
-        ", ".join(f"{axis} {seconds:.2f}" for axis, seconds in plan.bound.links.items()),
-        f"{best:.2f} .. {apart:.2f}",
+        short(plan.bound.compute),
+        ", ".join(f"{axis} {short(seconds)}" for axis, seconds in plan.bound.links.items()),
+        f"{short(best)} .. {short(apart)}",
         f"{plan.mfu(best):.0%} .. {plan.mfu(apart):.0%}",
+        f"{plan.work.overlapped_share:.0%}",
         cost,
     ]
     return "| " + " | ".join(cells) + " |"

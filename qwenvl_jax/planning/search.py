@@ -5,18 +5,13 @@ micro-batches a step is made, and how the mesh is split. Every answer was compil
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
-import os
 from collections.abc import Callable, Iterator
-from importlib import metadata
-from pathlib import Path
 
-from qwenvl_jax.config import ConfigError, MeshConfig, RematPolicy, TrainConfig, to_dict
+from qwenvl_jax.config import ConfigError, MeshConfig, RematPolicy, TrainConfig
 from qwenvl_jax.planning.estimate import estimate_memory, state_memory
-from qwenvl_jax.planning.plan import Plan, make_plan, plan_from_dict
+from qwenvl_jax.planning.plan import Plan, make_plan
 from qwenvl_jax.planning.pods import Pod
 
 # From the fastest to the smallest: (decoder, tower).
@@ -154,36 +149,3 @@ def estimated_share(config: TrainConfig, pod: Pod, state: dict[str, int]) -> flo
         return sum(estimate_memory(config, pod.num_chips, state).values()) / pod.chip.hbm_bytes
     except ConfigError:
         return math.inf
-
-
-class PlanCache:
-    """Plans of earlier calls, on the disk: a compilation takes minutes."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-
-    def __call__(self, config: TrainConfig, pod: Pod) -> Plan:
-        """Returns the plan, from the disk if these very settings were compiled before."""
-        path = self._folder / f"{self._key(config, pod)}.json"
-        if path.exists():
-            return plan_from_dict(json.loads(path.read_text(encoding="utf-8")))
-        plan = make_plan(config, pod)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(to_dict(plan), indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)  # whole, or not there
-        return plan
-
-    def _key(self, config: TrainConfig, pod: Pod) -> str:
-        """Everything that decides what is compiled: settings, pod, versions, and our own source."""
-        package = Path(__file__).parents[1]
-        rooms = ("model", "training", "planning")
-        source = [package / "sharding.py", *(p for r in rooms for p in (package / r).glob("*.py"))]
-        digest = hashlib.sha256()
-        for path in sorted(source):
-            digest.update(path.read_bytes())
-        settings = to_dict(config) | {"run_dir": "", "init": "", "seed": 0}
-        digest.update(json.dumps([settings, pod.title], sort_keys=True).encode())
-        for name in ("jax", "jaxlib", "libtpu"):
-            digest.update(metadata.version(name).encode())
-        return digest.hexdigest()[:24]

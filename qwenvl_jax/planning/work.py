@@ -8,6 +8,8 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -51,6 +53,7 @@ class Collective:
     times: int
     bytes_each: float  # over the links of one chip
     op_name: str
+    is_overlapped: bool = False  # the schedule has products or attention between start and end
 
     @property
     def num_bytes(self) -> float:
@@ -65,6 +68,14 @@ class Work:
     hbm_bytes: float
     collectives: tuple[Collective, ...]
 
+    @property
+    def overlapped_share(self) -> float:
+        """Returns the share of the bytes over links that cross beside compute."""
+        total = sum(x.num_bytes for x in self.collectives)
+        return (
+            sum(x.num_bytes for x in self.collectives if x.is_overlapped) / total if total else 1.0
+        )
+
     def link_bytes(self) -> dict[str, float]:
         """Returns bytes by mesh axis; an exchange over two axes is put to "data+fsdp" and so on."""
         total: dict[str, float] = defaultdict(float)
@@ -78,18 +89,42 @@ def measure(program: Program, mesh: Mesh | AbstractMesh, *, causal_block: int) -
     flops = hbm = 0.0
     collectives: list[Collective] = []
     for name, times in program.walk():
-        seen: set[str] = set()  # an exchange in flight is listed in every fusion that it overlaps
-        for instruction in program.computations[name].values():
+        flights: dict[str, _Flight] = {}
+        busy: list[int] = []  # places in the schedule with products
+        for index, instruction in enumerate(program.computations[name].values()):
             hbm += times * hbm_bytes(program, instruction)
+            products = 0.0
             for inner in program.inside(instruction):
-                flops += times * matrix_flops(program, inner, causal_block)
-                kind = inner.opcode.removesuffix("-start")
-                if kind in _COLLECTIVES and _channel(inner) not in seen:
-                    seen.add(_channel(inner))
-                    if inner is not instruction:
+                products += matrix_flops(program, inner, causal_block)
+                if _kind(inner) in _COLLECTIVES:
+                    channel = _channel(program, inner)
+                    # An exchange in flight is listed in every fusion that it goes on beside.
+                    if channel not in flights and inner is not instruction:
                         hbm += times * inner.hbm_bytes
-                    collectives.append(_collective(inner, kind, times, mesh))
+                    flights.setdefault(channel, _Flight(inner, [])).places.append(index)
+            flops += times * products
+            if products or instruction.opcode == "while":
+                busy.append(index)
+        collectives += [_collective(x, times, mesh, busy) for x in flights.values()]
     return Work(flops=flops, hbm_bytes=hbm, collectives=tuple(collectives))
+
+
+class _Flight(NamedTuple):
+    """An exchange, and where in the schedule it starts, goes on and ends."""
+
+    instruction: Instruction
+    places: list[int]
+
+
+def _kind(instruction: Instruction) -> str:
+    return instruction.opcode.removesuffix("-start").removesuffix("-done")
+
+
+def _channel(program: Program, instruction: Instruction) -> str:
+    """Returns what the start and the end of an exchange have in common."""
+    if instruction.opcode.endswith("-done"):
+        instruction = program.operands(instruction)[0]
+    return instruction.attribute("channel_id") or instruction.name
 
 
 # --- multiplications ------------------------------------------------------------------------------
@@ -214,13 +249,10 @@ def _touched(program: Program, array: Instruction) -> int:
 # --- bytes over the links -------------------------------------------------------------------------
 
 
-def _channel(instruction: Instruction) -> str:
-    return instruction.attribute("channel_id") or instruction.name
-
-
 def _collective(
-    instruction: Instruction, kind: str, times: int, mesh: Mesh | AbstractMesh
+    flight: _Flight, times: int, mesh: Mesh | AbstractMesh, busy: Sequence[int]
 ) -> Collective:
+    instruction, kind = flight.instruction, _kind(flight.instruction)
     groups = exchange_groups(instruction, mesh)
     size = len(groups[0])
     # The compiler writes a scatter of sums as a sum of which each chip keeps its slice.
@@ -240,6 +272,7 @@ def _collective(
         times=times,
         bytes_each=_COLLECTIVES[kind](size) * num_bytes,
         op_name=instruction.op_name,
+        is_overlapped=any(flight.places[0] <= i <= flight.places[-1] for i in busy),
     )
 
 
