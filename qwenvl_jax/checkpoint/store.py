@@ -80,6 +80,11 @@ class CheckpointStore:
                 f"step {step} was not saved in {self._directory}: Orbax refused it"
             )
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._manager.is_saving_in_progress()
+
     def check(self) -> None:
         """Raises what a save in the background has met, if anything."""
         self._manager.check_for_errors()

@@ -32,6 +32,12 @@ class Notes(NamedTuple):
 
     num_samples: int  # good and bad
     holes: tuple[Hole, ...]
+    keys: tuple[tuple[str, ...], ...]  # of the good samples of each row that was made
+
+
+def keys_of(rows: Sequence[Sequence[Example]]) -> tuple[tuple[str, ...], ...]:
+    """Returns the keys of the samples of each row."""
+    return tuple(tuple(example.key for example in row) for row in rows)
 
 
 class OpenRows(NamedTuple):
@@ -218,7 +224,7 @@ class RowMaker:
             config.attend_across,
             canvas,
         )
-        return batch, Notes(len(slots.row), tuple(holes))
+        return batch, Notes(len(slots.row), tuple(holes), keys_of(rows))
 
     def _map(self, wanted: Iterable[_Wanted]) -> Iterator[Example | Hole]:
         if self._num_threads < 2:
