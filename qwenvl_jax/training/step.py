@@ -35,8 +35,7 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
     `grad_norm` (before clipping, trained parameters only), `lr`, `tokens` (without padding),
     `pairs` (of a token and one that it may look at), `scored_tokens`, `images`, `verdict` (one of
     `guard.REASONS`), `spike_score`, and the updates refused so far, `skipped`, and since the last
-    good step, `refused_in_a_row`. And two arrays in the order of `data.example.TASKS`: the sum of
-    losses by task, `task_loss`, and of scored tokens, `task_weight`.
+    good step, `refused_in_a_row`; and of `loss.Sums` the arrays `task_loss` and `task_weight`.
 
     Raises:
         ConfigError: the rows of a micro-batch do not divide over the devices.
@@ -46,9 +45,8 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
     faults = parse_faults(config.simulate_fault)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, sums = _gradients(
-            state, batch, config, layout, chunk=config.loss_chunk * num_shards
-        )
+        chunk = config.loss_chunk * num_shards
+        gradients, sums = _gradients(state, batch, config, layout, chunk)
         gradients, loss_sum = disturb(gradients, sums.loss, state.step + 1, faults)
         scored = jnp.where(sums.weight > 0, sums.weight, 1.0)
         loss = loss_sum / scored
@@ -71,13 +69,10 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
             optimizer=keep(moments, state.optimizer),
             guard=guard,
         )
-        metrics = _counts(batch) | {
+        metrics = _counts(batch, sums) | {
             "loss": loss,
             "grad_norm": norm,
             "lr": lr,
-            "scored_tokens": sums.weight,
-            "task_loss": sums.task_loss,
-            "task_weight": sums.task_weight,
             "verdict": verdict,
             "spike_score": score,
             "skipped": guard.skipped,
@@ -95,13 +90,16 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
     )
 
 
-def _counts(batch: Batch) -> Metrics:
-    """Returns what is in a batch, which its work follows from."""
+def _counts(batch: Batch, sums: Sums) -> Metrics:
+    """Returns what is in a batch, which its work follows from, and what was scored of each task."""
     is_token = batch.segment > 0
     return {
         "tokens": is_token.sum(),
         "pairs": jnp.where(is_token, batch.position + 1.0, 0.0).sum(),
         "images": (batch.image_start < NO_IMAGE).sum(),
+        "scored_tokens": sums.weight,
+        "task_loss": sums.task_loss,
+        "task_weight": sums.task_weight,
     }
 
 
