@@ -39,8 +39,8 @@ def jax_contestant(dtype: str) -> tuple[Callable[[], float], Callable[[], float]
 
     @jax.jit
     def loss(weights, batch):
-        total, count = batch_loss(layout.graphdef, weights, batch, config.loss_chunk)
-        return total / count
+        losses = batch_loss(layout.graphdef, weights, batch, config.loss_chunk)
+        return losses.sum() / batch.loss_weight.sum()
 
     def forward() -> float:
         return float(loss(state.trainable | state.frozen, batch))

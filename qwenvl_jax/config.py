@@ -294,13 +294,33 @@ class GuardConfig:
     rewind_margin: int = 100  # batches passed over behind a spike, after going back before it
     digest_every: int = 1000  # steps between comparisons of replicated parameters; 0: never
     data_timeout: float = 900.0  # seconds without a batch that end the run
+    grace_seconds: float = 30.0  # between SIGTERM and SIGKILL, as the machine's owner gives them
 
     def __post_init__(self):
-        _positive(self, "stop_after", "spike_sigmas", "data_timeout")
+        _positive(self, "stop_after", "spike_sigmas", "data_timeout", "grace_seconds")
         if min(self.rewind_margin, self.digest_every) < 0:
             raise ConfigError(
                 "GuardConfig.rewind_margin and digest_every must not be negative: got "
                 f"{self.rewind_margin} and {self.digest_every}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is looked at while a run trains: its loss on held-out data, and some of its answers."""
+
+    every_steps: int = 0  # and at the end; 0: never
+    batches: int = 4  # of held-out data, each as large as a micro-batch
+    samples: int = 8  # held-out samples whose answers are drawn on their picture
+    max_new_tokens: int = 64  # of an answer
+    path: str = ""  # the held-out rows of data.source="rows"; scenes hold out their own
+
+    def __post_init__(self):
+        _positive(self, "batches", "max_new_tokens")
+        if min(self.every_steps, self.samples) < 0:
+            raise ConfigError(
+                "EvaluationConfig.every_steps and samples must not be negative: got "
+                f"{self.every_steps} and {self.samples}"
             )
 
 
@@ -321,6 +341,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     log_every: int = 10
     skip_steps: tuple[str, ...] = ()  # "A:B": the batches of steps A to B are passed over
     allow_change: tuple[str, ...] = ()  # settings that this start may change, of a run begun before

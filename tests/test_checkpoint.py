@@ -1,7 +1,9 @@
 """Nothing damaged is ever used, and nothing good is ever lost."""
 
+import errno
 import os
 import random
+import threading
 from pathlib import Path
 
 import jax
@@ -227,6 +229,29 @@ def test_a_checkpoint_of_format_1_is_restored_by_this_version():
     for path, array in state.trainable.items():
         np.testing.assert_array_equal(array, np.full(array.shape, 0.25), err_msg=path)
     assert jax.tree.structure(state) == jax.tree.structure(layout.abstract)
+
+
+def test_a_save_that_cannot_make_its_folder_leaves_no_thread_behind(tmp_path, monkeypatch):
+    """A thread that waits for the folder would keep the process from ending."""
+    store = saved_run(tmp_path, 1)
+    before = threading.enumerate()
+    makedirs = os.makedirs
+
+    def read_only(path, *args, **options):
+        if Path(path).name.startswith("2."):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        makedirs(path, *args, **options)
+
+    monkeypatch.setattr(os, "makedirs", read_only)
+    with pytest.raises(OSError, match="Read-only file system"):
+        store.save(2, items(2))
+    waiting = [t for t in threading.enumerate() if t not in before and not t.daemon]
+    assert [t for t in waiting if "asyncio" not in t.name] == []
+    monkeypatch.undo()
+    store.save(3, items(3))
+    store.wait()
+    assert store.steps() == [1, 3]
+    store.close()
 
 
 def test_files_that_are_not_ours_stay(tmp_path):

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from qwenvl_jax.config import ConfigError, DataConfig
 from qwenvl_jax.data.canvas import Canvases
-from qwenvl_jax.data.example import NO_IMAGE, DataError, Example
-from qwenvl_jax.data.packing import LOOK_AHEAD, fill, fill_rows, pack
+from qwenvl_jax.data.example import NO_IMAGE, NO_TASK, TASKS, DataError, Example
+from qwenvl_jax.data.packing import LOOK_AHEAD, TASK_NUMBERS, fill, fill_rows, pack
 from qwenvl_jax.data.pipeline import batches, draw, make_batch
-from qwenvl_jax.data.sources.scene_rows import TASKS
+from qwenvl_jax.data.record import FIELDS
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 
 NANO = "qwenvl_jax/assets/nano"
@@ -38,7 +38,8 @@ def sample(number: int, num_text: int, num_images: int) -> Example:
     ids = [*TOK.image_ids() * num_images, *[number % 256] * num_text]
     images = [np.full((SIDE, SIDE, 3), number % 256, np.uint8)] * num_images
     is_target = np.arange(len(ids)) % 3 == 0
-    return Example(np.array(ids, np.int32), is_target, tuple(images), "test", f"row {number}")
+    task = ("a task of its own", *TASKS)[number % (len(TASKS) + 1)]
+    return Example(np.array(ids, np.int32), is_target, tuple(images), task, f"row {number}")
 
 
 sizes_strategy = st.lists(st.tuples(st.integers(1, 17), st.integers(0, 3)), max_size=40)
@@ -83,6 +84,7 @@ def test_a_batch_holds_each_sample_whole_and_apart(sizes):
             here = np.flatnonzero(batch.segment[b] == number)
             assert np.array_equal(here, np.arange(here[0], here[0] + len(example.ids)))
             assert np.array_equal(batch.tokens[b, here], example.ids)
+            assert (batch.task[b, here] == TASK_NUMBERS.get(example.task, NO_TASK)).all()
             assert np.array_equal(batch.position[b, here], np.arange(len(example.ids)))
             assert np.array_equal(batch.targets[b, here[:-1]], example.ids[1:])
             assert np.array_equal(batch.loss_weight[b, here[:-1]], example.is_target[1:])
@@ -98,6 +100,12 @@ def test_a_batch_holds_each_sample_whole_and_apart(sizes):
         assert padding.sum() == length - sum(len(example.ids) for example in row)
         assert (batch.tokens[b, padding] == TOK.endoftext_id).all()
         assert not batch.loss_weight[b, padding].any()
+        assert (batch.task[b, padding] == NO_TASK).all()
+
+
+def test_every_task_of_a_source_has_a_number():
+    assert set(FIELDS) < set(TASKS)
+    assert len(TASK_NUMBERS) == len(TASKS)
 
 
 def test_shapes_and_types_are_static():

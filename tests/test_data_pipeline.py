@@ -140,6 +140,14 @@ def test_metrics_say_what_a_step_holds(tmp_path, tok):
         "bad_samples": 0,
     }
     assert source.metrics(4) == {}
+    samples = source.samples(3)
+    assert list(samples) == list(range(config.rows))
+    assert sum(map(len, samples.values())) == source.metrics(3)["samples"]
+    assert all("rows.json[" in key for keys in samples.values() for key in keys)
+    assert source.samples(4) == {}
+    held = batches(config, 5, 3, slots=SLOTS, share=Share((1, 3), 1))
+    next(held)
+    assert held.samples(3) == {1: samples[1], 3: samples[3]}
 
 
 def test_a_mixture_follows_its_weights(tmp_path, tok):
@@ -209,8 +217,11 @@ def test_changed_data_are_noticed_when_a_run_goes_on(tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
     assert take(data_config(path=write_rows(moved, 12)), 1, first=2, folder=run_dir)
-    (run_dir / "data.json").unlink()
-    assert take(dataclasses.replace(config, length=159), 1, first=2, folder=run_dir)
+    changed = dataclasses.replace(config, length=159)
+    assert take(changed, 1, first=2, folder=run_dir, may_change=True)
+    assert take(changed, 1, first=2, folder=run_dir)  # it is the run's from now on
+    with pytest.raises(ConfigError, match=r"--allow-change data$"):
+        take(config, 1, first=2, folder=run_dir)
 
 
 def test_sizes_are_measured_once(tmp_path, monkeypatch):

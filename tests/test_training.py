@@ -11,12 +11,13 @@ import pytest
 import tiny
 
 from qwenvl_jax.config import ConfigError, MeshConfig, OptimizerConfig, ParameterRule
+from qwenvl_jax.data.example import TASKS
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import qwen_vl, released_finetune, stage_1, stage_2, stage_3, text_only
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training import optimizer
 from qwenvl_jax.training.guard import REASONS
-from qwenvl_jax.training.loss import next_token_loss
+from qwenvl_jax.training.loss import by_task, next_token_loss, sum_up
 from qwenvl_jax.training.optimizer import describe_plan, learning_rate
 from qwenvl_jax.training.state import (
     TrainState,
@@ -41,20 +42,18 @@ def loss_inputs(rows=3, length=11, width=7, vocab=13):
     return hidden, head, targets, weight
 
 
-def reference_loss(hidden, head, targets, weight):
-    losses = optax.softmax_cross_entropy_with_integer_labels(hidden @ head, targets)
-    return (losses * weight).sum()
+def reference_losses(hidden, head, targets, weight):
+    return optax.softmax_cross_entropy_with_integer_labels(hidden @ head, targets) * weight
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 9, 33, 1000])
 def test_chunked_loss_and_its_gradients(chunk):
     hidden, head, targets, weight = loss_inputs()
-    total, count = next_token_loss(hidden, head, targets, weight, chunk)
-    assert total == pytest.approx(float(reference_loss(hidden, head, targets, weight)), rel=1e-5)
-    assert count == weight.sum()
+    losses = next_token_loss(hidden, head, targets, weight, chunk)
+    np.testing.assert_allclose(losses, reference_losses(hidden, head, targets, weight), rtol=1e-5)
 
-    chunked = jax.grad(lambda h, w: next_token_loss(h, w, targets, weight, chunk)[0], (0, 1))
-    whole = jax.grad(lambda h, w: reference_loss(h, w, targets, weight), (0, 1))
+    chunked = jax.grad(lambda h, w: next_token_loss(h, w, targets, weight, chunk).sum(), (0, 1))
+    whole = jax.grad(lambda h, w: reference_losses(h, w, targets, weight).sum(), (0, 1))
     for got, expected in zip(chunked(hidden, head), whole(hidden, head), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
@@ -63,7 +62,7 @@ def test_loss_never_holds_all_logits():
     hidden, head, targets, weight = loss_inputs(rows=2, length=512, width=8, vocab=4096)
 
     def peak(chunk: int) -> int:
-        grad = jax.grad(lambda h, w: next_token_loss(h, w, targets, weight, chunk)[0], (0, 1))
+        grad = jax.grad(lambda h, w: next_token_loss(h, w, targets, weight, chunk).sum(), (0, 1))
         compiled = jax.jit(grad).lower(hidden, head).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -73,9 +72,30 @@ def test_loss_never_holds_all_logits():
 
 def test_loss_is_float32_from_bfloat16_states():
     hidden, head, targets, weight = loss_inputs()
-    total, _ = next_token_loss(hidden.astype(jnp.bfloat16), head, targets, weight, 8)
-    assert total.dtype == jnp.float32
-    assert total == pytest.approx(float(reference_loss(hidden, head, targets, weight)), rel=2e-2)
+    losses = next_token_loss(hidden.astype(jnp.bfloat16), head, targets, weight, 8)
+    assert losses.dtype == jnp.float32
+    expected = reference_losses(hidden, head, targets, weight)
+    np.testing.assert_allclose(losses, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_sums_by_task_are_of_the_task_and_join_to_the_whole():
+    random = np.random.default_rng(0)
+    batch = tiny.batch(tiny.train_config(), 0)
+    losses = random.random(batch.tokens.shape, np.float32) * batch.loss_weight
+    sums = sum_up(jnp.asarray(losses), batch)
+    for number in range(len(TASKS)):
+        chosen = batch.task == number
+        assert sums.task_loss[number] == pytest.approx(losses[chosen].sum(), rel=1e-5)
+        assert sums.task_weight[number] == batch.loss_weight[chosen].sum()
+    assert (sums.task_weight > 0).sum() == 2
+    columns = by_task(np.asarray(sums.task_loss), np.asarray(sums.task_weight))
+    names = [TASKS[1], TASKS[2]]
+    assert set(columns) == {f"{what}/{x}" for x in names for what in ("loss", "scored_tokens")}
+    joined = sum(columns[f"loss/{x}"] * columns[f"scored_tokens/{x}"] for x in names)
+    assert joined == pytest.approx(float(sums.loss), rel=1e-5)
+    without = sum_up(jnp.asarray(losses), batch._replace(task=None))
+    assert float(without.loss) == float(sums.loss)
+    assert not np.asarray(without.task_weight).any()
 
 
 # --- plan and schedule --------------------------------------------------------------------------
@@ -274,7 +294,7 @@ def run(config, step=None, steps=4):
     history = []
     for i in range(steps):
         state, metrics = step(state, jax.device_put(tiny.batch(config, i), place))
-        history.append({name: float(value) for name, value in metrics.items()})
+        history.append(jax.device_get(metrics))
     assert step._cache_size() == 1, "one compilation a run"
     return history, state
 
@@ -292,7 +312,8 @@ def one_device(plain_step):
 
 
 def assert_same_run(found, expected, rtol):
-    for name in ("loss", "grad_norm", "lr", "scored_tokens", "tokens", "images"):
+    names = ("loss", "grad_norm", "lr", "scored_tokens", "tokens", "images")
+    for name in (*names, "task_loss", "task_weight"):
         np.testing.assert_allclose(
             [m[name] for m in found], [m[name] for m in expected], rtol=rtol, err_msg=name
         )
@@ -304,6 +325,10 @@ def test_loss_starts_near_that_of_guessing(one_device):
     assert history[0]["loss"] == pytest.approx(math.log(vocabulary), rel=0.2)
     assert history[0]["images"] == 8
     assert history[0]["tokens"] == 8 * 18  # the last column of the test batch is padding
+    for metrics in history:
+        assert metrics["task_weight"].sum() == metrics["scored_tokens"]
+        mean = metrics["task_loss"].sum() / metrics["scored_tokens"]
+        assert mean == pytest.approx(metrics["loss"], rel=1e-6)
     assert int(state.step) == 4
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from qwenvl_jax.config import CheckpointConfig, ConfigError, GuardConfig
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training.faults import parse_faults
 from qwenvl_jax.training.guard import ENOUGH, REASONS, WINDOW, fresh_guard, judge, spike_score
-from qwenvl_jax.training.incidents import RunStopped
+from qwenvl_jax.training.incidents import Incidents, RunStopped
 from qwenvl_jax.training.loop import restore, train
 from qwenvl_jax.training.skips import joined, last_skipped, parse_skips
 from qwenvl_jax.training.state import make_layout
@@ -126,6 +127,23 @@ def test_going_back_before_a_spike_can_be_done_again_exactly(tmp_path, capsys):
     losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("rewound", "replayed")]
     assert losses[0] == losses[1]
     assert losses[0][30:37] == [None] * 7
+
+
+def test_an_incident_names_the_samples_of_its_batch(tmp_path, monkeypatch):
+    """Each process knows its own rows, and the first one's file stays whole."""
+    numbers = {"step": 3, "verdict": 1, "loss": math.nan, "grad_norm": 1.0, "spike_score": 0.0}
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        noted = Incidents(tmp_path, 7)
+        samples = {process * 4: ("shelf.json[3]", "shelf.json[9]"), process * 4 + 1: ()}
+        noted.note(numbers | {"loss/vqa": 2.5}, "update refused", samples=samples)
+    (first,), (second,) = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("incidents.jsonl", "1-incidents.jsonl")
+    )
+    assert first["samples"] == {"0": ["shelf.json[3]", "shelf.json[9]"], "1": []}
+    assert second["samples"] == {"4": ["shelf.json[3]", "shelf.json[9]"], "5": []}
+    assert (first["loss/vqa"], first["action"]) == (2.5, "update refused")
 
 
 # --- parts --------------------------------------------------------------------------------------

@@ -1,21 +1,27 @@
 """What a person sees: operations counted by hand, speeds, words about memory, where time goes."""
 
+import dataclasses
 import json
 import time
 
 import jax
 import pytest
 import tiny
+from PIL import Image
 
+from qwenvl_jax.config import to_dict
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import qwen_vl, stage_1, stage_2, stage_3
 from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.training.expectation import expected_step_time
 from qwenvl_jax.training.flops import peak_flops, step_flops
 from qwenvl_jax.training.goodput import Goodput
 from qwenvl_jax.training.memory import OutOfMemory, explained
 from qwenvl_jax.training.optimizer import plan_parameters
+from qwenvl_jax.training.plot import draw_curves, draw_tasks, running_mean, tasks_of
 from qwenvl_jax.training.report import Report
 from qwenvl_jax.training.state import make_layout
+from qwenvl_jax.training.stop import grace
 
 # Multiplications of one token, one pair of tokens and one picture of 224 pixels in Qwen-VL.
 TOKEN = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 151_936
@@ -108,3 +114,82 @@ def test_time_is_split_by_what_it_went_to():
     assert split["total"] == pytest.approx(split["data"] + split["productive"])
     assert "productive" in goodput.summary()
     assert "data" in goodput.summary()
+
+
+# --- by task --------------------------------------------------------------------------------------
+
+
+def record_of(step, **losses) -> dict:
+    by_task = {f"loss/{task}": loss for task, loss in losses.items()}
+    return {"step": step, "loss": 2.0, "lr": 1e-3, "grad_norm": 1.0} | by_task | {
+        f"scored_tokens/{task}": 5.0 for task in losses
+    }  # fmt: skip
+
+
+def test_curves_have_a_line_for_each_task(tmp_path):
+    from matplotlib.figure import Figure
+
+    records = [record_of(1, vqa=3.0), record_of(2, vqa=2.0, ocr=1.0), record_of(3)]
+    assert tasks_of(records) == ["ocr", "vqa"]
+    panel = Figure().subplots()
+    draw_tasks(panel, records, tasks_of(records))
+    lines = {line.get_label(): line.get_xydata().tolist() for line in panel.get_lines()}
+    assert lines == {"ocr": [[2, 1.0]], "vqa": [[1, 3.0], [2, 2.0]]}
+
+    for name, lines in (("with", records), ("without", [record_of(1), record_of(2)])):
+        (tmp_path / name).mkdir()
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    sizes = [Image.open(draw_curves(tmp_path / name)).size for name in ("with", "without")]
+    assert sizes[0][1] > 1.4 * sizes[1][1]  # one panel more
+
+
+def test_running_means_follow_the_weights():
+    assert running_mean([1.0, 2.0, 6.0], 2).tolist() == [1.0, 1.5, 4.0]
+    assert running_mean([1.0, 2.0, 6.0], 2, [1.0, 3.0, 1.0]).tolist() == [1.0, 1.75, 3.0]
+
+
+# --- before the first step, and at the end --------------------------------------------------------
+
+
+def run_beside(folder, config, seconds, **changes):
+    """Writes what an earlier run leaves: one start, and its last steps."""
+    folder.mkdir(parents=True)
+    entry = {"time": "2026-01-01", "devices": "1 x cpu", "processes": 1} | changes
+    entry["config"] = json.loads(json.dumps(to_dict(config)))
+    (folder / "manifest.json").write_text(json.dumps({"starts": [entry]}))
+    lines = [{"step": 1, "seconds_per_step": 9.0}, {"step": 2, "seconds_per_step": seconds}]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 3, "passed_over": True}])
+    (folder / "metrics.jsonl").write_text(text + '{"step": 4, "seco')
+
+
+def test_the_time_of_a_step_is_told_from_runs_alike(tmp_path, monkeypatch):
+    config = tiny.train_config(tmp_path / "new", parameters=stage_2())
+    layout = make_layout(config, make_mesh())
+    start = {"time": "2026-02-01", "devices": "1 x cpu", "processes": 1}
+
+    def told() -> str:
+        return expected_step_time(config, layout, start)
+
+    assert "expected: not known" in told()
+    other = dataclasses.replace(config, micro_batches=2)
+    run_beside(tmp_path / "a", other, 0.1)
+    run_beside(tmp_path / "b", config, 0.2, devices="8 x cpu")
+    run_beside(tmp_path / "c", config, 0.25, time="2026-02-01")  # this very start
+    assert "expected: not known" in told()
+    monkeypatch.setattr("qwenvl_jax.training.expectation.all_peaks", lambda: 1e9)
+    bound = float(told().split("more than ")[1].split()[0])
+    data = config.data
+    full = {"tokens": 8 * 19, "images": 16, "pairs": 8 * 19 * 20 / 2}
+    count = step_flops(config.model, layout.model_state, layout.plan, data.image_size)
+    assert bound == pytest.approx(count(full) / 1e9, rel=1e-2)
+    cheap = dataclasses.replace(config, log_every=7, seed=3)
+    run_beside(tmp_path / "d", cheap, 0.3)
+    assert told() == f"expected: 0.3 s a step, as measured in {tmp_path / 'd'}"
+    run_beside(tmp_path / "new", config, 0.4)
+    assert told() == f"expected: 0.4 s a step, as measured in {tmp_path / 'new'}"
+
+
+def test_a_stop_that_takes_too_long_says_what_follows():
+    assert grace(2.04, 30.0) == "a stop takes 2.0 s, within guard.grace_seconds=30"
+    assert "a stop takes 31.0 s, LONGER THAN guard.grace_seconds=30" in grace(31.0, 30.0)

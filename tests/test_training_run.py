@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import tiny
 
-from qwenvl_jax.checkpoint.store import CheckpointStore, restore_weights
+from qwenvl_jax.checkpoint.store import CheckpointError, CheckpointStore, restore_weights
 from qwenvl_jax.cli.plot import main as plot_main
 from qwenvl_jax.cli.train import main, read_config
 from qwenvl_jax.config import ConfigError, OptimizerConfig
-from qwenvl_jax.data.example import DataError
+from qwenvl_jax.data.example import TASKS, DataError
 from qwenvl_jax.presets import stage_2
 from qwenvl_jax.sharding import batch_sharding, make_mesh
 from qwenvl_jax.training.faults import HostFaults
@@ -423,7 +423,9 @@ def fake_step(state, batch):
     numbers = dict.fromkeys(("grad_norm", "lr", "spike_score"), jnp.float32(0.5)) | {"loss": loss}
     counts = dict.fromkeys(("tokens", "pairs", "images", "verdict"), jnp.int32(0))
     counts |= {"skipped": step // 3, "refused_in_a_row": jnp.int32(0)}
-    return state._replace(step=step), numbers | counts
+    by_task = jnp.zeros(len(TASKS)).at[1].set(loss)
+    tasks = {"task_loss": 6 * by_task, "task_weight": jnp.sign(jnp.abs(by_task)) * 3}
+    return state._replace(step=step), numbers | counts | tasks
 
 
 def layout_of(config):
@@ -452,6 +454,7 @@ def loop_with(config, store, before_step):
         open_feed=lambda step: Feed(
             tiny.batches(config, step - 1), batch_sharding(make_mesh()), patience=60.0
         ),
+        look=None,
         state=state,
     )
     try:
@@ -478,7 +481,7 @@ def test_full_disk_is_told_and_survived(tmp_path, capsys):
 
 def test_a_last_save_that_fails_fails_the_run(tmp_path):
     store = FullDisk(tmp_path, keep=2)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match=r"last save, of step 3, failed: .*No space left"):
         loop_with(tiny.train_config(tmp_path, steps=3), store, lambda *_: None)
     store.close()
 
@@ -502,6 +505,7 @@ def test_metrics_are_json_even_when_a_loss_is_not_a_number(tmp_path, capsys):
     store.close()
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert [r["loss"] for r in records(tmp_path)] == [2.0, 2.0, None, 2.0, 2.0]
+    assert [r.get(f"loss/{TASKS[1]}") for r in records(tmp_path)] == [4.0, 4.0, None, 4.0, 4.0]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("step")] == [
         "1/5", "2/5", "3/5", "4/5", "5/5",

@@ -17,7 +17,7 @@ from qwenvl_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from qwenvl_jax.data.example import NO_IMAGE, Batch
+from qwenvl_jax.data.example import NO_IMAGE, NO_TASK, Batch
 from qwenvl_jax.presets import stage_2
 
 IMAGE_START_ID = 50
@@ -72,7 +72,10 @@ def train_config(run_dir: str | Path = "unused", **changes) -> TrainConfig:
 
 
 def batch(config: TrainConfig, step: int) -> Batch:
-    """Returns a batch that follows from (seed, step): two samples a row, unequal scored tokens."""
+    """Returns a batch that follows from (seed, step): two samples a row, unequal scored tokens.
+
+    The first sample of a row is of task 1, the second of task 2.
+    """
     random = np.random.default_rng((config.seed, step))
     rows, length = config.data.rows, config.data.length
     slots, side = config.model.adapter.num_queries, config.data.image_size
@@ -98,6 +101,7 @@ def batch(config: TrainConfig, step: int) -> Batch:
         position=position.astype(np.int32),
         images=random.integers(0, 256, (rows, config.data.max_images, side, side, 3), np.uint8),
         image_start=image_start,
+        task=np.where(segment > 0, segment, NO_TASK).astype(np.int32),
     )
 
 

@@ -55,6 +55,9 @@ class CheckpointStore:
                 cleanup_tmp_directories=not read_only,  # else every kill leaves one behind
                 read_only=read_only,
                 enable_async_checkpointing=not read_only,
+                # Made in the background, a folder that cannot be made leaves Orbax's threads
+                # waiting for it, and the process with them: ten minutes after it was to end.
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             ),
         )
 
@@ -79,6 +82,11 @@ class CheckpointStore:
             raise CheckpointError(
                 f"step {step} was not saved in {self._directory}: Orbax refused it"
             )
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._manager.is_saving_in_progress()
 
     def check(self) -> None:
         """Raises what a save in the background has met, if anything."""

@@ -40,9 +40,10 @@ def _run(argv: Sequence[str]) -> int:
         return SUCCESS if argv and argv[0] in ("-h", "--help") else USAGE_ERROR
     config = read_config(argv[0], argv[1:])
     join_cluster()
+    from qwenvl_jax.evaluation.glance import AnswerPage
     from qwenvl_jax.training.loop import train
 
-    train(config, command=["train.py", *argv])
+    train(config, command=["train.py", *argv], open_page=AnswerPage)
     return SUCCESS
 
 

@@ -9,6 +9,22 @@ from typing import NamedTuple
 import numpy as np
 
 NO_IMAGE = 2**30  # `Batch.image_start` of an unused picture slot: past every real position
+# Every task that a sample can be of; `Batch.task` holds places in this list, so its order stays.
+TASKS = (
+    "caption",
+    "vqa",
+    "ocr_vqa",
+    "grounded_caption",
+    "ref_grounding",
+    "grounded_captioning",
+    "ocr",
+    "text",
+    "chat",
+    "map",  # this one and the next two: lists of what lies in each cell of a drawn scene
+    "letters",
+    "edges",
+)
+NO_TASK = -1  # `Batch.task` of padding, and of a sample whose task is not listed
 
 # An encoded file's bytes or its path, decoded only after packing; or uint8 [Y, X, 3], square.
 Picture = bytes | Path | np.ndarray
@@ -37,6 +53,7 @@ class Batch(NamedTuple):
     `segment` counts the samples of a row from 1; 0 is padding. `position` restarts with each
     sample. `targets[b, i]` is `tokens[b, i + 1]` inside one segment; `loss_weight` is 0 wherever
     nothing is predicted. `image_start` is the first slot (the place after `<img>`) of each picture.
+    `task` says of each token which of `TASKS` its sample is of; without it losses have no tasks.
     """
 
     tokens: np.ndarray  # int32 [B, L]
@@ -46,3 +63,4 @@ class Batch(NamedTuple):
     position: np.ndarray  # int32 [B, L]
     images: np.ndarray  # uint8 [B, I, Y, X, C]
     image_start: np.ndarray  # int32 [B, I]
+    task: np.ndarray | None = None  # int32 [B, L]

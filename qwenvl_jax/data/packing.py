@@ -14,13 +14,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenvl_jax.data.example import NO_IMAGE, Batch, DataError, Example, Picture
+from qwenvl_jax.data.example import (
+    NO_IMAGE,
+    NO_TASK,
+    TASKS,
+    Batch,
+    DataError,
+    Example,
+    Picture,
+)
 from qwenvl_jax.image.decode import ImageError
 from qwenvl_jax.image.load import open_image
 from qwenvl_jax.image.transform import to_square
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 LOOK_AHEAD = 8  # samples; more fills rows better and drops more at the end of a batch
+TASK_NUMBERS = {name: number for number, name in enumerate(TASKS)}
 
 
 class Fill(NamedTuple):
@@ -106,6 +115,7 @@ def pack(
         canvas = np.empty((B, I, image_size, image_size, 3), np.uint8)
     images_BIYXC = canvas
     image_start_BI = np.full((B, I), NO_IMAGE, np.int32)
+    task_BL = np.full((B, L), NO_TASK, np.int32)
     for b, row in enumerate(rows):
         start, num_images = 0, 0
         for number, example in enumerate(row, 1):
@@ -118,6 +128,7 @@ def pack(
             loss_weight_BL[b, start : end - 1] = example.is_target[1:]
             segment_BL[b, start:end] = 1 if attend_across else number
             position_BL[b, start:end] = np.arange(size) + (start if attend_across else 0)
+            task_BL[b, start:end] = TASK_NUMBERS.get(example.task, NO_TASK)
             for image, slot in zip(example.images, slots, strict=True):
                 place = images_BIYXC[b, num_images]
                 picture = pixels(example, image, image_size)
@@ -135,6 +146,7 @@ def pack(
         position=position_BL,
         images=images_BIYXC,
         image_start=image_start_BI,
+        task=task_BL,
     )
 
 

@@ -26,6 +26,7 @@ from qwenvl_jax.data.rows import (
     Notes,
     RowMaker,
     fingerprint,
+    keys_of,
     open_rows,
     open_sources,
     unusable_rows,
@@ -38,7 +39,7 @@ MAX_REFUSED = 0.05  # of the samples of a step of scenes; past it the limits are
 _LAST_STEP = 2**31 - 1
 _PREFETCH = 4  # batches
 _MAX_THREADS = 16  # each makes a batch of its own; past these Python's lock is what they wait for
-_KEPT_METRICS = 64  # steps; more than can be under way at once
+_KEPT_STEPS = 64  # what was told of them; more than can be under way at once
 _GENERATED = ("scenes", "text")
 _ONLY_ROWS = (
     "path",
@@ -62,7 +63,7 @@ class Share:
 
 
 class Batches:
-    """Iterates over the batches of successive steps; `metrics(step)` says what went into one.
+    """Iterates over the batches of successive steps; says afterwards what went into one.
 
     `num_rows` counts the rows of an epoch (of a round of the mixture), None for endless sources.
     """
@@ -72,11 +73,13 @@ class Batches:
         made: Iterator[tuple[Batch, Notes]],
         first_step: int,
         tally: Tally,
+        rows: Sequence[int],
         num_rows: int | None = None,
     ):
+        """`rows` are the rows of the global batch that are made."""
         self.num_rows = num_rows
-        self._made, self._step, self._tally = made, first_step, tally
-        self._metrics: OrderedDict[int, dict[str, int | float]] = OrderedDict()
+        self._made, self._step, self._tally, self._rows = made, first_step, tally, rows
+        self._told: OrderedDict[int, tuple[dict[str, int | float], Notes]] = OrderedDict()
 
     def __iter__(self) -> "Batches":
         return self
@@ -85,15 +88,16 @@ class Batches:
         batch, notes = next(self._made)
         self._tally.add(self._step, notes.num_samples, notes.holes)
         share = fill(batch)
-        self._metrics[self._step] = {
+        metrics = {
             "samples": notes.num_samples - len(notes.holes),
             "fill": round(share.tokens, 4),
             "image_fill": round(share.images, 4),
             "bad_samples": self._tally.num_bad,
             **{f"bad_{reason}": count for reason, count in sorted(self._tally.reasons.items())},
         }
-        while len(self._metrics) > _KEPT_METRICS:
-            self._metrics.popitem(last=False)
+        self._told[self._step] = metrics, notes
+        while len(self._told) > _KEPT_STEPS:
+            self._told.popitem(last=False)
         self._step += 1
         return batch
 
@@ -103,7 +107,16 @@ class Batches:
         `step` counts from 0, as `first_step` does. Of this process's rows, bad samples since its
         start. Empty for a step that is not made yet, or was long ago.
         """
-        return self._metrics.get(step, {})
+        return self._told[step][0] if step in self._told else {}
+
+    def samples(self, step: int) -> dict[int, tuple[str, ...]]:
+        """Returns row of the global batch -> the keys of its samples, of this process's rows.
+
+        For the same steps as `metrics`.
+        """
+        if step not in self._told:
+            return {}
+        return dict(zip(self._rows, self._told[step][1].keys, strict=True))
 
 
 def batches(
@@ -115,12 +128,14 @@ def batches(
     split: Split = "train",
     share: Share = Share(),
     folder: str | Path | None = None,
+    may_change: bool = False,
 ) -> Batches:
     """Returns the batches of steps `first_step`, `first_step + 1`, ... without end.
 
     `slots` is the number of ids that one picture takes: the adapter's queries. They are made by
     threads in the background, or by `config.num_workers` processes. `folder` is the run directory:
-    bad samples are listed there, and data that have changed since the run began are noticed.
+    bad samples are listed there, and data that have changed since the run began are noticed, and
+    refused unless they `may_change`.
 
     Raises: ConfigError for settings that cannot be served, and changed data; DataError for data
     that cannot be used, later at the step of too many bad samples.
@@ -140,7 +155,7 @@ def batches(
         sources = open_sources(config, tokenizer)
         if folder is not None:
             now = fingerprint(config, tokenizer, sources)
-            check_unchanged(Path(folder), now, first_step, share.process)
+            check_unchanged(Path(folder), now, first_step, share.process, may_change)
         opened = open_rows(config, tokenizer, seed, sources)
         if first_step == 0 and share.process == 0:
             tally.list(0, unusable_rows(opened, tokenizer, config))
@@ -158,25 +173,29 @@ def batches(
             flags.FLAGS.mark_as_parsed()
         workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=2)
         dataset = dataset.mp_prefetch(workers)
-    return Batches(iter(dataset), first_step, tally, num_rows)
+    return Batches(iter(dataset), first_step, tally, rows, num_rows)
 
 
-def check_unchanged(folder: Path, now: str, first_step: int, process: int = 0) -> None:
+def check_unchanged(
+    folder: Path, now: str, first_step: int, process: int = 0, may_change: bool = False
+) -> None:
     """Keeps the fingerprint of a run's data in `folder`, and compares it when the run goes on.
 
-    Raises: ConfigError where the data, the vocabulary or the plan are not those of before.
+    Raises: ConfigError where the data, the vocabulary or the plan are not those of before, unless
+    they `may_change`.
     """
     file = folder / "data.json"
+    before = None
     if first_step and file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
-        if before != now:
+        if before != now and not may_change:
             raise ConfigError(
                 f"the data are not those that {folder} was trained with: got fingerprint "
                 f"{now[:16]}, expected {before[:16]}; another row, order, vocabulary or packing "
                 f"limit gives later steps other samples: give back the old data, choose another "
-                f"run_dir, or delete {file} to go on with these"
+                f"run_dir, or say that you mean it with --allow-change data"
             )
-    elif process == 0:
+    if before != now and process == 0:
         beside = file.with_name(f"{file.name}.new")
         beside.write_text(json.dumps({"fingerprint": now}) + "\n", encoding="utf-8")
         os.replace(beside, file)
@@ -207,7 +226,7 @@ def _make_scenes(
     drawn = scene_rows(config, tokenizer, seed, split, step)
     ours = [drawn[row] for row in rows]
     batch = _packed(ours, config, tokenizer)
-    return batch, Notes(sum(map(len, ours)), ())
+    return batch, Notes(sum(map(len, ours)), (), keys_of(ours))
 
 
 def make_batch(

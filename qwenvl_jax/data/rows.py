@@ -36,6 +36,12 @@ class Notes(NamedTuple):
 
     num_samples: int  # good and bad
     holes: tuple[Hole, ...]
+    keys: tuple[tuple[str, ...], ...]  # of the good samples of each row that was made
+
+
+def keys_of(rows: Sequence[Sequence[Example]]) -> tuple[tuple[str, ...], ...]:
+    """Returns the keys of the samples of each row."""
+    return tuple(tuple(example.key for example in row) for row in rows)
 
 
 class OpenRows(NamedTuple):
@@ -231,7 +237,7 @@ class RowMaker:
             config.attend_across,
             canvas,
         )
-        return batch, Notes(len(slots.row), tuple(holes))
+        return batch, Notes(len(slots.row), tuple(holes), keys_of(rows))
 
     def _read(self, number: int, index: int, tokens: int, pictures: int) -> Example | Hole:
         """Returns row `index` of source `number`, if it is no larger than planned."""

@@ -55,6 +55,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Batch:
         "position": array(np.int32, data.length),
         "images": array(np.uint8, data.max_images, data.image_size, data.image_size, 3),
         "image_start": array(np.int32, data.max_images),
+        "task": array(np.int32, data.length),
     }
     return Batch(**fields)
 

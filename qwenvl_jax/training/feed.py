@@ -2,8 +2,8 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -11,7 +11,24 @@ from jax.sharding import NamedSharding
 
 from qwenvl_jax.data.example import Batch, DataError
 
-Tell = Callable[[int], dict[str, int | float]]
+
+@runtime_checkable
+class Teller(Protocol):
+    """What the data side says afterwards of the batch of a step, counted from 0."""
+
+    def metrics(self, step: int) -> dict[str, int | float]: ...
+
+    def samples(self, step: int) -> dict[int, tuple[str, ...]]:
+        """Returns row of the global batch -> the keys of its samples, of this process's rows."""
+        ...
+
+
+class Told(NamedTuple):
+    metrics: dict[str, int | float]
+    samples: dict[int, tuple[str, ...]]
+
+
+NOTHING_TOLD = Told({}, {})
 
 
 class Feed:
@@ -29,15 +46,15 @@ class Feed:
         *,
         ahead: int = 1,
         held: "HeldRows | None" = None,
-        tell: Tell | None = None,
+        teller: Teller | None = None,
     ):
         """Starts making batches.
 
         patience: for how many seconds a batch is waited for before that is an error.
         held: which rows of the global batch `batches` bring; None: all of them.
-        tell: what the data side says of the batch of a step, counted from 0.
+        teller: says what went into the batches.
         """
-        self._held, self._tell, self._patience = held, tell, patience
+        self._held, self._teller, self._patience = held, teller, patience
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
         self._is_closed = threading.Event()
         args = (batches, sharding)
@@ -59,9 +76,11 @@ class Feed:
             raise item
         return item
 
-    def metrics(self, step: int) -> dict[str, int | float]:
+    def told(self, step: int) -> Told:
         """Returns what the data side tells of the batch of a step, where it tells anything."""
-        return {} if self._tell is None else self._tell(step)
+        if self._teller is None:
+            return NOTHING_TOLD
+        return Told(self._teller.metrics(step), self._teller.samples(step))
 
     def close(self) -> None:
         """Ends the thread; what it has made is dropped."""

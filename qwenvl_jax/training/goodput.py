@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Literal
 
-Section = Literal["restore", "compile", "data", "save", "compare", "replay"]
+Section = Literal["restore", "compile", "data", "save", "compare", "replay", "evaluate"]
 
 
 class Goodput:

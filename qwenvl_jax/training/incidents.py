@@ -15,23 +15,26 @@ class RunStopped(RuntimeError):
 
 
 class Incidents:
-    """Appends to run_dir/incidents.jsonl, on the first process only, and says the same in words.
+    """Appends to run_dir/incidents.jsonl, and says the same in words.
 
-    Seed and step of a line make its batch again.
+    Seed and step of a line make its batch again. `samples` names what was in it by row; each
+    process knows its own rows only, so all but the first write a file of their own beside it.
     """
 
     def __init__(self, run_dir: str | Path, seed: int):
-        self.path, self._seed = Path(run_dir) / "incidents.jsonl", seed
+        process = jax.process_index()
+        name = f"{process}-incidents.jsonl" if process else "incidents.jsonl"
+        self.path, self._seed = Path(run_dir) / name, seed
 
     def note(self, numbers: dict[str, Any], action: str, **facts: Any) -> str:
         """Writes one incident down; returns it as a line for the person who watches."""
         step, reason = numbers["step"], REASONS[numbers["verdict"]]
         seen = {name: numbers[name] for name in ("loss", "grad_norm", "spike_score")}
-        if jax.process_index() == 0:
-            record = {"step": step, "seed": self._seed, "reason": reason, "action": action}
-            record |= seen | facts
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, default=str) + "\n")
+        by_task = {name: value for name, value in numbers.items() if name.startswith("loss/")}
+        record = {"step": step, "seed": self._seed, "reason": reason, "action": action}
+        record |= seen | by_task | facts
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, default=str) + "\n")
         told = ", ".join(f"{name} {value:.4g}" for name, value in seen.items())
         return f"step {step}: {reason} ({told}): {action}; see {self.path.name}"
 

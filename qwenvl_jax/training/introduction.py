@@ -1,22 +1,43 @@
 """What a person wants to know before the first step."""
 
 from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.training.expectation import expected_step_time
 from qwenvl_jax.training.memory import bytes_per_device
 from qwenvl_jax.training.optimizer import describe_plan
+from qwenvl_jax.training.run_dir import RunDir
 from qwenvl_jax.training.state import Layout
 
 
-def introduction(config: TrainConfig, layout: Layout, first_step: int) -> list[str]:
-    """Returns lines: what trains, memory a device, what a step is, where the run stands."""
+def introduction(
+    config: TrainConfig, layout: Layout, first_step: int, run_dir: RunDir
+) -> list[str]:
+    """Returns lines: what has changed since the last start, what trains, memory a device, what a
+    step is and takes, where the run stands.
+    """
     data = config.data
     size = {name: bytes_per_device(part) / 1e9 for name, part in layout.abstract._asdict().items()}
-    start = f"resumes after step {first_step}" if first_step else f"starts from {config.init}"
+    begin = f"resumes after step {first_step}" if first_step else f"starts from {config.init}"
     return [
+        *run_dir.notes,
         describe_plan(layout.model_state, layout.plan),
         f"mesh {dict(layout.mesh.shape)}, {layout.mesh.devices.flat[0].device_kind}; GB a device: "
         f"trained {size['trainable']:.3f}, frozen {size['frozen']:.3f}, "
         f"optimizer {size['optimizer']:.3f}",
         f"a step: {data.rows} rows x {data.length} tokens, at most {data.max_images} pictures "
         f"a row of {data.image_size} x {data.image_size}, {config.micro_batches} micro-batches",
-        f"{config.run_dir}: {start}, {config.steps} steps",
+        expected_step_time(config, layout, run_dir.start),
+        *_evaluation(config),
+        f"{config.run_dir}: {begin}, {config.steps} steps",
+    ]
+
+
+def _evaluation(config: TrainConfig) -> list[str]:
+    """Returns what is looked at while the run trains, if anything is."""
+    asked = config.evaluation
+    if not asked.every_steps:
+        return []
+    rows = config.data.rows // config.micro_batches
+    return [
+        f"every {asked.every_steps} steps: loss of {asked.batches} held-out batches of {rows} "
+        f"rows, {asked.samples} answers drawn in {config.run_dir}/samples"
     ]

@@ -5,6 +5,7 @@
             qwen.tiktoken    a copy of the vocabulary: the directory alone is a model
             checkpoints/     named by the number of finished steps
             metrics.jsonl    one line a finished step
+            evaluations.jsonl, samples/  what evaluations found, where they are asked for
             incidents.jsonl  one line a step that went wrong
             curves.png       when the run ends
 
@@ -14,13 +15,15 @@ and everything random in it follow from (seed, step), so the resumed run equals 
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from qwenvl_jax.checkpoint.store import CheckpointStore
-from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
+from qwenvl_jax.config import ConfigError, EvaluationConfig, TrainConfig, to_dict
 from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data import pipeline
 from qwenvl_jax.data.example import Batch
@@ -30,13 +33,14 @@ from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed, HeldRows, rows_of_process
 from qwenvl_jax.training.goodput import Goodput
+from qwenvl_jax.training.heldout import HeldOutLoss
 from qwenvl_jax.training.hosts import check_agreement
 from qwenvl_jax.training.incidents import Incidents, RunStopped
 from qwenvl_jax.training.introduction import introduction
 from qwenvl_jax.training.memory import describe_memory, explained
 from qwenvl_jax.training.plot import plot_curves
-from qwenvl_jax.training.report import Report
-from qwenvl_jax.training.run import Outcome, Run
+from qwenvl_jax.training.report import Report, Seen
+from qwenvl_jax.training.run import Look, Outcome, Run
 from qwenvl_jax.training.run_dir import RunDir, flat_fields, open_run
 from qwenvl_jax.training.skips import last_skipped
 from qwenvl_jax.training.state import (
@@ -51,9 +55,10 @@ from qwenvl_jax.training.state import (
     to_items,
 )
 from qwenvl_jax.training.step import Metrics, TrainStep, make_train_step
-from qwenvl_jax.training.stop import StopRequest
+from qwenvl_jax.training.stop import StopRequest, grace
 
 GivenBatches = Callable[[int], Iterator[Batch]]  # first step -> the batches from there on
+OpenPage = Callable[[TrainConfig, Layout], Callable[[Weights], np.ndarray | None]]
 
 
 def train(
@@ -61,12 +66,13 @@ def train(
     *,
     command: Sequence[str] = (),
     batches: GivenBatches | None = None,
+    open_page: OpenPage | None = None,
     devices: Sequence[Any] | None = None,
 ) -> int:
     """Runs or resumes the run in `config.run_dir`; returns the number of finished steps.
 
     That is `config.steps`, or fewer after SIGTERM or Ctrl-C: then the last finished step is saved.
-    `batches` replaces the configured data, `devices` all those of this job.
+    `batches` replaces the configured data, `devices` the job's; `open_page` draws at evaluations.
 
     Raises:
         ConfigError: settings that cannot work, or that are not those of the run in this directory.
@@ -78,10 +84,9 @@ def train(
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
     layout = make_layout(config, make_mesh(config.mesh, devices))
     train_step = make_train_step(config, layout)
-    with contextlib.ExitStack() as stack:
-        # The mesh context serves sharding constraints that name mesh axes only.
-        stack.enter_context(jax.set_mesh(layout.mesh))
-        stack.enter_context(explained(layout))
+    look = open_look(config, layout, open_page)
+    # The mesh context serves sharding constraints that name mesh axes only.
+    with jax.set_mesh(layout.mesh), explained(layout), contextlib.ExitStack() as stack:
         run_dir = stack.enter_context(contextlib.closing(open_run(config, command)))
         _check_processes(config, run_dir)
         store = CheckpointStore(config.run_dir, keep=config.checkpoint.keep)
@@ -92,7 +97,7 @@ def train(
         check_agreement({"the newest good checkpoint": str(first_step)})
         run_dir.ask_to_skip(config.skip_steps, first_step)
         report = stack.enter_context(contextlib.closing(Report(config, layout, first_step)))
-        report.say("\n".join([*run_dir.notes, *introduction(config, layout, first_step)]))
+        report.say("\n".join(introduction(config, layout, first_step, run_dir)))
         if first_step >= config.steps:
             report.say("nothing to do: this run is finished")
             return first_step
@@ -107,12 +112,12 @@ def train(
             compile_step=lambda batch: _compile(train_step, layout, batch, report),
             restore=lambda: restore(layout, store),
             open_feed=_feeds(config, layout, faults, batches),
+            look=look,
             state=state,
         )
         stack.enter_context(contextlib.closing(run))
         last_step = loop(run, stack.enter_context(StopRequest()))
-        report.say(f"time: {goodput.summary()}")
-        run_dir.end(step=last_step, seconds=goodput.split())
+        run.end(last_step)
     if jax.process_index() == 0:
         print(plot_curves(config.run_dir), flush=True)
     return last_step
@@ -155,12 +160,33 @@ def loop(run: Run, stop: StopRequest) -> int:
     if end:
         run.report.say(end)
     run.save_last(step)
+    if stop.asked_at is not None:
+        run.report.say(grace(time.monotonic() - stop.asked_at, config.guard.grace_seconds))
+    if not end:
+        run.evaluate(step)
     if outcome is Outcome.TOO_MANY:
         raise RunStopped(
             f"{end}; the state before them is saved, {run.incidents.path} names their batches: "
             "mend the data, lower optimizer.peak_lr, or pass over them with --skip-steps A:B"
         )
     return step
+
+
+def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -> Look | None:
+    """Returns what evaluates the run; None where it is not asked for.
+
+    Raises: ConfigError where there is nothing to evaluate on.
+    """
+    if not config.evaluation.every_steps:
+        if config.evaluation != EvaluationConfig():
+            raise ConfigError(
+                f"evaluation has no effect: got {config.evaluation} with every_steps=0; set "
+                "evaluation.every_steps, or leave the others out"
+            )
+        return None
+    loss = HeldOutLoss(config, layout)
+    page = open_page(config, layout) if open_page and config.evaluation.samples else None
+    return lambda weights: Seen(loss(weights), page and page(weights))
 
 
 def restore(layout: Layout, store: CheckpointStore) -> TrainState | None:
@@ -223,13 +249,12 @@ def _feeds(
     def open_feed(step: int) -> Feed:
         # Steps are counted from 1 here, batches from 0.
         if given:
-            source, tell = given(step - 1), None
+            source, teller = given(step - 1), None
         else:
             assert held is not None
-            source = _configured_batches(config, step - 1, held)
-            tell = source.metrics
+            source = teller = _configured_batches(config, step - 1, held)
         patience = config.guard.data_timeout
-        return Feed(watched(source, step), sharding, patience, held=held, tell=tell)
+        return Feed(watched(source, step), sharding, patience, held=held, teller=teller)
 
     return open_feed
 
@@ -249,5 +274,11 @@ def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) ->
         )
     share = Share(held.rows, jax.process_index())
     return pipeline.batches(
-        config.data, config.seed, first_step, slots=slots, share=share, folder=config.run_dir
+        config.data,
+        config.seed,
+        first_step,
+        slots=slots,
+        share=share,
+        folder=config.run_dir,
+        may_change=any(name.split(".")[0] == "data" for name in config.allow_change),
     )

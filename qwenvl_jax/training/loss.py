@@ -3,10 +3,14 @@
 Axes: B batch rows, L text length, D text width, V vocabulary rows.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwenvl_jax import axes
+from qwenvl_jax.data.example import NO_TASK, TASKS, Batch
 from qwenvl_jax.sharding import constrain
 
 
@@ -16,10 +20,9 @@ def next_token_loss(
     targets_BL: jax.Array,
     weight_BL: jax.Array,
     chunk: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (weighted sum of cross-entropies, sum of weights), two float32 scalars.
+) -> jax.Array:
+    """Returns float32 [B, L]: the cross-entropy of each target times its weight.
 
-    The caller divides, because micro-batches are joined by their sums, not by their means.
     `chunk` is the number of tokens whose logits exist at once. The cut runs along L, so that rows
     split over devices stay where they are; one position of every row is the least there can be.
     The backward pass computes each chunk's logits again. Logits and logsumexp are float32 whatever
@@ -32,7 +35,7 @@ def next_token_loss(
     lm_head_DV = constrain(lm_head_DV.astype(hidden_BLD.dtype), None, axes.VOCAB)
     num_chunks = -(-length // step)
     if num_chunks == 1:
-        return _chunk_loss(hidden_BLD, lm_head_DV, targets_BL, weight_BL), _total(weight_BL)
+        return _chunk_loss(hidden_BLD, lm_head_DV, targets_BL, weight_BL)
 
     def cut(x: jax.Array) -> jax.Array:
         padding = [(0, 0)] * x.ndim
@@ -44,23 +47,19 @@ def next_token_loss(
     # inside a scan.
     chunk_loss = jax.checkpoint(_chunk_loss, prevent_cse=False)
 
-    def body(total, part):
+    def body(carry, part):
         hidden, targets, weight = part
-        return total + chunk_loss(hidden, lm_head_DV, targets, weight), None
+        return carry, chunk_loss(hidden, lm_head_DV, targets, weight)
 
     parts = (cut(hidden_BLD), cut(targets_BL), cut(weight_BL))
-    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)
-    return total, _total(weight_BL)
-
-
-def _total(weight: jax.Array) -> jax.Array:
-    return weight.astype(jnp.float32).sum()
+    _, losses = jax.lax.scan(body, None, parts)
+    return jnp.moveaxis(losses, 0, 1).reshape(num_rows, -1)[:, :length]
 
 
 def _chunk_loss(
     hidden_BLD: jax.Array, lm_head_DV: jax.Array, targets_BL: jax.Array, weight_BL: jax.Array
 ) -> jax.Array:
-    """Returns the weighted sum of cross-entropies of one chunk of positions."""
+    """Returns the weighted cross-entropies of one chunk of positions."""
     logits_BLV = jnp.einsum(
         "BLD,DV->BLV", hidden_BLD, lm_head_DV, preferred_element_type=jnp.float32
     )
@@ -70,4 +69,42 @@ def _chunk_loss(
     is_target = targets_BL[..., None] == jnp.arange(logits_BLV.shape[-1])
     target_logit_BL = jnp.where(is_target, logits_BLV, 0.0).sum(axis=-1)
     loss_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - target_logit_BL
-    return (loss_BL * weight_BL).sum()
+    return loss_BL * weight_BL
+
+
+class Sums(NamedTuple):
+    """Sums over the scored tokens of some rows, float32; micro-batches are joined by adding them.
+
+    Not means: micro-batches with few scored tokens then count for as much as they hold.
+    """
+
+    loss: jax.Array  # []
+    weight: jax.Array  # []
+    task_loss: jax.Array  # [tasks], in the order of `TASKS`
+    task_weight: jax.Array  # [tasks]
+
+
+def sum_up(loss_BL: jax.Array, batch: Batch) -> Sums:
+    """Returns the sums of weighted losses, in all and by task; without tasks the latter are 0."""
+    task_BL = jnp.full(loss_BL.shape, NO_TASK) if batch.task is None else batch.task
+    # A comparison with every task instead of a scatter: few tasks, and it joins the sum above.
+    is_task = task_BL == jnp.arange(len(TASKS))[:, None, None]
+
+    def by_task(x_BL: jax.Array) -> jax.Array:
+        return jnp.where(is_task, x_BL, 0.0).sum((1, 2))
+
+    weight_BL = jnp.asarray(batch.loss_weight, jnp.float32)
+    return Sums(loss_BL.sum(), weight_BL.sum(), by_task(loss_BL), by_task(weight_BL))
+
+
+def no_sums() -> Sums:
+    """Returns the sums over no rows."""
+    zero, zeros = jnp.zeros((), jnp.float32), jnp.zeros(len(TASKS), jnp.float32)
+    return Sums(zero, zero, zeros, zeros)
+
+
+def by_task(task_loss: np.ndarray, task_weight: np.ndarray) -> dict[str, float]:
+    """Returns the columns of the tasks that were scored: `loss/vqa`, `scored_tokens/vqa`, ..."""
+    scored = [(name, i) for i, name in enumerate(TASKS) if task_weight[i] > 0]
+    losses = {f"loss/{name}": float(task_loss[i] / task_weight[i]) for name, i in scored}
+    return losses | {f"scored_tokens/{name}": float(task_weight[i]) for name, i in scored}

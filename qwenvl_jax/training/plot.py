@@ -1,14 +1,21 @@
 """The curves of a run as one picture, drawn from its metrics.jsonl."""
 
 import json
-from collections import deque
 from pathlib import Path
 from typing import Any
 
-from qwenvl_jax.config import ConfigError
+import numpy as np
 
-# Panels from the top: what is drawn, and on which scale.
-PANELS = {"loss": "linear", "lr": "linear", "grad_norm": "log"}
+from qwenvl_jax.config import ConfigError
+from qwenvl_jax.training.run_dir import EVALUATIONS
+
+# Panels from the top: what is drawn, on which scale, and how high.
+PANELS = {
+    "loss": ("linear", 2),
+    "loss by task": ("linear", 2),
+    "lr": ("linear", 1),
+    "grad_norm": ("log", 1),
+}
 
 
 class NoMatplotlib(RuntimeError):
@@ -24,7 +31,9 @@ def plot_curves(run_dir: str | Path) -> str:
 
 
 def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Returns the path of the PNG: loss, rate and gradient norm by step.
+    """Returns the path of the PNG: loss, loss by task, rate and gradient norm by step.
+
+    A run whose batches have no tasks has no such panel.
 
     Raises:
         ConfigError: the directory has no metrics.jsonl with a finished step.
@@ -41,12 +50,28 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
     records = read_metrics(run_dir)
     path = Path(output or Path(run_dir) / "curves.png")
+    tasks = tasks_of(records)
+    shown = {name: form for name, form in PANELS.items() if tasks or name != "loss by task"}
+    heights = [height for _, height in shown.values()]
     figure, panels = plt.subplots(
-        len(PANELS), 1, figsize=(8, 9), sharex=True, height_ratios=(2, 1, 1), layout="constrained"
+        len(shown),
+        1,
+        figsize=(8, 2.25 * sum(heights)),
+        sharex=True,
+        height_ratios=heights,
+        layout="constrained",
     )
-    for panel, (name, scale) in zip(panels, PANELS.items(), strict=True):
-        draw_series(panel, records, name)
+    for panel, (name, (scale, _)) in zip(panels, shown.items(), strict=True):
+        if name == "loss by task":
+            draw_tasks(panel, records, tasks)
+        else:
+            draw_series(panel, records, name)
         panel.set(ylabel=name, yscale=scale)
+    looks = Path(run_dir) / EVALUATIONS
+    found = [e for e in read_lines(looks) if e.get("loss") is not None] if looks.exists() else []
+    if found:
+        points = [e["step"] for e in found], [e["loss"] for e in found]
+        panels[0].plot(*points, "o-", color="black", markersize=3, label="on held-out data")
     panels[0].set(title=str(run_dir))
     panels[0].legend(frameon=False)
     panels[-1].set(xlabel="step")
@@ -60,15 +85,20 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError(f"{run_dir} is no training run: it has no metrics.jsonl")
+    records = [record for record in read_lines(path) if record.get("loss") is not None]
+    if not records:
+        raise ConfigError(f"{path} has no finished step yet")
+    return records
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the whole lines of a JSON lines file; a run under way may be writing the last one."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             records.append(json.loads(line))
-        except ValueError:  # a run under way is in the middle of its last line
+        except ValueError:  # cut short
             continue
-    records = [record for record in records if record.get("loss") is not None]
-    if not records:
-        raise ConfigError(f"{path} has no finished step yet")
     return records
 
 
@@ -81,11 +111,33 @@ def draw_series(panel: Any, records: list[dict[str, Any]], name: str) -> None:
     panel.plot(steps, running_mean(values, width), linewidth=1.2, label=f"{name}, mean of {width}")
 
 
-def running_mean(values: list[float], width: int) -> list[float]:
-    """Returns the mean of each value and those before it, `width` at most."""
-    window: deque[float] = deque(maxlen=width)
-    means = []
-    for value in values:
-        window.append(value)
-        means.append(sum(window) / len(window))
-    return means
+def tasks_of(records: list[dict[str, Any]]) -> list[str]:
+    """Returns the tasks that any step has a loss of, in alphabetical order."""
+    names = {name for record in records for name in record if name.startswith("loss/")}
+    return sorted(name.removeprefix("loss/") for name in names)
+
+
+def draw_tasks(panel: Any, records: list[dict[str, Any]], tasks: list[str]) -> None:
+    """Draws a line a task: the running mean of its loss, each step by its scored tokens.
+
+    One colour map over all tasks, because ten lines of the usual cycle would repeat a colour.
+    """
+    from matplotlib import colormaps
+
+    for number, task in enumerate(tasks):
+        found = [r for r in records if r.get(f"loss/{task}") is not None]
+        losses = [r[f"loss/{task}"] for r in found]
+        weights = [r[f"scored_tokens/{task}"] for r in found]
+        width = max(1, len(records) // 50)
+        means = running_mean(losses, width, weights)
+        colour = colormaps["turbo"]((number + 0.5) / len(tasks))
+        panel.plot([r["step"] for r in found], means, linewidth=1.2, color=colour, label=task)
+    panel.legend(frameon=False, fontsize="small", ncols=3)
+
+
+def running_mean(values: list[float], width: int, weights: list[float] | None = None) -> np.ndarray:
+    """Returns the (weighted) mean of each value and those before it, `width` at most."""
+    weight = np.ones(len(values)) if weights is None else np.array(weights)
+    sums = np.cumsum([np.array(values) * weight, weight], axis=1)
+    sums[:, width:] -= sums[:, :-width].copy()
+    return sums[0] / sums[1]

@@ -6,18 +6,27 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from PIL import Image
 
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.training.flops import all_peaks, step_flops
 from qwenvl_jax.training.guard import FINE, REASONS
-from qwenvl_jax.training.run_dir import truncate_metrics
+from qwenvl_jax.training.run_dir import EVALUATIONS, truncate_metrics
 from qwenvl_jax.training.state import Layout
 
 _RATE_WINDOW = 50  # steps that the speed is averaged over
 _RATES = {"tokens": "tokens_per_second", "images": "images_per_second", "flops": "flops_per_second"}
+
+
+class Seen(NamedTuple):
+    """What an evaluation has found."""
+
+    numbers: dict[str, float]
+    page_YXC: np.ndarray | None  # uint8: answers drawn on their pictures
 
 
 class Report:
@@ -29,6 +38,7 @@ class Report:
     def __init__(self, config: TrainConfig, layout: Layout, first_step: int):
         """Continues after `first_step` finished steps; later lines of the file are dropped."""
         self.failed_saves = 0
+        self.seconds_per_step = 0.0  # mean of the last steps
         self._config, self._run_dir = config, Path(config.run_dir)
         self._flops = step_flops(
             config.model, layout.model_state, layout.plan, config.data.image_size
@@ -51,6 +61,27 @@ class Report:
     def passed_over(self, step: int) -> None:
         """Writes a line for a step that was not made."""
         self._write({"step": step, "loss": None, "passed_over": True})
+
+    def evaluated(self, step: int, seen: Seen) -> None:
+        """Writes down what an evaluation after `step` has found: a line, and a page of answers."""
+        if not self._is_speaker:
+            return
+        record = {"step": step} | {name: _finite(value) for name, value in seen.numbers.items()}
+        with (self._run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        where = ""
+        if seen.page_YXC is not None:
+            page = self._run_dir / "samples" / f"{step}.png"
+            page.parent.mkdir(exist_ok=True)
+            Image.fromarray(seen.page_YXC).save(page)
+            where = f", answers in {page}"
+        self.say(f"step {step}: loss on held-out data {seen.numbers['loss']:.4f}{where}")
+        if self._board is None:
+            return
+        for name, value in seen.numbers.items():
+            self._board.add_scalar(f"heldout/{name}", value, step)
+        if seen.page_YXC is not None:
+            self._board.add_image("samples", seen.page_YXC, step, dataformats="HWC")
 
     def rewind(self, step: int) -> None:
         """Forgets the steps after `step`: they will be made again."""
@@ -77,6 +108,7 @@ class Report:
         path = self._run_dir / "metrics.jsonl"
         if self._is_speaker:
             truncate_metrics(path, first_step)
+            truncate_metrics(self._run_dir / EVALUATIONS, first_step)
         self._file = path.open("a", encoding="utf-8")
         self._board = _tensorboard(self._run_dir, first_step) if self._is_speaker else None
         self._sums: deque[dict[str, float]] = deque([self._sum_after({})], _RATE_WINDOW)
@@ -101,9 +133,10 @@ class Report:
         rates = {name: (now[key] - start[key]) / seconds for key, name in _RATES.items()}
         flops = rates.pop("flops_per_second")
         places = self._config.data.rows * self._config.data.length
+        self.seconds_per_step = seconds / steps
         return numbers | {
             "verdict": REASONS[numbers.get("verdict", FINE)],
-            "seconds_per_step": round(seconds / steps, 4),
+            "seconds_per_step": round(self.seconds_per_step, 4),
             **{name: round(rate, 2) for name, rate in rates.items()},
             "tflops_per_second": round(flops / 1e12, 4),
             "mfu": round(flops / self._peak, 4) if self._peak else None,

@@ -2,27 +2,33 @@
 
 import dataclasses
 import enum
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from qwenvl_jax.checkpoint.store import CheckpointStore
+from qwenvl_jax.checkpoint.store import CheckpointError, CheckpointStore
 from qwenvl_jax.config import TrainConfig
-from qwenvl_jax.data.example import Batch
+from qwenvl_jax.data.example import Batch, DataError
 from qwenvl_jax.training.faults import HostFaults, change_one_copy
-from qwenvl_jax.training.feed import Feed
+from qwenvl_jax.training.feed import NOTHING_TOLD, Feed, Told
 from qwenvl_jax.training.goodput import Goodput
 from qwenvl_jax.training.guard import FINE, NOT_FINITE, NOTHING_SCORED, SPIKE
 from qwenvl_jax.training.hosts import check_copies
 from qwenvl_jax.training.incidents import Incidents, same_numbers
-from qwenvl_jax.training.report import Report
+from qwenvl_jax.training.loss import by_task
+from qwenvl_jax.training.report import Report, Seen
 from qwenvl_jax.training.run_dir import RunDir
-from qwenvl_jax.training.state import TrainState, to_items, with_scalars
+from qwenvl_jax.training.state import TrainState, Weights, to_items, with_scalars
 from qwenvl_jax.training.step import Metrics
+from qwenvl_jax.training.stop import grace
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+Look = Callable[[Weights], Seen]
 
 
 class Flight(NamedTuple):
@@ -31,7 +37,8 @@ class Flight(NamedTuple):
     step: int
     batch: Batch
     metrics: Metrics
-    told: dict[str, int | float]  # what the data side says of the batch
+    told: Told  # what the data side says of the batch
+    waited: float  # seconds that the loop waited for the batch
 
 
 class Outcome(enum.Enum):
@@ -57,9 +64,12 @@ class Run:
     compile_step: Callable[[Batch], Step]
     restore: Callable[[], TrainState | None]
     open_feed: Callable[[int], Feed]
+    look: Look | None  # None: the run is not evaluated
     state: TrainState
     _step: Step | None = None
     _feed: Feed | None = None
+    _save_began: float | None = None  # of the save under way, by the monotonic clock
+    _is_grace_told: bool = False
 
     def close(self) -> None:
         if self._feed is not None:
@@ -67,18 +77,20 @@ class Run:
 
     def send(self, step: int, batch: Batch | None = None) -> Flight:
         """Starts a step on the next batch, or again on one it has had; does not wait for it."""
+        began = time.perf_counter()
         if batch is None:
             with self.goodput.spend("data"):
                 self._feed = self._feed or self.open_feed(step)
                 batch = next(self._feed)
+        waited = time.perf_counter() - began
         if self._step is None:
             with self.goodput.spend("compile"):
                 self._step = self.compile_step(batch)
         seen = self.faults.before_step(step, batch)
         self.state, metrics = self._step(self.state, seen)
         self.faults.after_step(step)
-        told = {} if self._feed is None else self._feed.metrics(step - 1)
-        return Flight(step, batch, metrics, told)
+        told = NOTHING_TOLD if self._feed is None else self._feed.told(step - 1)
+        return Flight(step, batch, metrics, told, waited)
 
     def settle(self, flight: Flight) -> Outcome:
         """Reads the numbers of a step, logs them, and acts on what the guard found."""
@@ -88,28 +100,29 @@ class Run:
             numbers = self._replay(flight, numbers)
             outcome = Outcome.RELEASED
         elif verdict == SPIKE and self.config.guard.spike == "rewind":
-            if self._rewind(numbers):
+            if self._rewind(flight, numbers):
                 return Outcome.REWOUND
             outcome = Outcome.RELEASED
         elif verdict == SPIKE:
             applied = {"warn": "update applied", "skip": "update refused"}
-            self._tell(numbers, applied[self.config.guard.spike])
+            self._tell(flight, numbers, applied[self.config.guard.spike])
         elif verdict == NOTHING_SCORED:
-            self._tell(numbers, "update refused")
+            self._tell(flight, numbers, "update refused")
         if numbers["refused_in_a_row"] >= self.config.guard.stop_after:
             outcome = Outcome.TOO_MANY
         if outcome is not Outcome.FINE:
             self.state = with_scalars(self.state, flight.step, hold=0)
         self.report.step(numbers)
         self._tolerate(flight.step, self.store.check)
+        self._tell_grace()
         return outcome
 
     def is_pause_due(self, step: int) -> bool:
         """Returns whether a step ends with something that needs the state at rest."""
-        return self._is_save_due(step) or self._is_comparison_due(step)
+        return self._is_save_due(step) or self._is_comparison_due(step) or self._is_look_due(step)
 
     def pause(self, step: int) -> None:
-        """Compares copies and saves, as far as this step is one for it."""
+        """Compares copies, saves and evaluates, as far as this step is one for it."""
         if self.faults.strikes("replica", step):
             self._change_a_copy()
         if self._is_comparison_due(step):
@@ -118,15 +131,47 @@ class Run:
         if self._is_save_due(step):
             self._save(step)
         self.faults.damage(step, Path(self.config.run_dir) / "checkpoints")
+        if self._is_look_due(step):
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> None:
+        """Looks at held-out data with the weights as they are, if the run is evaluated at all.
+
+        Data that cannot be read are told and survived: the run does not depend on them.
+        """
+        if self.look is None:
+            return
+        with self.goodput.spend("evaluate"):
+            try:
+                seen = self.look(self.state.trainable | self.state.frozen)
+            except (DataError, OSError) as error:
+                self.report.say(f"NOT EVALUATED (step {step}): {error}; training goes on")
+            else:
+                self.report.evaluated(step, seen)
 
     def save_last(self, step: int) -> None:
-        """Saves and waits for it; when this save fails, the run fails."""
+        """Saves and waits for it.
+
+        Raises: CheckpointError where this save fails: nothing would come after it.
+        """
         with self.goodput.spend("save"):
             self._tolerate(step, self.store.wait)
-            if step not in self.store.steps():
-                self.store.save(step, to_items(self.state))
-                self.store.wait()
+            try:
+                if step not in self.store.steps():
+                    self.store.save(step, to_items(self.state))
+                    self.store.wait()
+            except Exception as error:  # a full disk has many names
+                newest = max(self.store.steps(), default=0)
+                raise CheckpointError(
+                    f"the last save, of step {step}, failed: {error}; mend the storage and give "
+                    f"the same command again: it goes on after step {newest}"
+                ) from error
         self.report.say(f"saved step {step} in {Path(self.config.run_dir) / 'checkpoints'}")
+
+    def end(self, step: int) -> None:
+        """Says where the time went, and notes it in the manifest."""
+        self.report.say(f"time: {self.goodput.summary()}")
+        self.run_dir.end(step=step, seconds=self.goodput.split())
 
     def pass_over(self, first: int, last: int) -> int:
         """Returns `last`, after counting the steps up to there without making them."""
@@ -158,6 +203,7 @@ class Run:
         cause = "data or model" if is_same else "hardware"
         done = "update applied" if again["verdict"] == FINE else "update refused"
         self._tell(
+            flight,
             first,
             f"a replay on the same inputs gave {'the same' if is_same else 'other'} numbers, so "
             f"the cause is {cause}; {done}",
@@ -166,12 +212,12 @@ class Run:
         )
         return again
 
-    def _rewind(self, numbers: dict[str, Any]) -> bool:
+    def _rewind(self, flight: Flight, numbers: dict[str, Any]) -> bool:
         """Goes back to the newest checkpoint and passes over what led to a spike, if it can."""
-        spike = numbers["step"]
+        spike = flight.step
         self._tolerate(spike, self.store.wait)
         if not self.store.steps():
-            self._tell(numbers, "no checkpoint to go back to; update refused")
+            self._tell(flight, numbers, "no checkpoint to go back to; update refused")
             return False
         for leaf in jax.tree.leaves(self.state):
             leaf.delete()  # two states may not fit
@@ -181,15 +227,15 @@ class Run:
         self.state, step = state, int(state.step)
         skipped = (step + 1, spike + self.config.guard.rewind_margin)
         self.run_dir.skip(skipped)
-        self._tell(
-            numbers, f"back to step {step}, passing over {skipped[0]}:{skipped[1]}", skipped=skipped
-        )
+        action = f"back to step {step}, passing over {skipped[0]}:{skipped[1]}"
+        self._tell(flight, numbers, action, skipped=skipped)
         self.report.rewind(step)
         self._move_to(step)
         return True
 
-    def _tell(self, numbers: dict[str, Any], action: str, **facts: Any) -> None:
-        self.report.say(self.incidents.note(numbers, action, **facts))
+    def _tell(self, flight: Flight, numbers: dict[str, Any], action: str, **facts: Any) -> None:
+        samples = flight.told.samples
+        self.report.say(self.incidents.note(numbers, action, **facts, samples=samples))
 
     def _is_save_due(self, step: int) -> bool:
         return step % self.config.checkpoint.every_steps == 0
@@ -198,13 +244,26 @@ class Run:
         every = self.config.guard.digest_every
         return every > 0 and step % every == 0
 
+    def _is_look_due(self, step: int) -> bool:
+        every = self.config.evaluation.every_steps
+        return self.look is not None and step % every == 0
+
     def _save(self, step: int) -> None:
         def start() -> None:
+            self._save_began = time.monotonic()
             self.faults.before_save(step)
             self.store.save(step, to_items(self.state))
 
         with self.goodput.spend("save"):
             self._tolerate(step, start)
+
+    def _tell_grace(self) -> None:
+        """Says, once a save is on the disk, how long a stop would take: a step, and a save."""
+        if self._is_grace_told or self._save_began is None or self.store.is_saving:
+            return
+        seconds = time.monotonic() - self._save_began + self.report.seconds_per_step
+        self.report.say(grace(seconds, self.config.guard.grace_seconds))
+        self._is_grace_told = True
 
     def _tolerate(self, step: int, action: Callable[[], None]) -> None:
         """Runs a save or a look at saves under way; a failure is told, counted and survived.
@@ -215,6 +274,7 @@ class Run:
             action()
         except Exception as error:  # noqa: BLE001  a full disk has many names
             self.report.failed_saves += 1
+            self._save_began = None
             self.report.say(
                 f"CHECKPOINT NOT SAVED (seen at step {step}): {error}; training goes on"
             )
@@ -226,7 +286,9 @@ class Run:
 
 
 def _read(flight: Flight) -> dict[str, Any]:
-    """Returns the step's numbers as Python's; waits for the device."""
+    """Returns the step's numbers as Python's, by task last; waits for the device."""
     metrics = jax.device_get(flight.metrics)
+    task_loss, task_weight = metrics.pop("task_loss"), metrics.pop("task_weight")
     numbers = {name: value.item() for name, value in metrics.items()}
-    return {"step": flight.step} | numbers | flight.told
+    numbers |= {"step": flight.step, "data_wait": round(flight.waited, 4)}
+    return numbers | flight.told.metrics | by_task(task_loss, task_weight)

@@ -26,6 +26,8 @@ from qwenvl_jax.training.manifest import (
 )
 from qwenvl_jax.training.skips import SkipRange, joined, parse_skips
 
+EVALUATIONS = "evaluations.jsonl"
+
 # Settings that a resumed run may change: they decide speed, memory and files, not the recipe.
 # (Sums of another shape round differently, so only an unchanged run is bit-equal.)
 FREE_TO_CHANGE = (
@@ -37,6 +39,7 @@ FREE_TO_CHANGE = (
     "mesh",
     "checkpoint",
     "guard",
+    "evaluation",
     "skip_steps",  # kept in the manifest
     "allow_change",
     "simulate_fault",

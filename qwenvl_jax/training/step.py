@@ -20,7 +20,7 @@ from qwenvl_jax.sharding import AXIS_TABLE, batch_sharding
 from qwenvl_jax.training.compiler import compiler_options
 from qwenvl_jax.training.faults import disturb, parse_faults
 from qwenvl_jax.training.guard import HELD, judge
-from qwenvl_jax.training.loss import next_token_loss
+from qwenvl_jax.training.loss import Sums, next_token_loss, no_sums, sum_up
 from qwenvl_jax.training.optimizer import clip_by_norm, learning_rate, make_optimizer
 from qwenvl_jax.training.state import Layout, TrainState, Weights, merge_model
 
@@ -35,21 +35,20 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
     `grad_norm` (before clipping, trained parameters only), `lr`, `tokens` (without padding),
     `pairs` (of a token and one that it may look at), `scored_tokens`, `images`, `verdict` (one of
     `guard.REASONS`), `spike_score`, and the updates refused so far, `skipped`, and since the last
-    good step, `refused_in_a_row`.
+    good step, `refused_in_a_row`; and of `loss.Sums` the arrays `task_loss` and `task_weight`.
 
     Raises:
         ConfigError: the rows of a micro-batch do not divide over the devices.
     """
-    num_shards = _check_rows(config, layout.mesh)
+    num_shards = check_rows(config, layout.mesh)
     optimizer = make_optimizer(config.optimizer, layout.plan)
     faults = parse_faults(config.simulate_fault)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, loss_sum, weight_sum = _gradients(
-            state, batch, config, layout, chunk=config.loss_chunk * num_shards
-        )
-        gradients, loss_sum = disturb(gradients, loss_sum, state.step + 1, faults)
-        scored = jnp.where(weight_sum > 0, weight_sum, 1.0)
+        chunk = config.loss_chunk * num_shards
+        gradients, sums = _gradients(state, batch, config, layout, chunk)
+        gradients, loss_sum = disturb(gradients, sums.loss, state.step + 1, faults)
+        scored = jnp.where(sums.weight > 0, sums.weight, 1.0)
         loss = loss_sum / scored
         gradients = {name: g / scored for name, g in gradients.items()}
         clipped, norm = clip_by_norm(gradients, config.optimizer.clip_norm)
@@ -59,7 +58,9 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
         updates, moments = optimizer.update(clipped, state.optimizer, state.trainable)
         trainable = {n: p - (lr * updates[n]).astype(p.dtype) for n, p in state.trainable.items()}
 
-        is_applied, verdict, score, guard = judge(state.guard, loss, norm, weight_sum, config.guard)
+        is_applied, verdict, score, guard = judge(
+            state.guard, loss, norm, sums.weight, config.guard
+        )
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(is_applied, a, b), new, old)  # noqa: E731
         new_state = TrainState(
             step=state.step + jnp.where(verdict == HELD, 0, 1),
@@ -68,11 +69,10 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
             optimizer=keep(moments, state.optimizer),
             guard=guard,
         )
-        metrics = _counts(batch) | {
+        metrics = _counts(batch, sums) | {
             "loss": loss,
             "grad_norm": norm,
             "lr": lr,
-            "scored_tokens": weight_sum,
             "verdict": verdict,
             "spike_score": score,
             "skipped": guard.skipped,
@@ -90,18 +90,21 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
     )
 
 
-def _counts(batch: Batch) -> Metrics:
-    """Returns what is in a batch, which its work follows from."""
+def _counts(batch: Batch, sums: Sums) -> Metrics:
+    """Returns what is in a batch, which its work follows from, and what was scored of each task."""
     is_token = batch.segment > 0
     return {
         "tokens": is_token.sum(),
         "pairs": jnp.where(is_token, batch.position + 1.0, 0.0).sum(),
         "images": (batch.image_start < NO_IMAGE).sum(),
+        "scored_tokens": sums.weight,
+        "task_loss": sums.task_loss,
+        "task_weight": sums.task_weight,
     }
 
 
-def _check_rows(config: TrainConfig, mesh: Mesh) -> int:
-    """Returns over how many devices the rows of a batch are split."""
+def check_rows(config: TrainConfig, mesh: Mesh) -> int:
+    """Returns over how many devices the rows of a batch are split. Raises: as the step."""
     num_shards = math.prod(mesh.shape[axis] for axis in AXIS_TABLE[axes.BATCH] or ())
     if config.data.rows % (config.micro_batches * num_shards):
         raise ConfigError(
@@ -114,20 +117,17 @@ def _check_rows(config: TrainConfig, mesh: Mesh) -> int:
 
 def _gradients(
     state: TrainState, batch: Batch, config: TrainConfig, layout: Layout, chunk: int
-) -> tuple[Weights, jax.Array, jax.Array]:
-    """Returns (gradients of the summed loss, the summed loss, the summed weights).
+) -> tuple[Weights, Sums]:
+    """Returns (gradients of the summed loss, the sums)."""
 
-    Sums, not means: micro-batches with few scored tokens then count for as much as they hold.
-    """
-
-    def loss_sum(trainable: Weights, part: Batch) -> tuple[jax.Array, jax.Array]:
+    def loss_sum(trainable: Weights, part: Batch) -> tuple[jax.Array, Sums]:
         weights = trainable | state.frozen
-        return batch_loss(layout.graphdef, weights, part, chunk)
+        sums = sum_up(batch_loss(layout.graphdef, weights, part, chunk), part)
+        return sums.loss, sums
 
-    value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
+    differentiate = jax.grad(loss_sum, has_aux=True)
     if config.micro_batches == 1:
-        (loss, weight), gradients = value_and_grad(state.trainable, batch)
-        return gradients, loss, weight
+        return differentiate(state.trainable, batch)
 
     spread = NamedSharding(layout.mesh, PartitionSpec(None, AXIS_TABLE[axes.BATCH]))
 
@@ -137,33 +137,32 @@ def _gradients(
         return jax.lax.with_sharding_constraint(parts, spread)
 
     def add(total, part):
-        (loss, weight), gradients = value_and_grad(state.trainable, part)
-        return jax.tree.map(jnp.add, total, (gradients, loss, weight)), None
+        return jax.tree.map(jnp.add, total, differentiate(state.trainable, part)), None
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (jax.tree.map(jnp.zeros_like, state.trainable), zero, zero)
+    start = (jax.tree.map(jnp.zeros_like, state.trainable), no_sums())
     total, _ = jax.lax.scan(add, start, jax.tree.map(deal, batch))
     return total
 
 
-def batch_loss(
-    graphdef: nnx.GraphDef, weights: Weights, batch: Batch, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (summed loss, summed weights) of a batch in training mode: no NTK, no log-n."""
+def batch_loss(graphdef: nnx.GraphDef, weights: Weights, batch: Batch, chunk: int) -> jax.Array:
+    """Returns the weighted loss of every target of a batch, float32 [B, L].
+
+    In training mode: no NTK, no log-n.
+    """
     model = merge_model(graphdef, weights)
-    tokens, targets, weight, segment, position, images, image_start = map(jnp.asarray, batch)
-    num_rows, num_images = image_start.shape
+    arrays: Any = jax.tree.map(jnp.asarray, batch)
+    num_rows, num_images = arrays.image_start.shape
     visual_BIQD = None
     if num_images:
-        images_IYXC = images.reshape(-1, *images.shape[2:])
+        images_IYXC = arrays.images.reshape(-1, *arrays.images.shape[2:])
         visual_IQD = model.encode_images(images_IYXC)
         visual_BIQD = visual_IQD.reshape(num_rows, num_images, *visual_IQD.shape[1:])
     hidden_BLD, _ = model(
-        tokens,
+        arrays.tokens,
         visual_BIQD=visual_BIQD,
-        image_start_BI=image_start if num_images else None,
-        position_BL=position,
-        segment_BL=segment,
+        image_start_BI=arrays.image_start if num_images else None,
+        position_BL=arrays.position,
+        segment_BL=arrays.segment,
     )
     lm_head_DV = model.decoder.lm_head.kernel[...]
-    return next_token_loss(hidden_BLD, lm_head_DV, targets, weight, chunk)
+    return next_token_loss(hidden_BLD, lm_head_DV, arrays.targets, arrays.loss_weight, chunk)

@@ -3,14 +3,29 @@
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 
+def grace(seconds: float, given: float) -> str:
+    """Returns a line: how long a stop took, or would take, and whether that is soon enough."""
+    told = f"a stop takes {seconds:.1f} s"
+    if seconds <= given:
+        return f"{told}, within guard.grace_seconds={given:g}"
+    return (
+        f"{told}, LONGER THAN guard.grace_seconds={given:g}: a process killed before that goes on "
+        "from its newest checkpoint; raise both the machine's grace time and this setting, or save "
+        "more often (checkpoint.every_steps)"
+    )
+
+
 class StopRequest:
     """Notes the first SIGTERM or Ctrl-C in `signal`; the second one ends the process at once.
+
+    `asked_at` is when, by the monotonic clock.
 
     With several processes jax's own service carries a SIGTERM of any of them to all, which then
     stop at the same step; Ctrl-C is passed on as SIGTERM.
@@ -18,6 +33,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal: str | None = None
+        self.asked_at: float | None = None
         self._before: dict[int, Any] = {}
         self._is_alone = jax.process_count() == 1
 
@@ -39,11 +55,14 @@ class StopRequest:
         """
         if self._is_alone:
             return self.signal
-        return "SIGTERM" if multihost_utils.reached_preemption_sync_point(tick) else None
+        if not multihost_utils.reached_preemption_sync_point(tick):
+            return None
+        self.asked_at = self.asked_at or time.monotonic()  # jax keeps the signal's own time
+        return "SIGTERM"
 
     def _note(self, number: int, _frame: Any) -> None:
         if self.signal is not None:
             os._exit(128 + number)
-        self.signal = signal.Signals(number).name
+        self.signal, self.asked_at = signal.Signals(number).name, time.monotonic()
         if not self._is_alone:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -8,7 +8,7 @@ can learn the language, the formats and looking things up before it ever sees.
 import random
 
 from qwenvl_jax.data import tasks
-from qwenvl_jax.data.example import Example
+from qwenvl_jax.data.example import TASKS, Example
 from qwenvl_jax.data.sources import scene_language as language
 from qwenvl_jax.data.sources.scenes import Scene, Split, Thing, Writing, scene
 from qwenvl_jax.prompt.boxes import (
@@ -21,20 +21,6 @@ from qwenvl_jax.prompt.boxes import (
 )
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
-TASKS = (
-    "caption",
-    "vqa",
-    "ocr_vqa",
-    "grounded_caption",
-    "ref_grounding",
-    "grounded_captioning",
-    "ocr",
-    "text",
-    "chat",
-    "map",
-    "letters",
-    "edges",
-)
 LISTS = ("map", "letters", "edges")  # one word or character for each cell of the picture
 EDGES = ("Left", "Top", "Right", "Bottom")  # in the order of a box's coordinates
 _HAS_WRITING = {

@@ -1,0 +1,97 @@
+"""The loss on data that the run does not train on, taken now and then while it trains."""
+
+import contextlib
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from qwenvl_jax.config import ConfigError, DataConfig, TrainConfig
+from qwenvl_jax.data.example import Batch
+from qwenvl_jax.data.pipeline import Share, batches
+from qwenvl_jax.data.sources.scenes import Split
+from qwenvl_jax.sharding import batch_sharding
+from qwenvl_jax.training.feed import Feed, rows_of_process
+from qwenvl_jax.training.loss import Sums, by_task, sum_up
+from qwenvl_jax.training.state import Layout, Weights
+from qwenvl_jax.training.step import batch_loss, check_rows
+
+
+class HeldOut(NamedTuple):
+    """What a run is evaluated on."""
+
+    data: DataConfig
+    split: Split
+
+
+def held_out(config: TrainConfig) -> HeldOut:
+    """Returns the data of a run's evaluations: scenes never trained on, or rows of their own path.
+
+    A batch has as many rows as a micro-batch of the run, so what fits there fits here.
+
+    Raises: ConfigError where the source has no held-out part and none is named, or one is named
+    without effect.
+    """
+    path, rows = config.evaluation.path, config.data.rows // config.micro_batches
+    if config.data.source == "rows":
+        if not path:
+            raise ConfigError(
+                "evaluation.path is empty: got data.source='rows', which has no held-out part; "
+                "name rows that the run does not train on, or set evaluation.every_steps=0"
+            )
+        data = dataclasses.replace(
+            config.data,
+            path=path,
+            mixture={},
+            mixing="weights",
+            temperature=1.0,
+            rows=rows,
+            num_workers=0,
+        )
+        return HeldOut(data, "train")
+    if path:
+        raise ConfigError(
+            f"evaluation.path has no effect: got {path!r} together with data.source="
+            f"{config.data.source!r}, which holds scenes out by itself; leave it out"
+        )
+    return HeldOut(dataclasses.replace(config.data, rows=rows, num_workers=0), "heldout")
+
+
+class HeldOutLoss:
+    """Takes the loss of the same held-out batches at every call, with the weights of the moment."""
+
+    def __init__(self, config: TrainConfig, layout: Layout):
+        """Raises: as `held_out`."""
+        self._config, self._layout, self._held = config, layout, held_out(config)
+        chunk = config.loss_chunk * check_rows(config, layout.mesh)
+
+        def sums(weights: Weights, batch: Batch) -> Sums:
+            return sum_up(batch_loss(layout.graphdef, weights, batch, chunk), batch)
+
+        self._sums = jax.jit(sums, out_shardings=NamedSharding(layout.mesh, PartitionSpec()))
+
+    def __call__(self, weights: Weights) -> dict[str, float]:
+        """Returns `loss`, `scored_tokens`, and both by task, over all of the batches."""
+        data, config = self._held.data, self._config
+        sharding = batch_sharding(self._layout.mesh)
+        rows = rows_of_process(sharding, data.rows)
+        made = batches(
+            data,
+            config.seed,
+            slots=config.model.adapter.num_queries,
+            split=self._held.split,
+            share=Share(rows.rows, jax.process_index()),
+        )
+        total: Any = None  # Sums, of NumPy
+        patience = config.guard.data_timeout
+        with contextlib.closing(Feed(iter(made), sharding, patience, held=rows)) as feed:
+            for batch in itertools.islice(feed, config.evaluation.batches):
+                found = jax.device_get(self._sums(weights, batch))
+                total = found if total is None else jax.tree.map(np.add, total, found)
+        assert total is not None
+        mean = float(total.loss / total.weight) if total.weight > 0 else float("nan")
+        numbers = {"loss": mean, "scored_tokens": float(total.weight)}
+        return numbers | by_task(total.task_loss, total.task_weight)
