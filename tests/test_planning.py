@@ -412,6 +412,15 @@ space hbm. Used 23.45G of 15.75G hbm. Exceeded hbm capacity by 7.70G.
     )
 
 
+def test_an_early_refusal_has_totals_only():
+    refusal = read_refusal(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (17.23G) exceeds available HBM (15.75G)."
+    )
+    assert (refusal.needed, refusal.largest) == (int(17.23 * 2**30), ())
+    assert refusal.capacity == int(15.75 * 2**30)
+
+
 def test_options_of_the_command_and_of_the_config_may_mix():
     words = "--mesh.fsdp=8 --topology v5e-8 --micro-batches 4 --search --steps=3".split()
     ours, rest = split_options(words)

@@ -50,6 +50,7 @@ def test_a_damaged_file_is_compiled_again(tmp_path):
 def test_a_total_counts_results_that_are_new():
     assert FITS.sizes is not None
     assert FITS.sizes.total == 7 + 11 + (5 - 3) + 2
+    assert dataclasses.replace(FITS.sizes, peak=17).total == 17 + 2, "what is alive at once"
 
 
 def test_the_digest_follows_the_program_and_not_its_place_in_the_source():

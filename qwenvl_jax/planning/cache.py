@@ -32,7 +32,7 @@ class TooLarge:
     def __str__(self) -> str:
         size = f"needs {self.needed / GB:.1f} GB" if self.needed else "does not fit"
         room = f" of {self.capacity / GB:.1f} GB" if self.capacity else ""
-        return f"{size}{room} a chip; largest: {'; '.join(self.largest[:3]) or 'not told'}"
+        return f"{size}{room} a chip; largest: {'; '.join(self.largest[:3])}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,13 @@ class Sizes:
     shared: int  # of the results, that take the place of arguments
     temporaries: int
     code: int
+    peak: int | None = None  # alive at once at most; not known of programs kept by older versions
 
     @property
     def total(self) -> int:
-        return self.arguments + self.temporaries + self.results - self.shared + self.code
+        """The peak, or where it is not known the sum, which can count memory twice."""
+        summed = self.arguments + self.temporaries + self.results - self.shared
+        return (self.peak or summed) + self.code
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

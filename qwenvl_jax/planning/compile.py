@@ -104,6 +104,7 @@ def _compile(lowered: Any, begin: tuple[float, float]) -> tuple[CompiledProgram,
             shared=stats.alias_size_in_bytes,
             temporaries=stats.temp_size_in_bytes,
             code=stats.generated_code_size_in_bytes,
+            peak=stats.peak_memory_in_bytes or None,
         )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -134,6 +135,8 @@ def save_executable(compiled: CompiledStep, path: str | Path) -> None:
 def read_refusal(message: str) -> TooLarge:
     """Returns what the compiler's out-of-memory message says."""
     used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message)
+    # Where it is sure before all is placed, it gives two totals and no list.
+    used = used or re.search(r"\(([\d.]+)([KMGT])\) exceeds .*?\(([\d.]+)([KMGT])\)", message)
     sizes = re.findall(r"Size: ([\d.]+[KMGT])", message)
     shapes = re.findall(r"Shape: (\w+\[[\d,]*\])", message)
     names = re.findall(r'op_name="([^"]*)"', message)

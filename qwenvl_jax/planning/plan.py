@@ -7,9 +7,10 @@ from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.planning.bound import Bound, bound
 from qwenvl_jax.planning.cache import ProgramCache
 from qwenvl_jax.planning.compile import CompiledStep, compile_step
+from qwenvl_jax.planning.estimate import estimate_memory
 from qwenvl_jax.planning.hlo import Program
 from qwenvl_jax.planning.memory import Memory, classes
-from qwenvl_jax.planning.pods import Pod
+from qwenvl_jax.planning.pods import GB, Pod
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.planning.work import Work, measure
 from qwenvl_jax.sharding import placements
@@ -84,7 +85,7 @@ def describe(compiled: CompiledStep, pod: Pod) -> Plan:
         remat=f"{config.model.remat}, {config.model.vit_remat or config.model.remat}",
         compiler_options=compiler_options(layout.mesh),
         hbm_bytes=pod.chip.hbm_bytes,
-        refusal=str(made.too_large) if made.too_large else None,
+        refusal=_refusal(compiled, pod),
         useful_flops=useful_flops(config) / pod.num_chips,
         peak_flops=pod.chip.peak_flops,
         replicated=replicated(compiled),
@@ -93,6 +94,17 @@ def describe(compiled: CompiledStep, pod: Pod) -> Plan:
         host_bytes=made.host_bytes,
         **known,
     )
+
+
+def _refusal(compiled: CompiledStep, pod: Pod) -> str | None:
+    """Returns why it does not fit; what is largest comes from shapes if the compiler is silent."""
+    refusal = compiled.program.too_large
+    if refusal is None or refusal.largest:
+        return str(refusal) if refusal else None
+    by_class = estimate_memory(compiled.config, pod.num_chips)
+    sizes = sorted(by_class.items(), key=lambda item: -item[1])
+    largest = tuple(f"{kind} about {size / GB:.1f} GB" for kind, size in sizes)
+    return str(dataclasses.replace(refusal, largest=largest))
 
 
 def replicated(compiled: CompiledStep) -> tuple[str, ...]:
