@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from qwenvl_jax.evaluation.scenes import Paper, Score
+from qwenvl_jax.evaluation.scenes import Score
 
 HEADINGS = ("measure", "score", "items", "never in training", "items")
 
@@ -48,26 +48,13 @@ def to_markdown(scores: Sequence[Score]) -> str:
 
 
 def to_json(
-    run: Mapping[str, Any],
-    scores: Sequence[Score],
-    papers: Sequence[Paper],
-    answers: Sequence[str],
+    run: Mapping[str, Any], scores: Sequence[Score], answers: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Returns what was run, the scores, and every answer beside what was expected."""
     return {
         "run": dict(run),
         "scores": [score._asdict() for score in scores],
-        "answers": [
-            {
-                "scene": paper.scene.key,
-                "subject": paper.subject,
-                "asked": paper.asked,
-                "answer": answer,
-                "expected": list(paper.expected) if paper.box is None else list(paper.box),
-                "is_new": paper.is_new,
-            }
-            for paper, answer in zip(papers, answers, strict=True)
-        ],
+        "answers": [dict(answer) for answer in answers],
     }
 
 

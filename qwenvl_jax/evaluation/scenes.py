@@ -273,10 +273,10 @@ def summarise(papers: Sequence[Paper], answers: Sequence[str]) -> list[Score]:
     def place(measure: str) -> tuple[int, str]:
         return SUBJECTS.index(measure.split(":")[0]), measure
 
-    return [_score(measure, by_measure[measure]) for measure in sorted(by_measure, key=place)]
+    return [mean_score(measure, by_measure[measure]) for measure in sorted(by_measure, key=place)]
 
 
-def _score(measure: str, group: Sequence[Mark]) -> Score:
+def mean_score(measure: str, group: Sequence[Mark]) -> Score:
     new = [mark.value for mark in group if mark.is_new]
     return Score(
         measure=measure,
