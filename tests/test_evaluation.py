@@ -16,6 +16,7 @@ from qwenvl_jax.evaluation.scenes import (
     SUBJECTS,
     Score,
     examination,
+    facts,
     marks,
     named_pairs,
     set_paper,
@@ -180,7 +181,7 @@ def test_reports_hold_every_score_and_answer(tokenizer, tmp_path):
     page = report.to_markdown(scores)
     assert "| read: word exact | 87.5 % | 8 | - | - |" in page.splitlines()
     assert len(page.splitlines()) == len(scores) + 2
-    record = report.to_json({"seed": 0}, scores, papers, answers)
+    record = report.to_json({"seed": 0}, scores, list(map(facts, papers, answers)))
     paths = report.write(tmp_path / "deep" / "er", "scenes", page, record)
     assert [path.suffix for path in paths] == [".md", ".json"]
     read = json.loads(paths[1].read_text(encoding="utf-8"))

@@ -83,7 +83,7 @@ def _check(options: EvalOptions) -> None:
 
 
 def _score_scenes(form: "Form", options: EvalOptions, vl: "VL") -> None:
-    from qwenvl_jax.evaluation.scenes import examination, sit, summarise
+    from qwenvl_jax.evaluation.scenes import examination, facts, sit, summarise
 
     side, count = vl.config.image_size, options.num_scenes
     papers = examination(vl.tokenizer, side, count, options.seed, form)
@@ -92,24 +92,14 @@ def _score_scenes(form: "Form", options: EvalOptions, vl: "VL") -> None:
         answers = sit(vl, papers, on_progress)
         seconds = time.perf_counter() - start
     title = f"{form} prompts, {count} scenes of each kind, seed {options.seed}"
-    kept = [
-        {
-            "scene": paper.scene.key,
-            "subject": paper.subject,
-            "asked": paper.asked,
-            "answer": answer,
-            "expected": list(paper.expected) if paper.box is None else list(paper.box),
-            "is_new": paper.is_new,
-        }
-        for paper, answer in zip(papers, answers, strict=True)
-    ]
+    kept = [facts(*pair) for pair in zip(papers, answers, strict=True)]
     run = {"form": form, "seconds": round(seconds, 1)}
     _tell(title, options, f"scenes_{form}", run, summarise(papers, answers), kept)
 
 
 def _score_rows(path: Path, options: EvalOptions, vl: "VL") -> None:
     from qwenvl_jax.data.sources.open import open_source
-    from qwenvl_jax.evaluation.rows import row_papers, sit_rows, summarise_rows
+    from qwenvl_jax.evaluation.rows import facts, row_papers, sit_rows, summarise_rows
 
     side = vl.config.image_size
     papers = row_papers(open_source(path), options.num_rows, vl.tokenizer, side, options.seed)
@@ -118,14 +108,7 @@ def _score_rows(path: Path, options: EvalOptions, vl: "VL") -> None:
         answers = sit_rows(vl, papers, on_progress)
         seconds = time.perf_counter() - start
     title = f"{path}, {len(papers)} rows, seed {options.seed}"
-    kept = [
-        {
-            name: getattr(paper, name)
-            for name in ("key", "subject", "language", "asked", "expected", "is_new")
-        }
-        | {"answer": answer}
-        for paper, answer in zip(papers, answers, strict=True)
-    ]
+    kept = [facts(*pair) for pair in zip(papers, answers, strict=True)]
     run = {"rows": str(path), "seconds": round(seconds, 1)}
     _tell(title, options, f"rows_{path.stem}", run, summarise_rows(papers, answers), kept)
 

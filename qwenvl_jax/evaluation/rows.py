@@ -27,7 +27,7 @@ from qwenvl_jax.data.record import Record, Source
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.evaluation.metrics import anls, box_iou
 from qwenvl_jax.evaluation.scenes import BATCH_ROWS, HIT_IOU, Mark, Score, mean_score
-from qwenvl_jax.prompt.boxes import parse_boxes, strip_boxes
+from qwenvl_jax.prompt.boxes import parse_boxes, scan, strip_boxes
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _overlap(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 def _words(text: str) -> str:
     """Returns what an answer reads: its lines with one space between them, without places."""
-    lines = [place["ref"] for place in parse_boxes(text) if place["ref"]]
+    lines = [span.body.strip() for span in scan(text) if span.kind == "ref"]
     return " ".join(lines) if lines else strip_boxes(text)
 
 
@@ -232,3 +232,9 @@ def summarise_rows(papers: Sequence[RowPaper], answers: Sequence[str]) -> list[S
         return order.index(measure.split(":")[0]), measure
 
     return [mean_score(measure, by_measure[measure]) for measure in sorted(by_measure, key=place)]
+
+
+def facts(paper: RowPaper, answer: str) -> dict[str, Any]:
+    """Returns an answer beside what was asked and expected, for a file."""
+    names = ("key", "subject", "language", "asked", "expected", "is_new")
+    return {name: getattr(paper, name) for name in names} | {"answer": answer}

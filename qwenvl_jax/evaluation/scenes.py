@@ -12,7 +12,7 @@ on new facts say how far the model composes and spells, beside how well it learn
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -277,6 +277,7 @@ def summarise(papers: Sequence[Paper], answers: Sequence[str]) -> list[Score]:
 
 
 def mean_score(measure: str, group: Sequence[Mark]) -> Score:
+    """Returns the mean of marks of one measure, and that of the new ones among them."""
     new = [mark.value for mark in group if mark.is_new]
     return Score(
         measure=measure,
@@ -285,3 +286,15 @@ def mean_score(measure: str, group: Sequence[Mark]) -> Score:
         new_value=sum(new) / len(new) if new else None,
         new_count=len(new),
     )
+
+
+def facts(paper: Paper, answer: str) -> dict[str, Any]:
+    """Returns an answer beside what was asked and expected, for a file."""
+    return {
+        "scene": paper.scene.key,
+        "subject": paper.subject,
+        "asked": paper.asked,
+        "answer": answer,
+        "expected": list(paper.expected) if paper.box is None else list(paper.box),
+        "is_new": paper.is_new,
+    }
