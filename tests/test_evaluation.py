@@ -264,6 +264,10 @@ def test_the_demo_says_which_answers_are_right(
     assert [one.writing is not None for one in scenes] == [False, False, True]
     papers = [paper for one in scenes for paper in demo.papers_of(one, vl)]
     answers = {p.asked + str(p.scene.image.tobytes()): right_answer(p) for p in papers}
+    made = list(demo.collages(options, vl))
+    for paper in made:
+        answers[demo.question_of(paper) + str(paper.images_IYXC[0].tobytes())] = paper.expected
+    assert [(len(p.images_IYXC), p.language) for p in made] == [(2, "en"), (1, "zh")]
 
     def chat(text, images, temperature, max_new_tokens):
         assert temperature == 0.0
@@ -276,7 +280,7 @@ def test_the_demo_says_which_answers_are_right(
     argv = ["--scenes", "3", "--seed", "2", "--output", str(sheet), "--pictures", str(tmp_path)]
     assert demo.main(argv) == 0
     printed = capsys.readouterr().out
-    assert printed.count(f"({verdict})") == len(papers) == 9
+    assert printed.count(f"({verdict})") == len(papers) + len(made) == 11
     assert "python infer.py --image" in printed
     assert sheet.stat().st_size > 0
-    assert len(list(tmp_path.glob("scene_*.png"))) == 3
+    assert len(list(tmp_path.glob("scene_*.png"))) == len(list(tmp_path.glob("coll*.png"))) == 3
