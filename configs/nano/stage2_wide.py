@@ -16,7 +16,7 @@ ROWS = "runs/nano/rows/train"
 def get_config() -> TrainConfig:
     return TrainConfig(
         run_dir="runs/nano/stage2_wide",
-        steps=9000,
+        steps=9200,
         seed=9,
         init="runs/nano/wide_start",
         model=nano(),

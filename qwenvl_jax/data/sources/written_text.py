@@ -9,6 +9,7 @@ these sentences, whose lines then begin anywhere, is written by
 
 import argparse
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 _NAMES = (
@@ -141,13 +142,14 @@ def write_corpus(folder: Path, sentences: int) -> None:
                 file.write(sentence(language, rng, has_senseless=False) + "\n")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the corpus that the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="where en.txt and zh.txt are written")
     parser.add_argument("--sentences", type=int, default=40_000, help="of each language")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     write_corpus(arguments.folder, arguments.sentences)
 
 
