@@ -3,25 +3,29 @@
     python benchmarks/data_pipeline.py
 
 Writes 96 JPEG files of 640 x 480 and a fine-tuning file about them into a temporary folder, then
-lets four ways take turns, several times, and prints medians of the ratios, so that other work on
-the machine weighs on all alike:
+lets the ways take turns, several times, and prints medians of the ratios of each round:
 
     bare      Pillow decodes and resizes the files, nothing else, on one core
     pipeline  rows planned, read, tokenised, decoded, resized, packed: one worker's work in this
               process, threads of this process, 1 and 2 worker processes
     torch     a DataLoader with as many processes that reads, tokenises, decodes, resizes, collates
 
-A minute on two free cores. PyTorch comes with the extra `bench`; without it its lines are left out.
+Six minutes on two free cores. PyTorch comes with the extra `bench`; without it its lines are left
+out.
 """
 
 import argparse
+import functools
+import gc
 import importlib.util
 import itertools
 import json
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +41,7 @@ from qwenvl_jax.prompt.tokenizer import load_tokenizer
 SIDE, SLOTS, MAX_IMAGES, ROWS = 448, 256, 7, 8
 NUM_FILES, WIDTH, HEIGHT = 96, 640, 480
 VOCABULARY = Path(__file__).parents[1] / "qwenvl_jax" / "assets" / "nano"
-DRAINED, TIMED = 6, 5  # batches: those made ahead are not timed
+DRAINED, TIMED = 18, 18  # batches a turn: those that workers made before the clock ran, and after
 
 
 def write_files(folder: Path) -> Path:
@@ -92,7 +96,7 @@ def worker(path: Path) -> Iterator[int]:
     """What a worker process does, in this one: batches made on one core, without a queue."""
     config, tokenizer = data_config(path, 1), load_tokenizer(VOCABULARY, slots=SLOTS)
     opened = open_rows(config, tokenizer, 0, open_sources(config, tokenizer))
-    make = RowMaker(config, tokenizer, opened, range(ROWS), num_threads=1)
+    make = RowMaker(config, tokenizer, opened, range(ROWS))
     for step in itertools.count():
         batch, _ = make(step)
         yield int((batch.image_start < 2**30).sum())
@@ -112,7 +116,9 @@ class TorchRows:
         import torch
 
         example = example_of(self._source[index * 31 % NUM_FILES], self._tokenizer)
-        with Image.open(example.images[0]) as file:
+        (picture,) = example.images
+        assert isinstance(picture, Path)
+        with Image.open(picture) as file:
             image = file.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         return torch.from_numpy(example.ids), torch.from_numpy(np.array(image))
 
@@ -137,58 +143,95 @@ def torch_loader(path: Path, num_workers: int) -> Iterator[int]:
 
 # --- timing --------------------------------------------------------------------------------------
 
+Way = Callable[[], Iterator[int]]
+Speeds = dict[str, list[float]]
 
-def turn(way: Iterator[int], clock: Callable[[], float]) -> float:
-    """Returns pictures a second of a clock over one turn of a way."""
+
+def core_turn(way: Way) -> float:
+    """Returns pictures a second of a core: what other programs take does not count."""
+    return turn(way, family_time)
+
+
+def clock_turn(way: Way) -> float:
+    """Returns pictures a second by the clock."""
+    return turn(way, time.perf_counter)
+
+
+def turn(way: Way, clock: Callable[[], float]) -> float:
+    pictures = way()
     for _ in range(DRAINED):
-        next(way)
+        next(pictures)
     start = clock()
-    pictures = sum(itertools.islice(way, TIMED))
-    return pictures / (clock() - start)
+    speed = sum(itertools.islice(pictures, TIMED)) / (clock() - start)
+    del pictures
+    gc.collect()  # ends worker processes
+    return speed
 
 
-def compare(
-    ways: dict[str, Iterator[int]], rounds: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
+def family_time() -> float:
+    """Returns seconds of a core that this process and its workers have used so far."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        status = Path(f"/proc/{child.pid}/stat").read_text(encoding="ascii")
+        user, system = status.rpartition(")")[2].split()[11:13]  # proc(5): utime and stime
+        total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def compare(ways: dict[str, Way], rounds: int, turn: Callable[[Way], float]) -> Speeds:
     """Returns each way's speeds, measured in turns."""
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    speeds: Speeds = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            speeds[name].append(turn(way, clock))
+            speeds[name].append(turn(way))
     return speeds
 
 
-def ratio(speeds: dict[str, list[float]], one: str, other: str) -> str:
+def ratio(speeds: Speeds, one: str, other: str) -> str:
     """Returns the median of the ratios of each round, and their range."""
     found = sorted(a / b for a, b in zip(speeds[one], speeds[other], strict=True))
     return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
 
 
-def show(name: str, speeds: dict[str, list[float]], one: str, other: str) -> None:
-    print(f"{name:<45} {ratio(speeds, one, other)}", flush=True)
+def show(name: str, speeds: Speeds, one: str, other: str) -> None:
+    print(f"{name:<60} {ratio(speeds, one, other)}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(
+        description="How fast pictures come through the data pipeline."
+    )
+    parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
+    has_torch = importlib.util.find_spec("torch") is not None
     with tempfile.TemporaryDirectory() as folder:
         path = write_files(Path(folder))
-        ways = {"bare": bare(path), "worker": worker(path), "threads": pipeline(path, 0)}
-        # Seconds of this process on a core: what other programs do meanwhile does not count.
-        speeds = compare(ways, rounds, time.process_time)
-        show("a worker to the bare loop, a core's second", speeds, "worker", "bare")
-        show("threads to the bare loop, a core's second", speeds, "threads", "bare")
-        ways = {f"{count} process": pipeline(path, count) for count in (1, 2)}
-        speeds = compare(ways, rounds, time.perf_counter)
-        show("2 processes to 1", speeds, "2 process", "1 process")
-        if not importlib.util.find_spec("torch"):
+
+        def ways(make: Callable[[Path, int], Iterator[int]], counts: Iterable[int]) -> list[Way]:
+            return [functools.partial(make, path, count) for count in counts]
+
+        threads, one, two = ways(pipeline, [0, 1, 2])
+        core: dict[str, Way] = {
+            "bare": functools.partial(bare, path),
+            "worker": functools.partial(worker, path),
+            "threads": threads,
+            "one": one,
+        }
+        if has_torch:
+            core["torch"], core["torch one"] = ways(torch_loader, [0, 1])
+        speeds = compare(core, rounds, core_turn)
+        print("pictures a core's second:")
+        show("a worker's work to the bare loop", speeds, "worker", "bare")
+        show("threads to the bare loop", speeds, "threads", "bare")
+        show("a worker process, handing over included, to the bare loop", speeds, "one", "bare")
+        if has_torch:
+            show("threads to DataLoader without workers", speeds, "threads", "torch")
+            show("a worker process to DataLoader with one", speeds, "one", "torch one")
+        else:
             print("no comparison with DataLoader: PyTorch is not installed (extra `bench`)")
-            return
-        for count, ours in ((0, "threads"), (2, "2 process")):
-            ways = {"ours": pipeline(path, count), "torch": torch_loader(path, count)}
-            speeds = compare(ways, rounds, time.perf_counter)
-            show(f"{ours} to DataLoader with {count}", speeds, "ours", "torch")
+        speeds = compare({"one": one, "two": two}, rounds, clock_turn)
+        print("pictures a second by the clock:")
+        show("2 worker processes to 1", speeds, "two", "one")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import paper_mixture
+import paper_mixture  # pyright: ignore[reportMissingImports]  of the tests
 
 from qwenvl_jax.data.order import Order
 
@@ -28,7 +28,7 @@ def peak_megabytes() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Plans rows of ten million sizes.")
     parser.add_argument("--samples", type=int, default=10_000_000)
     count = parser.parse_args().samples
     sizes = np.concatenate([*paper_mixture.task_sizes(count).values()])

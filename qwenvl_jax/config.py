@@ -195,6 +195,7 @@ class DataConfig:
     mask: LossMask = "released"  # of dialogues
     cut_turns: bool = False  # a dialogue longer than a row loses its last turns, else it is refused
     same_task_rows: bool = False  # a row holds samples of one task
+    vary_pictures: float = 0.0  # brightness, contrast and colour, each by up to this share
     max_bad_fraction: float = 0.001  # of the samples that may be unusable before the run stops
 
     def __post_init__(self):
@@ -208,10 +209,10 @@ class DataConfig:
             weights = getattr(self, name)
             if any(not 0 < weight < math.inf for weight in weights.values()):
                 raise ConfigError(f"DataConfig.{name} must have positive weights: got {weights}")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(
-                f"DataConfig.max_bad_fraction must lie in 0..1: got {self.max_bad_fraction}"
-            )
+        for name in ("max_bad_fraction", "vary_pictures"):
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise ConfigError(f"DataConfig.{name} must lie in 0..1: got {share}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

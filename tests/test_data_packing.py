@@ -1,6 +1,7 @@
 """Packed rows: nothing lost, nothing cut, nothing shared; and batches from (seed, step) alone."""
 
 import dataclasses
+import gc
 import itertools
 import sys
 from subprocess import run
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenvl_jax.config import ConfigError, DataConfig
+from qwenvl_jax.data.canvas import Canvases
 from qwenvl_jax.data.example import NO_IMAGE, DataError, Example
 from qwenvl_jax.data.packing import LOOK_AHEAD, fill, fill_rows, pack
 from qwenvl_jax.data.pipeline import batches, draw, make_batch
@@ -156,6 +158,34 @@ def test_a_row_that_overflows_is_an_error():
 
 def same(one, other) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def test_memory_of_a_canvas_is_used_again_only_when_no_view_is_left():
+    canvases = Canvases((2, 3, 4, 4, 3))
+    first = canvases.take()
+    view = first[1, 2:].reshape(-1)[::2]
+    place = address(first)
+    first[...] = 7
+    del first
+    gc.collect()
+    second = canvases.take()
+    second[...] = 8
+    assert address(second) != place
+    np.testing.assert_array_equal(view, 7)
+    del view
+    gc.collect()
+    assert address(canvases.take()) == place
+    assert second.shape == (2, 3, 4, 4, 3)
+    assert second.dtype == np.uint8
+    assert second.flags.c_contiguous
+
+
+def test_a_canvas_without_pictures_is_empty():
+    assert Canvases((2, 0, 4, 4, 3)).take().shape == (2, 0, 4, 4, 3)
 
 
 def test_a_batch_is_a_function_of_seed_and_step():

@@ -56,7 +56,7 @@ def test_an_epoch_holds_each_row_once_with_its_own_picture(tmp_path, tok):
 
 
 def test_resuming_far_ahead_gives_the_batches_of_an_uninterrupted_run(tmp_path):
-    config = data_config(path=write_rows(tmp_path, 40))
+    config = data_config(path=write_rows(tmp_path, 40), vary_pictures=0.3)
     stream = take(config, 6)
     assert all(same(a, b) for a, b in zip(stream[4:], take(config, 2, first=4), strict=True))
     assert take(config, 1, first=10**6)[0].tokens.shape == stream[0].tokens.shape
@@ -64,7 +64,7 @@ def test_resuming_far_ahead_gives_the_batches_of_an_uninterrupted_run(tmp_path):
 
 
 def test_hosts_make_their_rows_of_the_same_batches(tmp_path):
-    config = data_config(path=write_rows(tmp_path, 40))
+    config = data_config(path=write_rows(tmp_path, 40), vary_pictures=0.3)
     whole = take(config, 3)
     for hosts in (1, 2, 4):
         each = config.rows // hosts
@@ -89,7 +89,7 @@ def test_hosts_share_generated_scenes_too():
 
 
 def test_workers_make_the_same_batches(tmp_path):
-    config = data_config(path=write_rows(tmp_path, 40))
+    config = data_config(path=write_rows(tmp_path, 40), vary_pictures=0.3)
     # In a process of its own: grain's workers start from a fresh interpreter.
     script = f"""
 import dataclasses, hashlib, itertools, sys
@@ -111,6 +111,22 @@ if __name__ == "__main__":
     lines = [line.split() for line in ended.stdout.splitlines()]
     assert [line[0] for line in lines] == ["0", "2", "4"]
     assert lines[0][1:] == lines[1][1:] == lines[2][1:]
+
+
+def test_pictures_vary_each_time_they_are_met_and_nothing_else_does(tmp_path):
+    path = write_rows(tmp_path, 4)  # a few, so that a batch shows each several times
+    plain, varied = (
+        take(data_config(path=path, vary_pictures=strength), 1)[0] for strength in (0.0, 0.4)
+    )
+    assert same([*plain[:5], plain.image_start], [*varied[:5], varied.image_start])
+    is_shown = plain.image_start != NO_IMAGE
+    before, after = plain.images[is_shown], varied.images[is_shown]
+    change = np.abs(before.astype(int) - after).mean((1, 2, 3))
+    assert np.all(change < 0.4 * 255)
+    assert np.mean(change > 1) > 0.8
+    assert len({picture.tobytes() for picture in before}) == 2
+    assert len({picture.tobytes() for picture in after}) > 2
+    assert not varied.images[~is_shown].any()
 
 
 def test_metrics_say_what_a_step_holds(tmp_path, tok):

@@ -14,7 +14,10 @@ from tensorflow_datasets.core.features import feature as tfds_feature
 
 from qwenvl_jax.cli.data import main
 from qwenvl_jax.data.example import DataError
+from qwenvl_jax.data.sources.documents import Documents
+from qwenvl_jax.data.sources.documents_tfds import PhotographedDocuments
 from qwenvl_jax.data.sources.open import open_source
+from qwenvl_jax.data.sources.page_photo import PageSettings
 from qwenvl_jax.data.sources.prepared import Prepared
 from qwenvl_jax.data.sources.scenes import scene
 from qwenvl_jax.data.sources.scenes_tfds import DrawnScenes
@@ -163,6 +166,18 @@ def test_our_scenes_are_a_data_set(built):
     drawn = {scene(key, "train", 56).image.tobytes() for key in range(6)}
     assert {load_image(row.images[0]).tobytes() for row in found} == drawn
     assert len(TfdsRows(folder, "test")) >= 2
+    assert "tensorflow" not in sys.modules
+
+
+def test_our_documents_are_a_data_set(built):
+    settings = {"page": PageSettings(short_side=(160, 200))}
+    folder = built(PhotographedDocuments, num_documents=5, documents=settings)
+    for split, made in (("train", "train"), ("test", "heldout")):
+        rows = TfdsRows(folder, split)
+        drawn = Documents(5 if split == "train" else 1, made, tasks=("ocr",), **settings)
+        told = [(rows[i].task, rows[i].fields, rows[i].images) for i in range(len(rows))]
+        expected = [("ocr", drawn[i].fields, drawn[i].images) for i in range(len(drawn))]
+        assert sorted(told, key=str) == sorted(expected, key=str)
     assert "tensorflow" not in sys.modules
 
 

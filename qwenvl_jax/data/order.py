@@ -73,7 +73,7 @@ class Order:
         num_taken: Sequence[int] | None = None,
         groups: Sequence[np.ndarray] | None = None,
     ):
-        self._seed = seed
+        self.seed = seed
         walks = []
         for number, source in enumerate(sizes):
             group = None if groups is None else groups[number]
@@ -125,7 +125,7 @@ class Order:
         return Slots(*(part[by_row] for part in joined))
 
     def _rows_of_round(self, number: int, places: np.ndarray) -> Slots:
-        packing, seed = self._packing, self._seed
+        packing, seed = self._packing, self.seed
         shuffled_rows = shuffled(places, self.num_rows, key_of(seed, _ROWS, number))
         pattern = np.searchsorted(packing.row_start, shuffled_rows, side="right") - 1
         nth = shuffled_rows - packing.row_start[pattern]
@@ -162,7 +162,7 @@ class Order:
         """Returns how far each walk has come before a round."""
         # floor((number * taken * size + shift) / total) without leaving 64 bits
         passes, rest = np.divmod(number * self._taken, self._total)
-        key = np.asarray(key_of(self._seed, np.arange(len(self._size))))
+        key = np.asarray(key_of(self.seed, np.arange(len(self._size))))
         shift = (key >> np.uint64(2)).astype(np.int64)
         return passes * self._size + (rest * self._size + shift % self._total) // self._total
 

@@ -102,7 +102,9 @@ def pack(
     loss_weight_BL = np.zeros((B, L), np.float32)
     segment_BL = np.zeros((B, L), np.int32)
     position_BL = np.zeros((B, L), np.int32)
-    images_BIYXC = new_canvas(B, I, image_size) if canvas is None else canvas
+    if canvas is None:  # empty: numpy asks for huge pages only where it does not clear
+        canvas = np.empty((B, I, image_size, image_size, 3), np.uint8)
+    images_BIYXC = canvas
     image_start_BI = np.full((B, I), NO_IMAGE, np.int32)
     for b, row in enumerate(rows):
         start, num_images = 0, 0
@@ -134,14 +136,6 @@ def pack(
         images=images_BIYXC,
         image_start=image_start_BI,
     )
-
-
-def new_canvas(num_rows: int, max_images: int, image_size: int) -> np.ndarray:
-    """Returns uint8 [B, I, Y, X, C] for the pictures of a batch, not cleared.
-
-    numpy asks for huge pages only where it allocates without clearing.
-    """
-    return np.empty((num_rows, max_images, image_size, image_size, 3), np.uint8)
 
 
 def image_slots(example: Example, tokenizer: Tokenizer) -> list[int]:

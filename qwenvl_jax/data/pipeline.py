@@ -37,9 +37,19 @@ from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 MAX_REFUSED = 0.05  # of the samples of a step of scenes; past it the limits are wrong
 _LAST_STEP = 2**31 - 1
 _PREFETCH = 4  # batches
+_MAX_THREADS = 16  # each makes a batch of its own; past these Python's lock is what they wait for
 _KEPT_METRICS = 64  # steps; more than can be under way at once
 _GENERATED = ("scenes", "text")
-_ONLY_ROWS = ("path", "mixture", "mixing", "temperature", "mask", "cut_turns", "same_task_rows")
+_ONLY_ROWS = (
+    "path",
+    "mixture",
+    "mixing",
+    "temperature",
+    "mask",
+    "cut_turns",
+    "same_task_rows",
+    "vary_pictures",
+)
 _log = logging.getLogger(__name__)
 
 
@@ -124,7 +134,7 @@ def batches(
     rows = tuple(range(config.rows) if share.rows is None else share.rows)
     file = None if folder is None else Path(folder) / _quarantine_name(share.process)
     tally = Tally(config.max_bad_fraction if config.source == "rows" else 1.0, file)
-    num_rows = None
+    num_rows, num_threads = None, 1
     make: Callable[[int], tuple[Batch, Notes]]
     if config.source == "rows":
         sources = open_sources(config, tokenizer)
@@ -134,13 +144,14 @@ def batches(
         opened = open_rows(config, tokenizer, seed, sources)
         if first_step == 0 and share.process == 0:
             tally.list(0, unusable_rows(opened, tokenizer, config))
-        num_threads = 1 if config.num_workers else _num_cores()
-        make = RowMaker(config, tokenizer, opened, rows, num_threads)
+        # Decoding leaves Python's lock alone; drawing scenes does not.
+        num_threads = 1 if config.num_workers else min(_num_cores(), _MAX_THREADS)
+        make = RowMaker(config, tokenizer, opened, rows)
         num_rows = opened.order.num_rows
     else:
         make = functools.partial(_make_scenes, config, tokenizer, seed, split, rows)
     steps = grain.MapDataset.range(first_step, _LAST_STEP).map(make)
-    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)
+    ahead = grain.ReadOptions(num_threads, prefetch_buffer_size=max(_PREFETCH, num_threads))
     dataset = steps.to_iter_dataset(ahead)
     if config.num_workers:
         if not flags.FLAGS.is_parsed():  # grain reads its own absl flags when a worker starts

@@ -4,26 +4,30 @@ What a step holds follows from (seed, step) and the data alone. A process makes 
 the global batch, and pictures are decoded after the plan has said where they go.
 """
 
-import concurrent.futures
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import random
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from qwenvl_jax.config import DataConfig
+from qwenvl_jax.data.canvas import Canvases
 from qwenvl_jax.data.example import Batch, DataError, Example
 from qwenvl_jax.data.holes import Hole, too_many
 from qwenvl_jax.data.mixture import samples_per_round
 from qwenvl_jax.data.order import Order
-from qwenvl_jax.data.packing import check_fits, image_slots, new_canvas, pack, pixels
+from qwenvl_jax.data.packing import check_fits, image_slots, pack, pixels
 from qwenvl_jax.data.record import Source
 from qwenvl_jax.data.sizes import sizes_of
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.data.turns import CutTurns
+from qwenvl_jax.image.decode import keep_buffers
+from qwenvl_jax.image.vary import varied
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
+_BUFFERS = 16  # that Pillow keeps, of up to 16 MB: a thread needs three for a picture
 _ORDER_FORMAT = 1  # another number where the same settings would give another order
 
 
@@ -105,6 +109,8 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer, sources: dict[str, Sou
         "limits": [config.rows, config.length, config.max_images, config.image_size],
         "form": [config.mask, config.same_task_rows, config.attend_across],
     }
+    if config.vary_pictures:  # not where it is off, so that runs begun without it go on
+        facts["vary"] = config.vary_pictures
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -166,14 +172,10 @@ def read_sample(
     return example
 
 
-# Source, row of the source, tokens, and views of the batch's images: what the plan keeps for it.
-_Wanted = tuple[int, int, int, np.ndarray]
-
-
 class RowMaker:
     """Makes the batch of any step: `maker(step)` returns (Batch, Notes). Goes to other processes.
 
-    `rows` are the rows of the global batch that are made, in rising order; `num_threads` decode.
+    `rows` are the rows of the global batch that are made, in rising order. Threads may share it.
     """
 
     def __init__(
@@ -182,29 +184,40 @@ class RowMaker:
         tokenizer: Tokenizer,
         opened: OpenRows,
         rows: Sequence[int],
-        num_threads: int,
     ):
         self._config, self._tokenizer = config, tokenizer
         self._order, self._sources = opened.order, list(opened.sources.items())
         self._rows = np.array(rows, np.int64)
-        self._num_threads = num_threads
-        self._pool: concurrent.futures.Executor | None = None
+        self._canvases = self._new_canvases()
+
+    def _new_canvases(self) -> Canvases:
+        size = self._config.image_size
+        return Canvases((len(self._rows), self._config.max_images, size, size, 3))
 
     def __call__(self, step: int) -> tuple[Batch, Notes]:
         config = self._config
+        keep_buffers(_BUFFERS)
         slots = self._order.rows(step * config.rows + self._rows)
-        canvas = new_canvas(len(self._rows), config.max_images, config.image_size)
+        canvas = self._canvases.take()
+        first_of_row = np.searchsorted(slots.row, slots.row)
         first_image = np.cumsum(slots.pictures) - slots.pictures
-        first_image -= first_image[np.searchsorted(slots.row, slots.row)]  # within its row
-        wanted = [
-            (source, index, tokens, canvas[row, first : first + pictures])
-            for row, source, index, tokens, pictures, first in zip(
-                *(part.tolist() for part in (*slots, first_image)), strict=True
+        first_image -= first_image[first_of_row]  # within its row
+        places = [
+            canvas[row, first : first + pictures]
+            for row, pictures, first in zip(
+                *(part.tolist() for part in (slots.row, slots.pictures, first_image)), strict=True
             )
         ]
+        # All samples are read before the first picture is decoded: pictures sweep the processor's
+        # caches, after which one reading takes three times as long.
+        wanted = (part.tolist() for part in (slots.source, slots.index, slots.tokens))
+        samples = list(map(self._read, *wanted, map(len, places)))
         rows: list[list[Example]] = [[] for _ in self._rows]
         holes = []
-        for row, sample in zip(slots.row.tolist(), self._map(wanted), strict=True):
+        numbers = step * config.rows + self._rows[slots.row]
+        within = np.arange(len(slots.row)) - first_of_row
+        decoded = map(self._decode, samples, places, numbers.tolist(), within.tolist())
+        for row, sample in zip(slots.row.tolist(), decoded, strict=True):
             if isinstance(sample, Hole):
                 holes.append(sample)
             else:
@@ -220,34 +233,44 @@ class RowMaker:
         )
         return batch, Notes(len(slots.row), tuple(holes))
 
-    def _map(self, wanted: Iterable[_Wanted]) -> Iterator[Example | Hole]:
-        if self._num_threads < 2:
-            return map(self._sample, wanted)
-        if self._pool is None:
-            self._pool = concurrent.futures.ThreadPoolExecutor(self._num_threads, "decode")
-        return self._pool.map(self._sample, wanted)
-
-    def _sample(self, wanted: _Wanted) -> Example | Hole:
-        """Returns one sample, its pixels written to its places."""
-        number, index, tokens, places = wanted
+    def _read(self, number: int, index: int, tokens: int, pictures: int) -> Example | Hole:
+        """Returns row `index` of source `number`, if it is no larger than planned."""
         name, source = self._sources[number]
         example = read_sample(source, name, index, self._tokenizer, self._config)
         if isinstance(example, Hole):
             return example
-        if len(example.ids) > tokens or len(example.images) > len(places):
+        if len(example.ids) > tokens or len(example.images) > pictures:
             detail = (
                 f"sample {example.key} is larger than when rows were planned: got "
                 f"{len(example.ids)} tokens and {len(example.images)} pictures, expected at most "
-                f"{tokens} and {len(places)}; its source has changed since, so prepare it again"
+                f"{tokens} and {pictures}; its source has changed since, so prepare it again"
             )
             return Hole(example.key, "length", detail)
+        return example
+
+    def _decode(
+        self, sample: Example | Hole, places: np.ndarray, row: int, within: int
+    ) -> Example | Hole:
+        """Returns the sample with its pixels written to its places, views of the batch's images.
+
+        It is sample `within` of row `row`, counted from the start of training: pictures vary by
+        that and by the seed, whoever decodes them.
+        """
+        if isinstance(sample, Hole):
+            return sample
+        strength, size = self._config.vary_pictures, self._config.image_size
+        rng = random.Random(f"vary/{self._order.seed}/{row}/{within}") if strength else None
         try:
-            size = self._config.image_size
-            for place, image in zip(places, example.images, strict=False):  # fewer need fewer
-                place[...] = pixels(example, image, size)
+            for place, image in zip(places, sample.images, strict=False):  # fewer need fewer
+                decoded = pixels(sample, image, size)
+                place[...] = decoded if rng is None else varied(decoded, strength, rng)
         except DataError as error:
-            return Hole(example.key, "picture", str(error))
-        return example._replace(images=tuple(places[: len(example.images)]))
+            return Hole(sample.key, "picture", str(error))
+        return sample._replace(images=tuple(places[: len(sample.images)]))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_canvases"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._canvases = self._new_canvases()

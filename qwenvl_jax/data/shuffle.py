@@ -21,8 +21,9 @@ Ints = int | np.integer | np.ndarray  # one, or an array of them
 def key_of(*parts: Ints) -> np.uint64 | np.ndarray:
     """Returns a uint64 key, or an array of them, that differs where any part does."""
     key: np.uint64 | np.ndarray = _U64(len(parts))
-    for part in parts:
-        key = _scramble(key ^ np.asarray(part).astype(_U64))
+    with np.errstate(over="ignore"):  # wrapping is meant; numpy warns of it for single numbers
+        for part in parts:
+            key = _scramble(key ^ np.asarray(part).astype(_U64))
     return key
 
 
@@ -56,16 +57,14 @@ def _half_bits(size: np.ndarray) -> np.ndarray:
 def _permute(value: np.ndarray, half: np.ndarray, key: np.ndarray) -> np.ndarray:
     mask = (_U64(1) << half) - _U64(1)
     left, right = value >> half, value & mask
-    for number in range(_ROUNDS):
-        round_key = _scramble(key + _U64(number))
+    for round_key in _scramble(key + np.arange(_ROUNDS, dtype=_U64)[:, None]):
         left, right = right, left ^ (_scramble(right ^ round_key) & mask)
     return (left << half) | right
 
 
 def _scramble(value: np.uint64 | np.ndarray) -> Any:
     """Returns 64 bits that all depend on all bits of `value` (the finisher of SplitMix64)."""
-    with np.errstate(over="ignore"):  # wrapping is meant
-        value = value + _U64(0x9E3779B97F4A7C15)
-        value = (value ^ (value >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> _U64(27))) * _U64(0x94D049BB133111EB)
-        return value ^ (value >> _U64(31))
+    value = value + _U64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return value ^ (value >> _U64(31))

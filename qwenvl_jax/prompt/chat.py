@@ -7,6 +7,7 @@ Each picture reads `Picture k: <img>...</img>\\n`, k counting from 1 through the
 Source: released `make_context` and `finetune.py`; paper B.2.
 """
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsFloat
 
@@ -215,7 +216,13 @@ def render_example(
 
 
 def _opening(tok: "Tokenizer", role: str) -> list[int]:
-    return [tok.im_start_id, *tok.encode(role), *tok.encode("\n")]
+    return [tok.im_start_id, *_fixed_ids(tok, role), *_fixed_ids(tok, "\n")]
+
+
+@functools.lru_cache(maxsize=32)
+def _fixed_ids(tok: "Tokenizer", text: str) -> tuple[int, ...]:
+    """Returns the ids of text that stands in every dialogue."""
+    return tuple(tok.encode(text))
 
 
 def _blocks(tok: "Tokenizer", messages: Iterable[Message]) -> list[_Block]:
@@ -230,7 +237,7 @@ def _blocks(tok: "Tokenizer", messages: Iterable[Message]) -> list[_Block]:
         ids += content
         num_images += len(images)
         end = len(ids)
-        ids += [tok.im_end_id, *tok.encode("\n")]
+        ids += [tok.im_end_id, *_fixed_ids(tok, "\n")]
         blocks.append(_Block(message.role, ids, slice(start, end), images))
     return blocks
 

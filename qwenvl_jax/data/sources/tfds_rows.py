@@ -1,10 +1,10 @@
 """A folder of TensorFlow Datasets as a Source, read through ArrayRecord, without TensorFlow.
 
 What rows an example gives is told by its features: captions of a picture as in `coco_captions`,
-phrases of objects as in `ref_coco`, both and a question as in our own `scenes_tfds.py`. Pictures
-stay encoded: TFDS's decoding ignores EXIF, gives CMYK four channels, and takes OpenCV where that
-is installed, so only our loader ever decodes. Boxes are ymin, xmin, ymax, xmax in 0..1, and texts
-come as bytes.
+phrases of objects as in `ref_coco`, both and a question as in our own `scenes_tfds.py`, lines of
+text as in our `documents_tfds.py`. Pictures stay encoded: TFDS's decoding ignores EXIF, gives CMYK
+four channels, and takes OpenCV where that is installed, so only our loader ever decodes. Boxes are
+ymin, xmin, ymax, xmax in 0..1, and texts come as bytes.
 """
 
 import hashlib
@@ -49,7 +49,8 @@ class TfdsRows:
         self._examples = _open(self.folder, split)
         features = dict(self._examples.dataset_info.features.items())
         fixed = sum(
-            bool(names & set(features)) for names in ({"captions", "caption"}, {"question"})
+            bool(names & set(features))
+            for names in ({"captions", "caption"}, {"question"}, {"lines"})
         )
         self._starts = np.arange(len(self._examples) + 1) * fixed
         if _has_phrases(features):
@@ -99,7 +100,7 @@ def rows_of(key: str, example: Mapping[str, Any]) -> list[Record]:
     """Returns the rows of one example whose picture is still encoded.
 
     Captions: one row with the longest, the others kept as `texts`. Objects with phrases: for each
-    phrase a row that finds the object and one that names it.
+    phrase a row that finds the object and one that names it. Lines: one row that reads them all.
     """
     image = (_bytes(example["image"]),)
     rows: list[Record] = []
@@ -112,6 +113,8 @@ def rows_of(key: str, example: Mapping[str, Any]) -> list[Record]:
     if "question" in example:
         fields = {"question": _text(example["question"]), "answer": _text(example["answer"])}
         rows.append(Record(f"{key}/question", "vqa", fields, image))
+    if "lines" in example:
+        rows.append(Record(f"{key}/lines", "ocr", _lines(example), image))
     objects = example.get("objects", {})
     one_each = [[phrase] for phrase in objects.get("phrase", ())]
     for number, phrases in enumerate(objects.get("refexp", {}).get("raw", one_each)):
@@ -144,12 +147,12 @@ def _open(folder: Path, split: str) -> Any:
             f"where TensorFlow is installed: tfds convert_format --dataset_version_dir={folder} "
             "--out_dir=NEW --out_file_format=array_record"
         )
-    has_text = {"captions", "caption", "question"} & set(features)
+    has_text = {"captions", "caption", "question", "lines"} & set(features)
     if "image" not in features or not (has_text or _has_phrases(features)):
         raise DataError(
             f"{folder} has features that no rows can be made of: got "
-            f"{', '.join(sorted(features))}, expected image and captions (as coco_captions) or "
-            "objects with refexp (as ref_coco)"
+            f"{', '.join(sorted(features))}, expected image and captions (as coco_captions), "
+            "objects with refexp (as ref_coco) or lines (as our documents)"
         )
     try:
         return builder.as_data_source(split, decoders=_undecoded(features))
@@ -183,6 +186,14 @@ def _texts(example: Mapping[str, Any]) -> list[str]:
     if "captions" in example:
         return [_text(text) for text in example["captions"]["text"]]
     return [_text(example["caption"])] if "caption" in example else []
+
+
+def _lines(example: Mapping[str, Any]) -> dict[str, Any]:
+    found = example["lines"]
+    quads = np.reshape(found["quad"], (-1, 4, 2)).tolist()
+    texts = map(_text, found["text"])
+    lines = [list(line) for line in zip(texts, quads, strict=True)]
+    return {"lines": lines, "language": _text(example["language"])}
 
 
 def _text(value: Any) -> str:
