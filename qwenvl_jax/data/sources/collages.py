@@ -19,7 +19,7 @@ from PIL import Image
 
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import Record
-from qwenvl_jax.data.sources import collage_chat, collage_facts, cutouts
+from qwenvl_jax.data.sources import collage_cells, collage_chat, collage_facts, cutouts
 from qwenvl_jax.data.sources.backgrounds import photo_files
 from qwenvl_jax.data.sources.collage_rows import ENGLISH_ONLY, fields_of
 from qwenvl_jax.data.sources.composition import (
@@ -41,6 +41,7 @@ TASKS = (
     "chat",
     "compare",  # rows of the task chat with two pictures
 )
+CELLS = "cells"  # only where it is asked for: rows of vqa that list what lies in each cell
 _VERSION = 1  # raise it when the same settings give other rows
 _QUALITY = (80, 95)  # of the JPEG
 
@@ -70,7 +71,7 @@ class Collages:
 
     def __post_init__(self) -> None:
         _check_choice("languages", self.languages, ("en", "zh"))
-        _check_choice("tasks", self.tasks, TASKS)
+        _check_choice("tasks", self.tasks, (*TASKS, CELLS))
         _check_choice("split", (self.split,), ("train", "heldout"))
         if self.num < 0 or self.side < 64 or not 1 <= self.most_kinds <= MOST_KINDS:
             raise DataError(
@@ -125,7 +126,7 @@ class Collages:
             raise IndexError(f"row {index} of {self.num} collages")
         rng = random.Random(f"collages/{self.split}/{index}")
         task = rng.choice(self.tasks)
-        is_english = task in ENGLISH_ONLY and "en" in self.languages
+        is_english = task in (*ENGLISH_ONLY, CELLS) and "en" in self.languages
         language = "en" if is_english else rng.choice(self.languages)
         pool = self._pools[language]
         unseen = [kind for kind in pool if kind.is_held_out]
@@ -139,7 +140,10 @@ class Collages:
             return Record(key, "chat", fields | objects, tuple(_jpeg(c.image, rng) for c in shown))
         collage = self._composed(pool, rng, first)
         about = _first_of(collage, first)
-        if task == "chat":
+        if task == CELLS:
+            task, said = "vqa", collage_cells.cell_list(collage)
+            fields = {"question": collage_cells.QUESTION, "answer": said, "kind": CELLS}
+        elif task == "chat":
             turns = collage_chat.dialogue(collage, language, pool, rng, about)
             fields = {"conversations": collage_chat.as_conversations(turns, 1)}
         else:
