@@ -42,8 +42,8 @@ nano: $(VENV)/.installed-generate
 	test -d runs/nano/drawn || $(BIN)/python convert.py import runs/nano/stage3_again runs/nano/drawn
 	test -d runs/nano/wide_start || $(BIN)/python convert.py vocabulary \
 	  runs/nano/drawn configs/nano/wide.tiktoken runs/nano/wide_start
-	for rows in train dialogue heldout; do configs/nano/rows.sh $$rows || exit 1; done
-	@for stage in stage2_wide stage3_wide; do \
+	for rows in train cells dialogue heldout; do configs/nano/rows.sh $$rows || exit 1; done
+	@for stage in stage2_wide stage2_cells stage3_wide; do \
 	  $(BIN)/python train.py configs/nano/$$stage.py || exit 1; done
 	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage3_wide
 	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage3_wide \

@@ -1,7 +1,8 @@
 """Stage 2 of the small model on wider data: objects, pages and Chinese beside the drawn scenes.
 
 It begins from the weights of `stage3_again` under the larger vocabulary, which Makefile's `nano`
-makes, and everything is trained. A third of the samples are drawn scenes, so that those stay.
+makes, and everything is trained. A third of the samples are drawn scenes, so that those stay. What
+ships was ended at step 5,722 by hand, to go on with `stage2_cells` (docs/nano.md).
 
     configs/nano/rows.sh train
     python train.py configs/nano/stage2_wide.py
