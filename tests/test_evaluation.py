@@ -172,6 +172,8 @@ def test_a_score_counts_new_facts_apart(tokenizer):
     score = summarise(papers, answers)[0]
     assert 0 < new < len(papers)
     assert score == Score("locate: IoU at 0.5", 1 - new / len(papers), len(papers), 0.0, new)
+    assert score.known_value == pytest.approx(1.0)
+    assert Score("read: ANLS", 0.5, 3, 0.5, 3).known_value is None
 
 
 def test_reports_hold_every_score_and_answer(tokenizer, tmp_path):
@@ -179,7 +181,7 @@ def test_reports_hold_every_score_and_answer(tokenizer, tmp_path):
     answers = [right_answer(paper) for paper in papers]
     scores = [Score("read: word exact", 0.875, 8, None, 0), *summarise(papers, answers)]
     page = report.to_markdown(scores)
-    assert "| read: word exact | 87.5 % | 8 | - | - |" in page.splitlines()
+    assert "| read: word exact | 87.5 % | 8 | 87.5 % | - | - |" in page.splitlines()
     assert len(page.splitlines()) == len(scores) + 2
     record = report.to_json({"seed": 0}, scores, list(map(facts, papers, answers)))
     paths = report.write(tmp_path / "deep" / "er", "scenes", page, record)

@@ -154,6 +154,8 @@ def test_a_phrase_needs_its_words_and_its_box(tokenizer):
     assert marked(row, f"{dog} and{cat}", tokenizer) == {name: 1.0}
     assert marked(row, f"{dog} and<ref> a cow</ref>{boxes(OTHER)}", tokenizer) == {name: 0.5}
     assert marked(row, f"{dog} and<ref> a cat</ref>{boxes(FAR)}", tokenizer) == {name: 0.5}
+    alone = record("grounded_caption", phrases=[["a dog", [ONE]]])
+    assert marked(alone, f"<ref> a cat</ref>{boxes(ONE)}", tokenizer) == {name: 0.0}
 
 
 def test_lines_are_read_whatever_their_places(tokenizer):

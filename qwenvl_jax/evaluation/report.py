@@ -9,7 +9,7 @@ from rich.table import Table
 
 from qwenvl_jax.evaluation.scenes import Score
 
-HEADINGS = ("measure", "score", "items", "never in training", "items")
+HEADINGS = ("measure", "score", "items", "seen in training", "never", "items")
 
 
 def percent(value: float | None) -> str:
@@ -24,6 +24,7 @@ def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
             score.measure,
             percent(score.value),
             str(score.count),
+            percent(score.known_value),
             percent(score.new_value),
             str(score.new_count or "-"),
         )

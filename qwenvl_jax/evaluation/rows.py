@@ -95,7 +95,6 @@ def row_paper(record: Record, tokenizer: Tokenizer, side: int) -> RowPaper | Non
     prompt = ids[:start]
     num_images = prompt.count(tokenizer.image_start_id)
     shown = [pixels(example, image, side) for image in example.images[:num_images]]
-    is_reading = record.task == "ocr_vqa" or record.fields.get("kind") == "line"
     expected = tokenizer.decode(_said(ids[start:end], tokenizer))
     subject = "compare" if record.task == "chat" and num_images > 1 else record.task
     return RowPaper(
@@ -106,7 +105,7 @@ def row_paper(record: Record, tokenizer: Tokenizer, side: int) -> RowPaper | Non
         tokens=prompt,
         images_IYXC=np.stack(shown) if shown else np.zeros((0, side, side, 3), np.uint8),
         expected=expected,
-        form=_form(expected, is_reading),
+        form=_form(expected, record),
         is_new=record.fields.get("objects") == "unseen",
     )
 
@@ -116,15 +115,15 @@ def _said(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     return [token for token in ids if token not in ends]
 
 
-def _form(expected: str, is_reading: bool) -> Form:
+def _form(expected: str, record: Record) -> Form:
     places = parse_boxes(expected, inherit_ref=True)
     if any("quad" in place for place in places):
         return "quads"
     if not places:
+        is_reading = record.task == "ocr_vqa" or record.fields.get("kind") == "line"
         return "lines" if is_reading else "text"
-    if len({place["ref"] for place in places}) > 1 or strip_boxes(expected) != (
-        places[0]["ref"] or ""
-    ):
+    is_one_phrase = strip_boxes(expected) == (places[0]["ref"] or "")
+    if record.task == "grounded_caption" or not is_one_phrase:
         return "phrases"
     return "place" if len(places) == 1 else "places"
 

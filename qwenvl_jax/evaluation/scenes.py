@@ -82,6 +82,13 @@ class Score(NamedTuple):
     new_value: float | None
     new_count: int
 
+    @property
+    def known_value(self) -> float | None:
+        """The mean over what training had; None where there is no such mark."""
+        known = self.count - self.new_count
+        rest = self.value * self.count - (self.new_value or 0.0) * self.new_count
+        return rest / known if known else None
+
 
 # --- setting the papers -------------------------------------------------------------------------
 
