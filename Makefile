@@ -30,14 +30,24 @@ bench: $(VENV)/.installed-bench
 faults: $(VENV)/.installed-test
 	$(BIN)/python tests/faults.py $(ARGS)
 
-# Trains the small model again, into runs/nano, and scores it: about three and a half hours on two cores.
-# The malloc settings keep freed pages: on a CPU, steps that ask for fresh ones are slower.
+# Trains the small model again, into runs/nano, and scores it: docs/nano.md says how long it takes, and
+# which two Debian packages it needs. The malloc settings keep freed pages: on a CPU, steps that ask for
+# fresh ones are slower.
 nano: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
-nano: $(VENV)/.installed-core
+nano: export PYTHON := $(BIN)/python
+nano: $(VENV)/.installed-generate
 	@for stage in stage0_text stage0_sight stage0_tell stage1 stage2 stage2_longer stage3 \
 	  stage2_again stage3_again; do \
 	  $(BIN)/python train.py configs/nano/$$stage.py || exit 1; done
-	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage3_again
+	test -d runs/nano/drawn || $(BIN)/python convert.py import runs/nano/stage3_again runs/nano/drawn
+	test -d runs/nano/wide_start || $(BIN)/python convert.py vocabulary \
+	  runs/nano/drawn configs/nano/wide.tiktoken runs/nano/wide_start
+	for rows in train cells dialogue heldout; do configs/nano/rows.sh $$rows || exit 1; done
+	@for stage in stage2_wide stage2_cells stage3_wide; do \
+	  $(BIN)/python train.py configs/nano/$$stage.py || exit 1; done
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage3_wide
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage3_wide \
+	  --rows $(addprefix runs/nano/rows/heldout/,scenes animals food english chinese)
 
 clean:
 	rm -rf $(VENV) build demo.png

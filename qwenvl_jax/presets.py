@@ -38,8 +38,11 @@ def qwen_vl() -> ModelConfig:
     )
 
 
-def nano() -> ModelConfig:
-    """Returns the model that ships with the package: the same parts, 112-pixel pictures."""
+def nano(*, num_ranks: int = 1763) -> ModelConfig:
+    """Returns the model that ships with the package: the same parts, 112-pixel pictures.
+
+    `num_ranks` are those of its vocabulary; the special tokens stand behind them.
+    """
     return ModelConfig(
         vision=VisionConfig(
             width=160,
@@ -56,12 +59,12 @@ def nano() -> ModelConfig:
             num_heads=4,
             head_dim=64,
             mlp_dim=512,
-            vocab_size=739,
+            vocab_size=num_ranks + 217,
             seq_length=512,
             max_positions=2048,
         ),
         image_size=112,
-        image_start_id=736,
+        image_start_id=num_ranks + 214,
         remat="dots",  # on a CPU faster than keeping everything, which is bound by memory
     )
 

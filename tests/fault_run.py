@@ -24,7 +24,7 @@ def get_config() -> TrainConfig:
         max_images=2,
         image_size=56,
         rows=8,
-        tokenizer="qwenvl_jax/assets/nano",
+        tokenizer="configs/nano/scenes.tiktoken",
     )
     return tiny.train_config(
         run_dir="build/fault_run",

@@ -12,7 +12,7 @@ from PIL import Image
 from qwenvl_jax.config import DataConfig
 from qwenvl_jax.data.record import Record
 
-NANO = "qwenvl_jax/assets/nano"
+NANO = "configs/nano/scenes.tiktoken"
 SLOTS = 4
 SIDE = 28
 

@@ -22,8 +22,17 @@ from qwenvl_jax.data.sources import (
     emoji_objects,
     nouns,
 )
+from qwenvl_jax.data.sources.collage_cells import cell_list, cell_things
 from qwenvl_jax.data.sources.collages import TASKS, Collages
-from qwenvl_jax.data.sources.composition import MAX_HIDDEN, MIN_SIDE, Group, choose_groups, compose
+from qwenvl_jax.data.sources.composition import (
+    MAX_HIDDEN,
+    MIN_SIDE,
+    Collage,
+    Group,
+    Thing,
+    choose_groups,
+    compose,
+)
 from qwenvl_jax.data.sources.nouns import Name, Noun
 from qwenvl_jax.data.sources.scenes import COLOURS
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
@@ -367,3 +376,28 @@ def test_emoji_are_drawn_in_colour():
     assert max(dog.size) == 100
     colours = np.asarray(dog)[np.asarray(dog)[..., 3] > 200][:, :3]
     assert np.ptp(colours.astype(int), axis=1).max() > 40, "not a gray outline"
+
+
+# --- what lies in each cell -----------------------------------------------------------------------
+
+
+def test_a_cell_belongs_to_the_thing_that_covers_most_of_it():
+    star, heart = (
+        next(k for k in cutouts.drawn_kinds() if k.noun.en == n) for n in ("star", "heart")
+    )
+    things = (Thing(star, (0, 0, 30, 20), 0.0), Thing(heart, (10, 0, 40, 10), 0.0))
+    collage = Collage(Image.new("RGB", (80, 80)), things)  # cells of 20 pixels
+    found = [None if thing is None else thing.name.noun.en for thing in cell_things(collage)]
+    # of the second cell each box covers half, so the first of them stays
+    assert found == ["star", "star"] + [None] * 14
+    assert cell_list(collage) == "star star" + " no" * 14
+    heart_only = Collage(Image.new("RGB", (80, 80)), things[1:])
+    assert cell_list(heart_only).split() == ["heart", "heart", *["no"] * 14]
+
+
+def test_lists_of_cells_are_made_where_they_are_asked_for_only():
+    rows = Collages(30, "train", side=64, tasks=("cells",))
+    for row in map(rows.__getitem__, range(30)):
+        assert (row.task, row.fields["kind"], row.fields["language"]) == ("vqa", "cells", "en")
+        assert len(row.fields["answer"].split()) == 16
+    assert "cells" not in Collages(1, "train").tasks

@@ -11,6 +11,7 @@ from qwenvl_jax.data.sources.documents import Documents
 from qwenvl_jax.data.sources.generated import GeneratedOptions, open_generated
 from qwenvl_jax.data.sources.page_photo import PageSettings
 from qwenvl_jax.data.sources.prepared import Prepared
+from qwenvl_jax.data.sources.written_text import main as write_corpus
 
 
 def test_options_reach_the_sources(tmp_path):
@@ -21,12 +22,14 @@ def test_options_reach_the_sources(tmp_path):
     page = PageSettings(short_side=(100, 100), max_lines=2)
     made = open_generated("documents", 5, GeneratedOptions(page=page, corpus=tmp_path))
     assert made == Documents(5, "train", page=page, corpus=tmp_path)
+    made = open_generated("collages", 5, GeneratedOptions(most_kinds=2))
+    assert made == Collages(5, "train", most_kinds=2)
     assert len(open_generated("collages", 3)) == 3
 
 
 def test_what_has_no_effect_or_is_unknown_is_refused(tmp_path):
-    with pytest.raises(DataError, match="got 'scenes', expected collages or documents"):
-        open_generated("scenes", 1)
+    with pytest.raises(DataError, match="got 'photos', expected collages, documents, scenes"):
+        open_generated("photos", 1)
     with pytest.raises(DataError, match="corpus has no effect on collages"):
         open_generated("collages", 1, GeneratedOptions(corpus=tmp_path))
     with pytest.raises(DataError, match="side, emoji has no effect on documents"):
@@ -66,3 +69,25 @@ def test_options_of_generated_rows_that_cannot_work_are_told(
     monkeypatch.chdir(tmp_path)
     assert data_prepare.main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_picture_shows_no_more_kinds_than_asked():
+    rows = Collages(60, "train", side=64, tasks=("grounded_caption",), most_kinds=1)
+    named = [
+        sum(bool(boxes) for _, boxes in row.fields["phrases"])
+        for row in map(rows.__getitem__, range(60))
+    ]
+    assert set(named) == {1}
+    more = Collages(60, "train", side=64, tasks=("grounded_caption",))
+    assert more.fingerprint != rows.fingerprint
+    assert max(len(more[i].fields["phrases"]) for i in range(60)) > 3
+    with pytest.raises(DataError, match=r"1 to 6 kinds in a picture: got .* most_kinds 7"):
+        Collages(1, "train", most_kinds=7)
+
+
+def test_a_corpus_is_written_without_senseless_signs(tmp_path):
+    write_corpus([str(tmp_path / "corpus"), "--sentences", "300"])
+    english, chinese = ((tmp_path / "corpus" / f"{name}.txt").read_text() for name in ("en", "zh"))
+    assert len(english.splitlines()) == len(chinese.splitlines()) == 300
+    assert english.isascii() or "“" in english
+    assert len(set(chinese)) < 400  # of the 3755 signs that senseless text is drawn from

@@ -19,7 +19,7 @@ from qwenvl_jax.data.pipeline import batches, draw, make_batch
 from qwenvl_jax.data.record import FIELDS
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 
-NANO = "qwenvl_jax/assets/nano"
+NANO = "configs/nano/scenes.tiktoken"
 SIDE = 14
 TOK = Tokenizer({bytes([byte]): byte for byte in range(256)}, slots=2)
 CONFIG = DataConfig(

@@ -13,7 +13,7 @@ from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
 from qwenvl_jax.data.vocabulary import scene_sentences, train_bpe
 from qwenvl_jax.prompt.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 
-NANO = "qwenvl_jax/assets/nano"
+NANO = "configs/nano/scenes.tiktoken"
 SLOTS = 3
 IMG = "<img></img>"
 EOS = "<|endoftext|>"

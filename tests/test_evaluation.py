@@ -16,6 +16,7 @@ from qwenvl_jax.evaluation.scenes import (
     SUBJECTS,
     Score,
     examination,
+    facts,
     marks,
     named_pairs,
     set_paper,
@@ -171,6 +172,8 @@ def test_a_score_counts_new_facts_apart(tokenizer):
     score = summarise(papers, answers)[0]
     assert 0 < new < len(papers)
     assert score == Score("locate: IoU at 0.5", 1 - new / len(papers), len(papers), 0.0, new)
+    assert score.known_value == pytest.approx(1.0)
+    assert Score("read: ANLS", 0.5, 3, 0.5, 3).known_value is None
 
 
 def test_reports_hold_every_score_and_answer(tokenizer, tmp_path):
@@ -178,9 +181,9 @@ def test_reports_hold_every_score_and_answer(tokenizer, tmp_path):
     answers = [right_answer(paper) for paper in papers]
     scores = [Score("read: word exact", 0.875, 8, None, 0), *summarise(papers, answers)]
     page = report.to_markdown(scores)
-    assert "| read: word exact | 87.5 % | 8 | - | - |" in page.splitlines()
+    assert "| read: word exact | 87.5 % | 8 | 87.5 % | - | - |" in page.splitlines()
     assert len(page.splitlines()) == len(scores) + 2
-    record = report.to_json({"seed": 0}, scores, papers, answers)
+    record = report.to_json({"seed": 0}, scores, list(map(facts, papers, answers)))
     paths = report.write(tmp_path / "deep" / "er", "scenes", page, record)
     assert [path.suffix for path in paths] == [".md", ".json"]
     read = json.loads(paths[1].read_text(encoding="utf-8"))
@@ -263,6 +266,10 @@ def test_the_demo_says_which_answers_are_right(
     assert [one.writing is not None for one in scenes] == [False, False, True]
     papers = [paper for one in scenes for paper in demo.papers_of(one, vl)]
     answers = {p.asked + str(p.scene.image.tobytes()): right_answer(p) for p in papers}
+    made = list(demo.collages(options, vl))
+    for paper in made:
+        answers[demo.question_of(paper) + str(paper.images_IYXC[0].tobytes())] = paper.expected
+    assert [(len(p.images_IYXC), p.language) for p in made] == [(2, "en"), (1, "zh")]
 
     def chat(text, images, temperature, max_new_tokens):
         assert temperature == 0.0
@@ -275,7 +282,7 @@ def test_the_demo_says_which_answers_are_right(
     argv = ["--scenes", "3", "--seed", "2", "--output", str(sheet), "--pictures", str(tmp_path)]
     assert demo.main(argv) == 0
     printed = capsys.readouterr().out
-    assert printed.count(f"({verdict})") == len(papers) == 9
+    assert printed.count(f"({verdict})") == len(papers) + len(made) == 11
     assert "python infer.py --image" in printed
     assert sheet.stat().st_size > 0
-    assert len(list(tmp_path.glob("scene_*.png"))) == 3
+    assert len(list(tmp_path.glob("scene_*.png"))) == len(list(tmp_path.glob("coll*.png"))) == 3

@@ -38,11 +38,12 @@ def test_the_demo_writes_its_sheet_and_says_what_was_right(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     assert demo.main(["--scenes", "3", "--output", "sheet.png"]) == 0
     said = capsys.readouterr().out
-    assert said.count("(right)") + said.count("(wrong)") == 9
+    assert said.count("(right)") + said.count("(wrong)") == 11
     assert said.count("(right)") >= 1
     assert Image.open("sheet.png").width > 900
     assert sorted(path.name for path in (tmp_path / "build" / "demo").iterdir()) == [
-        f"scene_{number}.png" for number in (1, 2, 3)
+        *("collage_1_1.png", "collage_1_2.png", "collage_2_1.png"),
+        *(f"scene_{number}.png" for number in (1, 2, 3)),
     ]
 
 

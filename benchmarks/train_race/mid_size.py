@@ -56,7 +56,7 @@ def train_config(dtype: DType, run_dir: str = "build/bench") -> TrainConfig:
             max_images=1,
             image_size=IMAGE_SIZE,
             rows=ROWS,
-            tokenizer="qwenvl_jax/assets/nano",
+            tokenizer="configs/nano/scenes.tiktoken",
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, end_lr=1e-5, warmup_steps=10),
         parameters=stage_2(),

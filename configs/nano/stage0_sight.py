@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
         steps=1000,
         seed=4,
         init="runs/nano/stage0",
-        model=nano(),
+        model=nano(num_ranks=522),
         data=DataConfig(
             source="scenes",
             tasks={"map": 3.0, "grounded_captioning": 1.0, "text": 0.5},
@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
             max_images=2,
             image_size=112,
             rows=10,
-            tokenizer="qwenvl_jax/assets/nano",
+            tokenizer="configs/nano/scenes.tiktoken",
         ),
         optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=3e-4, warmup_steps=100),
         parameters=stage_2(tower_decay=1.0),

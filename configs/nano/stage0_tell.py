@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
         steps=700,
         seed=5,
         init="runs/nano/stage0_sight",
-        model=nano(),
+        model=nano(num_ranks=522),
         data=DataConfig(
             source="scenes",
             tasks={
@@ -33,7 +33,7 @@ def get_config() -> TrainConfig:
             max_images=3,
             image_size=112,
             rows=8,
-            tokenizer="qwenvl_jax/assets/nano",
+            tokenizer="configs/nano/scenes.tiktoken",
         ),
         optimizer=OptimizerConfig(peak_lr=1e-3, end_lr=6e-4, warmup_steps=50),
         parameters=stage_2(tower_decay=1.0),

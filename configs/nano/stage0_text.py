@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
         steps=1000,
         seed=0,
         init=None,
-        model=nano(),
+        model=nano(num_ranks=522),
         data=DataConfig(
             source="text",
             tasks={
@@ -34,7 +34,7 @@ def get_config() -> TrainConfig:
             max_images=0,
             image_size=112,
             rows=8,
-            tokenizer="qwenvl_jax/assets/nano",
+            tokenizer="configs/nano/scenes.tiktoken",
         ),
         optimizer=OptimizerConfig(peak_lr=2e-3, end_lr=1e-4, warmup_steps=50),
         parameters=text_only(),

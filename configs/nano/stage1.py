@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
         steps=250,
         seed=1,
         init="runs/nano/stage0_tell",
-        model=nano(),
+        model=nano(num_ranks=522),
         data=DataConfig(
             source="scenes",
             tasks={"caption": 1.0, "grounded_caption": 1.0},
@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
             max_images=3,
             image_size=112,
             rows=8,
-            tokenizer="qwenvl_jax/assets/nano",
+            tokenizer="configs/nano/scenes.tiktoken",
         ),
         optimizer=OptimizerConfig(peak_lr=6e-4, end_lr=3e-4, warmup_steps=50),
         parameters=stage_1(tower_decay=1.0),

@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
         steps=4800,
         seed=2,
         init="runs/nano/stage1",
-        model=nano(),
+        model=nano(num_ranks=522),
         data=DataConfig(
             source="scenes",
             tasks={
@@ -36,7 +36,7 @@ def get_config() -> TrainConfig:
             max_images=3,
             image_size=112,
             rows=8,
-            tokenizer="qwenvl_jax/assets/nano",
+            tokenizer="configs/nano/scenes.tiktoken",
         ),
         optimizer=OptimizerConfig(peak_lr=8e-4, end_lr=1e-5, warmup_steps=100),
         parameters=stage_2(tower_decay=1.0),

@@ -16,7 +16,7 @@ def get_config() -> TrainConfig:
         steps=11000,
         seed=7,
         init="runs/nano/stage3",
-        model=nano(),
+        model=nano(num_ranks=522),
         data=DataConfig(
             source="scenes",
             tasks={
@@ -35,7 +35,7 @@ def get_config() -> TrainConfig:
             max_images=3,
             image_size=112,
             rows=8,
-            tokenizer="qwenvl_jax/assets/nano",
+            tokenizer="configs/nano/scenes.tiktoken",
         ),
         optimizer=OptimizerConfig(peak_lr=6e-4, end_lr=1e-5, warmup_steps=100),
         parameters=stage_2(tower_decay=1.0),

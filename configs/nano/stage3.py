@@ -15,7 +15,7 @@ def get_config() -> TrainConfig:
         steps=950,
         seed=3,
         init="runs/nano/stage2_longer",
-        model=nano(),
+        model=nano(num_ranks=522),
         data=DataConfig(
             source="scenes",
             tasks={
@@ -30,7 +30,7 @@ def get_config() -> TrainConfig:
             max_images=3,
             image_size=112,
             rows=8,
-            tokenizer="qwenvl_jax/assets/nano",
+            tokenizer="configs/nano/scenes.tiktoken",
         ),
         optimizer=OptimizerConfig(peak_lr=5e-4, end_lr=1e-5, warmup_steps=50),
         parameters=stage_3(),

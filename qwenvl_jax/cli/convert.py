@@ -1,4 +1,4 @@
-"""`python convert.py import|export ...`: released PyTorch folders to ours, and back."""
+"""`python convert.py import|export|vocabulary ...`: released folders to ours, and back."""
 
 import os
 import signal
@@ -25,11 +25,14 @@ from qwenvl_jax.config import ConfigError
 _USAGE = """usage: python convert.py import SRC DST
        python convert.py import --vit OPENCLIP --llm QWEN_7B DST [--num-queries N] [--seed N]
        python convert.py export SRC DST [--shard-size 2GB] [--dtype keep]
+       python convert.py vocabulary SRC TIKTOKEN DST
 
 import writes our weights folder DST from SRC: a released Qwen-VL or Qwen-VL-Chat folder (.bin or
 safetensors files, read without PyTorch and without running what is in them), or the directory of a
 training run, whose newest checkpoint it takes. With --vit and --llm it joins the two models that
-stage 1 starts from. export writes a folder that the released PyTorch code loads.
+stage 1 starts from. export writes a folder that the released PyTorch code loads. vocabulary writes
+a weights folder once more for another qwen.tiktoken file: tokens keep their rows, new ones start
+as the mean of those that spelled them.
 
 Neither needs more memory than one layer (a run: the whole model). DST must be new; it appears
 when it is complete, and a conversion that fails leaves nothing behind.
@@ -58,7 +61,7 @@ def _run(argv: Sequence[str]) -> int:
     # A terminated conversion cleans up as an interrupted one does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        commands = {"import": import_, "export": export}
+        commands = {"import": import_, "export": export, "vocabulary": vocabulary}
         tyro.extras.subcommand_cli_from_dict(commands, prog="convert.py", args=list(argv))
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -133,6 +136,25 @@ def export(
         source, target, shard_bytes=num_bytes(shard_size), dtype=dtype, watch=watch
     )
     print(f"{target}: {num_shards} file{'s' if num_shards > 1 else ''}, ready")
+
+
+def vocabulary(
+    source: Annotated[Path, tyro.conf.arg(metavar="SRC")],
+    tiktoken: Annotated[Path, tyro.conf.arg(metavar="TIKTOKEN")],
+    target: Annotated[Path, tyro.conf.arg(metavar="DST")],
+    /,
+) -> None:
+    """Writes weights for another vocabulary. Example: convert.py vocabulary weights/a b.tiktoken b
+
+    Args:
+        source: a weights folder of ours
+        tiktoken: the new vocabulary: a qwen.tiktoken file, or a folder that holds one
+        target: the new folder
+    """
+    from qwenvl_jax.conversion.vocabulary import change_vocabulary
+
+    config = change_vocabulary(source, tiktoken, target)
+    print(f"{target}: {config.decoder.vocab_size} rows, ready")
 
 
 def num_bytes(text: str) -> int:

@@ -72,9 +72,10 @@ class InspectOptions:
                 raise ConfigError(f"--{name} must be positive: got {getattr(self, name)}")
         if self.max_images < 0:
             raise ConfigError(f"--max-images must not be negative: got {self.max_images}")
-        if self.source not in NAMES and self.generated != GeneratedOptions():
+        is_made = self.source in NAMES and self.source != SCENES  # those are shown as samples
+        if not is_made and self.generated != GeneratedOptions():
             raise ConfigError(
-                f"--generated.* has no effect on {self.source!r}: expected {' or '.join(NAMES)}"
+                f"--generated.* has no effect on {self.source!r}: expected collages or documents"
             )
         if not self.output.parent.is_dir():
             raise ConfigError(

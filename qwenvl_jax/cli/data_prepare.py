@@ -2,9 +2,9 @@
 
 SOURCE is a folder of WebDataset tar shards or of img2dataset parquet files (GRIT's among them), a
 conversation file (.json, .jsonl), a file of the original evaluation scripts, text or PDF files, a
-folder of TensorFlow Datasets; or `collages` or `documents`, which are made. OUT is new; a run that
-was stopped or killed goes on where it was when the same command is given again. Rows that cannot be
-used are listed in OUT/refused.jsonl.
+folder of TensorFlow Datasets; or `collages`, `documents` or `scenes`, which are made. OUT is new; a
+run that was stopped or killed goes on where it was when the same command is given again. Rows that
+cannot be used are listed in OUT/refused.jsonl.
 
 Example:
     qwenvl data prepare laion/ prepared/laion --rules web --tokenizer weights/chat
@@ -42,7 +42,7 @@ class PrepareOptions:
     """What to prepare, and how."""
 
     source: tyro.conf.Positional[Path]
-    """A file or folder with the rows; or collages, or documents."""
+    """A file or folder with the rows; or collages, documents or scenes."""
     out: tyro.conf.Positional[Path]
     """The new folder; or one that the same command has begun."""
     num_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
@@ -59,7 +59,7 @@ class PrepareOptions:
     rules: tuple[str, ...] = ()
     """Cleaning of captions: web, academic, or single rules in order."""
     generated: GeneratedOptions = dataclasses.field(default_factory=GeneratedOptions)
-    """How collages or documents are made."""
+    """How collages, documents or scenes are made."""
     limits: Annotated[Limits, tyro.conf.arg(name="limits")] = dataclasses.field(
         default_factory=Limits
     )
@@ -119,7 +119,7 @@ def _check(options: PrepareOptions) -> None:
         )
     if options.generated != GeneratedOptions() and not is_generated(options):
         raise ConfigError(
-            f"--generated.* has no effect on {options.source}: it is for {' and '.join(NAMES)}"
+            f"--generated.* has no effect on {options.source}: it is for {', '.join(NAMES)}"
         )
     if options.out.absolute().is_relative_to(options.source.absolute()):
         raise ConfigError(

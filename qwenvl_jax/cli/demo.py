@@ -1,7 +1,8 @@
 """Shows a model at work on pictures it has never seen, and writes one picture of it.
 
 Scenes are drawn from the held-out stream. For each, the model describes it, answers a question and
-finds a thing (or reads a word); the sheet holds every picture with its boxes, prompts and answers.
+finds a thing (or reads a word). Then it compares two collages of shapes, and finds something
+asked for in Chinese. The sheet holds every picture with its boxes, prompts and answers.
 
 Examples:
     qwenvl demo
@@ -11,7 +12,7 @@ Examples:
 import dataclasses
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,12 @@ from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from qwenvl_jax.data.sources.scenes import Scene
+    from qwenvl_jax.evaluation.rows import RowPaper
     from qwenvl_jax.evaluation.scenes import Paper
+    from qwenvl_jax.evaluation.sheet import Exchange
     from qwenvl_jax.inference.vl import VL
 
 
@@ -51,32 +56,55 @@ def _run(argv: Sequence[str]) -> int:
         raise ConfigError(f"--scenes must be positive: got {options.scenes}")
     check_output(options.output)
 
+    import numpy as np
     from PIL import Image
 
+    from qwenvl_jax.evaluation.rows import row_marks
     from qwenvl_jax.evaluation.scenes import is_right
-    from qwenvl_jax.evaluation.sheet import Exchange, Sitting, draw_sheet
+    from qwenvl_jax.evaluation.sheet import Sitting, draw_sheet
 
     vl = open_model(AnswerOptions(model=options.model))
     options.pictures.mkdir(parents=True, exist_ok=True)
-    sittings = []
-    for number, scene in enumerate(draw_scenes(options, vl.config.image_size), start=1):
+    side, sittings = vl.config.image_size, []
+    for number, scene in enumerate(draw_scenes(options, side), start=1):
         path = options.pictures / f"scene_{number}.png"
         Image.fromarray(scene.image).save(path)
         exchanges = []
         for paper in papers_of(scene, vl):
-            print(f'\npython infer.py --image {path} "{paper.asked}"')
-            with waiting("answering"):
-                reply = vl.chat(
-                    paper.asked, images=[scene.image], temperature=0.0, max_new_tokens=96
-                )
-            right = is_right(paper, reply.text)
-            print(f"  {reply.text.strip()}   ({'right' if right else 'wrong'})", flush=True)
-            exchanges.append(Exchange(paper.asked, reply.text, right, expected(paper)))
+            answer = _ask(vl, paper.asked, {path: scene.image})
+            exchanges.append(_told(paper.asked, answer, is_right(paper, answer), expected(paper)))
         sittings.append(Sitting(scene.image, exchanges))
+    for number, paper in enumerate(collages(options, vl), start=1):
+        shown = {
+            options.pictures / f"collage_{number}_{i}.png": image
+            for i, image in enumerate(paper.images_IYXC, start=1)
+        }
+        for path, image in shown.items():
+            Image.fromarray(image).save(path)
+        asked = question_of(paper)
+        answer = _ask(vl, asked, shown)
+        right = all(mark.value == 1.0 for mark in row_marks(paper, answer))
+        exchange = _told(asked, answer, right, paper.expected)
+        sittings.append(Sitting(np.concatenate(paper.images_IYXC, axis=1), [exchange]))
     title = "Pictures the model never saw. Green: right. Red: wrong."
     draw_sheet(title, sittings).save(options.output)
     print(f"\nwrote {options.output}; the pictures alone are in {options.pictures}")
     return SUCCESS
+
+
+def _ask(vl: "VL", asked: str, images: "Mapping[Path, np.ndarray]") -> str:
+    given = " ".join(f"--image {path}" for path in images)
+    print(f'\npython infer.py {given} "{asked}"')
+    with waiting("answering"):
+        reply = vl.chat(asked, images=[*images.values()], temperature=0.0, max_new_tokens=96)
+    return reply.text
+
+
+def _told(asked: str, answer: str, right: bool, expected: str) -> "Exchange":
+    from qwenvl_jax.evaluation.sheet import Exchange
+
+    print(f"  {answer.strip()}   ({'right' if right else 'wrong'})", flush=True)
+    return Exchange(asked, answer, right, expected)
 
 
 def draw_scenes(options: DemoOptions, side: int) -> "Iterator[Scene]":
@@ -105,6 +133,28 @@ def expected(paper: "Paper") -> str:
     from qwenvl_jax.prompt.boxes import format_box
 
     return paper.expected[0] if paper.box is None else format_box(paper.box)
+
+
+def collages(options: DemoOptions, vl: "VL") -> "Iterator[RowPaper]":
+    """Yields the first question of the seed about two pictures, and the first place in Chinese."""
+    from qwenvl_jax.data.sources.collages import Collages
+    from qwenvl_jax.evaluation.rows import row_paper
+
+    side = vl.config.image_size
+    for language, task, form in (("en", "compare", "text"), ("zh", "chat", "place")):
+        rows = Collages(
+            2**31, "heldout", side=max(side, 64), languages=(language,), tasks=(task,), most_kinds=2
+        )
+        papers = (
+            row_paper(rows[i], vl.tokenizer, side) for i in itertools.count(options.seed * 97)
+        )
+        yield next(paper for paper in papers if paper is not None and paper.form == form)
+
+
+def question_of(paper: "RowPaper") -> str:
+    """Returns the question alone, as a person would type it: behind the last picture's line."""
+    start, end = "</img>\n", "<|im_end|>"
+    return paper.asked.rpartition(start)[2].partition(end)[0]
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """Scores a model on drawn scenes that no training run has seen, and prints the table.
 
+With --rows it is scored on rows instead, of any source that training reads: each is asked as
+training shows it, and its answer marked by task and language.
+
 Example:
     qwenvl eval --num-scenes 200
+    qwenvl eval --rows runs/nano/rows/heldout/food --num-rows 500
     qwenvl eval --model runs/nano/stage3 --form chat --output runs/scores
 """
 
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwenvl_jax.cli.errors import SUCCESS, run_command
 from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, open_model
@@ -18,7 +23,7 @@ from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
-    from qwenvl_jax.evaluation.scenes import Form, Paper
+    from qwenvl_jax.evaluation.scenes import Form, Score
     from qwenvl_jax.inference.vl import VL
 
 
@@ -31,7 +36,11 @@ class EvalOptions:
     num_scenes: int = 200
     """Scenes of each kind: to describe, to ask about, to find things in, to read in."""
     seed: int = 0
-    """Which held-out scenes; the same seed always draws the same ones."""
+    """Which held-out scenes, or rows; the same seed always draws the same ones."""
+    rows: tuple[Path, ...] = ()
+    """Prepared folders, conversation files or TFDS folders to score on, one table each."""
+    num_rows: int = 500
+    """Rows of each of them."""
     form: Literal["task", "chat", "both"] = "both"
     """Prompts of the multi-task stage, chat turns, or both, one table each."""
     dtype: Literal["bfloat16", "float32"] | None = None
@@ -47,56 +56,100 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     options = parse_options(EvalOptions, argv, "qwenvl eval", __doc__)
-    if options.num_scenes <= 0:
-        raise ConfigError(f"--num-scenes must be positive: got {options.num_scenes}")
-
-    from rich.console import Console
-
-    from qwenvl_jax.evaluation import report
-    from qwenvl_jax.evaluation.scenes import FORMS, examination, summarise
-
-    folder = options.model or SHIPPED_MODEL
+    _check(options)
     vl = open_model(AnswerOptions(model=options.model, dtype=options.dtype))
-    console = Console()
-    forms = FORMS if options.form == "both" else (options.form,)
-    for form in forms:
-        papers = examination(
-            vl.tokenizer, vl.config.image_size, options.num_scenes, options.seed, form
-        )
-        answers, seconds = _sit(vl, papers, form)
-        scores = summarise(papers, answers)
-        title = (
-            f"{folder.name}: {form} prompts, {options.num_scenes} scenes of each kind, "
-            f"seed {options.seed}"
-        )
-        console.print(report.to_table(title, scores))
-        console.print(f"{len(papers)} answers in {seconds:.0f} s")
-        if options.output is not None:
-            run = dataclasses.asdict(options) | {"model": str(folder), "form": form}
-            run = run | {"output": str(options.output), "seconds": round(seconds, 1)}
-            record = report.to_json(run, scores, papers, answers)
-            page = f"{title}\n\n{report.to_markdown(scores)}"
-            for path in report.write(options.output, f"scenes_{form}", page, record):
-                console.print(f"wrote {path}")
+    if options.rows:
+        for path in options.rows:
+            _score_rows(path, options, vl)
+    else:
+        for form in ("task", "chat") if options.form == "both" else (options.form,):
+            _score_scenes(form, options, vl)
     return SUCCESS
 
 
-def _sit(vl: "VL", papers: "Sequence[Paper]", form: "Form") -> tuple[list[str], float]:
-    """Returns the answers and the seconds they took, with a bar on a terminal."""
+def _check(options: EvalOptions) -> None:
+    for name in ("num_scenes", "num_rows"):
+        if getattr(options, name) <= 0:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} must be positive: got {getattr(options, name)}"
+            )
+    idle = ("num_scenes", "form") if options.rows else ("num_rows",)
+    for name in idle:
+        if getattr(options, name) != getattr(EvalOptions(), name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} has no effect {'with' if options.rows else 'without'} "
+                "--rows; leave it out"
+            )
+
+
+def _score_scenes(form: "Form", options: EvalOptions, vl: "VL") -> None:
+    from qwenvl_jax.evaluation.scenes import examination, facts, sit, summarise
+
+    side, count = vl.config.image_size, options.num_scenes
+    papers = examination(vl.tokenizer, side, count, options.seed, form)
+    with _watch(f"{form} prompts", len(papers)) as on_progress:
+        start = time.perf_counter()
+        answers = sit(vl, papers, on_progress)
+        seconds = time.perf_counter() - start
+    title = f"{form} prompts, {count} scenes of each kind, seed {options.seed}"
+    kept = [facts(*pair) for pair in zip(papers, answers, strict=True)]
+    run = {"form": form, "seconds": round(seconds, 1)}
+    _tell(title, options, f"scenes_{form}", run, summarise(papers, answers), kept)
+
+
+def _score_rows(path: Path, options: EvalOptions, vl: "VL") -> None:
+    from qwenvl_jax.data.sources.open import open_source
+    from qwenvl_jax.evaluation.rows import facts, row_papers, sit_rows, summarise_rows
+
+    side = vl.config.image_size
+    papers = row_papers(open_source(path), options.num_rows, vl.tokenizer, side, options.seed)
+    with _watch(str(path), len(papers)) as on_progress:
+        start = time.perf_counter()
+        answers = sit_rows(vl, papers, on_progress)
+        seconds = time.perf_counter() - start
+    title = f"{path}, {len(papers)} rows, seed {options.seed}"
+    kept = [facts(*pair) for pair in zip(papers, answers, strict=True)]
+    run = {"rows": str(path), "seconds": round(seconds, 1)}
+    _tell(title, options, f"rows_{path.stem}", run, summarise_rows(papers, answers), kept)
+
+
+def _tell(
+    title: str,
+    options: EvalOptions,
+    name: str,
+    run: dict[str, Any],
+    scores: "list[Score]",
+    answers: list[dict[str, Any]],
+) -> None:
+    """Prints the table, and writes it with all answers where a folder is given."""
+    from rich.console import Console
+
+    from qwenvl_jax.evaluation import report
+
+    console, folder = Console(), options.model or SHIPPED_MODEL
+    title = f"{folder.name}: {title}"
+    console.print(report.to_table(title, scores))
+    console.print(f"{len(answers)} answers in {run['seconds']:.0f} s")
+    if options.output is not None:
+        settings = dataclasses.asdict(options)
+        settings |= {"model": str(folder), "output": str(options.output), "rows": None} | run
+        record = report.to_json(settings, scores, answers)
+        page = f"{title}\n\n{report.to_markdown(scores)}"
+        for path in report.write(options.output, name, page, record):
+            console.print(f"wrote {path}")
+
+
+@contextmanager
+def _watch(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields what shows how many answers are there: a bar on a terminal, else lines."""
+    if not sys.stderr.isatty():
+        yield lambda done: print(f"{what}: {done} of {total}", file=sys.stderr)
+        return
     from rich.progress import Progress
 
-    from qwenvl_jax.evaluation.scenes import sit
-
-    start = time.perf_counter()
-    if not sys.stderr.isatty():
-        answers = sit(
-            vl, papers, lambda done: print(f"{form}: {done} of {len(papers)}", file=sys.stderr)
-        )
-    else:
-        with Progress(transient=True) as progress:
-            bar = progress.add_task(f"{form} prompts", total=len(papers))
-            answers = sit(vl, papers, lambda done: progress.update(bar, completed=done))
-    return answers, time.perf_counter() - start
+    with Progress(transient=True) as progress:
+        bar = progress.add_task(what, total=total)
+        yield lambda done: progress.update(bar, completed=done)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from qwenvl_jax.evaluation.scenes import Paper, Score
+from qwenvl_jax.evaluation.scenes import Score
 
-HEADINGS = ("measure", "score", "items", "never in training", "items")
+HEADINGS = ("measure", "score", "items", "seen in training", "never", "items")
 
 
 def percent(value: float | None) -> str:
@@ -24,6 +24,7 @@ def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
             score.measure,
             percent(score.value),
             str(score.count),
+            percent(score.known_value),
             percent(score.new_value),
             str(score.new_count or "-"),
         )
@@ -48,26 +49,13 @@ def to_markdown(scores: Sequence[Score]) -> str:
 
 
 def to_json(
-    run: Mapping[str, Any],
-    scores: Sequence[Score],
-    papers: Sequence[Paper],
-    answers: Sequence[str],
+    run: Mapping[str, Any], scores: Sequence[Score], answers: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Returns what was run, the scores, and every answer beside what was expected."""
     return {
         "run": dict(run),
         "scores": [score._asdict() for score in scores],
-        "answers": [
-            {
-                "scene": paper.scene.key,
-                "subject": paper.subject,
-                "asked": paper.asked,
-                "answer": answer,
-                "expected": list(paper.expected) if paper.box is None else list(paper.box),
-                "is_new": paper.is_new,
-            }
-            for paper, answer in zip(papers, answers, strict=True)
-        ],
+        "answers": [dict(answer) for answer in answers],
     }
 
 

@@ -12,7 +12,7 @@ on new facts say how far the model composes and spells, beside how well it learn
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -81,6 +81,13 @@ class Score(NamedTuple):
     count: int
     new_value: float | None
     new_count: int
+
+    @property
+    def known_value(self) -> float | None:
+        """The mean over what training had; None where there is no such mark."""
+        known = self.count - self.new_count
+        rest = self.value * self.count - (self.new_value or 0.0) * self.new_count
+        return rest / known if known else None
 
 
 # --- setting the papers -------------------------------------------------------------------------
@@ -273,10 +280,11 @@ def summarise(papers: Sequence[Paper], answers: Sequence[str]) -> list[Score]:
     def place(measure: str) -> tuple[int, str]:
         return SUBJECTS.index(measure.split(":")[0]), measure
 
-    return [_score(measure, by_measure[measure]) for measure in sorted(by_measure, key=place)]
+    return [mean_score(measure, by_measure[measure]) for measure in sorted(by_measure, key=place)]
 
 
-def _score(measure: str, group: Sequence[Mark]) -> Score:
+def mean_score(measure: str, group: Sequence[Mark]) -> Score:
+    """Returns the mean of marks of one measure, and that of the new ones among them."""
     new = [mark.value for mark in group if mark.is_new]
     return Score(
         measure=measure,
@@ -285,3 +293,15 @@ def _score(measure: str, group: Sequence[Mark]) -> Score:
         new_value=sum(new) / len(new) if new else None,
         new_count=len(new),
     )
+
+
+def facts(paper: Paper, answer: str) -> dict[str, Any]:
+    """Returns an answer beside what was asked and expected, for a file."""
+    return {
+        "scene": paper.scene.key,
+        "subject": paper.subject,
+        "asked": paper.asked,
+        "answer": answer,
+        "expected": list(paper.expected) if paper.box is None else list(paper.box),
+        "is_new": paper.is_new,
+    }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from qwenvl_jax.prompt.boxes import parse_boxes, strip_boxes
 from qwenvl_jax.prompt.draw import draw_boxes
@@ -60,7 +60,7 @@ def draw_sheet(title: str, sittings: Sequence[Sitting]) -> Image.Image:
 
 def _picture(sitting: Sitting) -> Image.Image:
     picture = Image.fromarray(sitting.image_YXC)
-    picture = picture.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC)
+    picture = ImageOps.contain(picture, (PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC)
     boxes = [box for exchange in sitting.exchanges for box in parse_boxes(exchange.answer)]
     return draw_boxes(picture, boxes)
 

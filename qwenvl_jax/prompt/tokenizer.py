@@ -183,6 +183,15 @@ class Tokenizer:
             return self._encode_spans(text, allowed)
         return self._encode_text(text, allowed)
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Returns the ids of one token's bytes, whatever they are: how this vocabulary spells it.
+
+        Raises: TokenizerError where it lacks one of the bytes.
+        """
+        if missing := self._missing & set(data):
+            raise TokenizerError(f"this vocabulary has no token for byte {min(missing):#04x}")
+        return self._bpe._encode_single_piece(data)  # the one call that takes bytes
+
     def image_ids(self) -> list[int]:
         """Returns the ids of one picture: `<img>`, its slots, `</img>`."""
         return [self.image_start_id, *[self.image_pad_id] * self.slots, self.image_end_id]

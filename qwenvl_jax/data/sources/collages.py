@@ -19,10 +19,17 @@ from PIL import Image
 
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import Record
-from qwenvl_jax.data.sources import collage_chat, collage_facts, cutouts
+from qwenvl_jax.data.sources import collage_cells, collage_chat, collage_facts, cutouts
 from qwenvl_jax.data.sources.backgrounds import photo_files
 from qwenvl_jax.data.sources.collage_rows import ENGLISH_ONLY, fields_of
-from qwenvl_jax.data.sources.composition import Collage, Split, Thing, choose_groups, compose
+from qwenvl_jax.data.sources.composition import (
+    MOST_KINDS,
+    Collage,
+    Split,
+    Thing,
+    choose_groups,
+    compose,
+)
 from qwenvl_jax.data.sources.cutouts import Kind
 
 TASKS = (
@@ -34,6 +41,7 @@ TASKS = (
     "chat",
     "compare",  # rows of the task chat with two pictures
 )
+CELLS = "cells"  # only where it is asked for: rows of vqa that list what lies in each cell
 _VERSION = 1  # raise it when the same settings give other rows
 _QUALITY = (80, 95)  # of the JPEG
 
@@ -43,8 +51,9 @@ class Collages:
     """A Source of `num` rows.
 
     `tasks` and `languages` ("en", "zh") are equally likely. `emoji` and a `folder` of cut-outs with
-    captions add objects to the drawn shapes; `photos` is a folder of backgrounds. Objects whose
-    Chinese name is not known appear in English rows only.
+    captions add objects to the drawn shapes; `photos` is a folder of backgrounds. A picture shows
+    up to `most_kinds` kinds of objects. Objects whose Chinese name is not known appear in English
+    rows only.
 
     Raises: DataError for settings that cannot be, and material that is missing.
     """
@@ -52,6 +61,7 @@ class Collages:
     num: int
     split: Split
     side: int = 448
+    most_kinds: int = 4
     languages: tuple[str, ...] = ("en", "zh")
     tasks: tuple[str, ...] = TASKS
     emoji: bool = False
@@ -61,12 +71,13 @@ class Collages:
 
     def __post_init__(self) -> None:
         _check_choice("languages", self.languages, ("en", "zh"))
-        _check_choice("tasks", self.tasks, TASKS)
+        _check_choice("tasks", self.tasks, (*TASKS, CELLS))
         _check_choice("split", (self.split,), ("train", "heldout"))
-        if self.num < 0 or self.side < 64:
+        if self.num < 0 or self.side < 64 or not 1 <= self.most_kinds <= MOST_KINDS:
             raise DataError(
-                f"collages need a number of rows and a side of at least 64 pixels: got num "
-                f"{self.num}, side {self.side}"
+                f"collages need a number of rows, a side of at least 64 pixels and 1 to "
+                f"{MOST_KINDS} kinds in a picture: got num {self.num}, side {self.side}, "
+                f"most_kinds {self.most_kinds}"
             )
         photo_files(self.photos)
         if not self.kinds:  # made now, so that missing material is noticed at once
@@ -93,6 +104,8 @@ class Collages:
         """Digest of the settings and of the material's names and sizes; paths do not matter."""
         digest = hashlib.blake2b(digest_size=16)
         settings = (self.num, self.split, self.side, self.languages, self.tasks)
+        if self.most_kinds != Collages.most_kinds:  # so that older digests stay
+            settings = (*settings, self.most_kinds)
         digest.update(repr((_VERSION, *settings)).encode())
         files = [Path(path) for k in self.kinds if k.origin == "folder" for path in k.pictures]
         for path in (*files, *photo_files(self.photos)):
@@ -113,7 +126,7 @@ class Collages:
             raise IndexError(f"row {index} of {self.num} collages")
         rng = random.Random(f"collages/{self.split}/{index}")
         task = rng.choice(self.tasks)
-        is_english = task in ENGLISH_ONLY and "en" in self.languages
+        is_english = task in (*ENGLISH_ONLY, CELLS) and "en" in self.languages
         language = "en" if is_english else rng.choice(self.languages)
         pool = self._pools[language]
         unseen = [kind for kind in pool if kind.is_held_out]
@@ -127,7 +140,10 @@ class Collages:
             return Record(key, "chat", fields | objects, tuple(_jpeg(c.image, rng) for c in shown))
         collage = self._composed(pool, rng, first)
         about = _first_of(collage, first)
-        if task == "chat":
+        if task == CELLS:
+            task, said = "vqa", collage_cells.cell_list(collage)
+            fields = {"question": collage_cells.QUESTION, "answer": said, "kind": CELLS}
+        elif task == "chat":
             turns = collage_chat.dialogue(collage, language, pool, rng, about)
             fields = {"conversations": collage_chat.as_conversations(turns, 1)}
         else:
@@ -142,7 +158,7 @@ class Collages:
     def _composed(self, pool: list[Kind], rng: random.Random, first: Kind | None) -> Collage:
         """Returns a collage that does show `first`, which a crowded one may have no room for."""
         while True:
-            groups = choose_groups(pool, rng, first)
+            groups = choose_groups(pool, rng, first, self.most_kinds)
             collage = compose(groups, self.side, rng, photo_files(self.photos))
             if first is None or _first_of(collage, first) is not None:
                 return collage

@@ -30,6 +30,8 @@ _TRIES = 25  # places tried for an object; a crowded picture then goes without i
 _SCALES = (0.28, 0.7)  # of a single object's longer side to the picture's; many are smaller
 _SMALLEST = 0.11  # as above, of any object
 _MAX_TURN = 15  # degrees
+_NUM_MORE = (2, 4, 3, 2, 2, 2)  # weights of no further kind beside the first, of one, ...
+MOST_KINDS = len(_NUM_MORE)
 
 
 class Group(NamedTuple):
@@ -176,9 +178,12 @@ def _posed(kind: Kind, pixels: int, rng: random.Random) -> Image.Image:
 def choose_groups(
     pool: Sequence[Kind], rng: random.Random, first: Kind | None = None, most: int = 4
 ) -> list[Group]:
-    """Returns one to `most` groups whose names cannot be confused; `first` is among them."""
+    """Returns one to `most` groups whose names cannot be confused; `first` is among them.
+
+    `most` is `MOST_KINDS` at most.
+    """
     chosen = [first or rng.choice(pool)]
-    for _ in range(rng.choices(range(most), weights=(2, 4, 3, 2, 2, 2)[:most])[0]):
+    for _ in range(rng.choices(range(most), weights=_NUM_MORE[:most])[0]):
         same = [kind for kind in pool if kind.noun == chosen[0].noun and kind.name.colour]
         kind = rng.choice(same if same and rng.random() < 0.3 else pool)
         if all(can_meet(kind, other) for other in chosen):

@@ -1,9 +1,10 @@
-"""Generated sources by name, for commands: collages of objects and photographed documents.
+"""Generated sources by name, for commands: collages, photographed documents, drawn scenes.
 
 open_generated("documents", 100_000, GeneratedOptions(corpus=Path("my_texts")))
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from qwenvl_jax.data.sources.collages import Collages
 from qwenvl_jax.data.sources.composition import Split
 from qwenvl_jax.data.sources.documents import Documents
 from qwenvl_jax.data.sources.page_photo import PageSettings
+from qwenvl_jax.data.sources.scene_records import Scenes
 
-NAMES = ("collages", "documents")
+NAMES = ("collages", "documents", "scenes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,13 +25,15 @@ class GeneratedOptions:
     split: Split = "train"
     """train, or heldout: other rows, which also show objects and text that training never has."""
     languages: tuple[str, ...] = ("en", "zh")
-    """Equally likely."""
+    """Equally likely; scenes are English."""
     tasks: tuple[str, ...] = ()
-    """Equally likely; none given: all that the source has."""
+    """Equally likely, one named twice twice as likely; none given: all that the source has."""
     photos: Path | None = None
-    """A folder of pictures for backgrounds."""
+    """Collages and documents: a folder of pictures for backgrounds."""
     side: int | None = None
-    """Collages: pixels of a side, 448 if not given."""
+    """Collages and scenes: pixels of a side; 448 and 112 if not given."""
+    most_kinds: int = 4
+    """Collages: kinds of objects in a picture, at most."""
     emoji: bool = False
     """Collages: emoji are objects too."""
     emoji_font: Path | None = None
@@ -44,39 +48,42 @@ class GeneratedOptions:
     """Documents: sizes of picture and text."""
 
 
-_ONLY = {
-    "collages": ("side", "emoji", "emoji_font", "objects"),
-    "documents": ("corpus", "fonts", "page"),
+_PICTURED = ("languages", "photos")
+_OPTIONS = {
+    "collages": (*_PICTURED, "side", "most_kinds", "emoji", "emoji_font", "objects"),
+    "documents": (*_PICTURED, "corpus", "fonts", "page"),
+    "scenes": ("side",),
 }
 
 
 def open_generated(
     name: str, num: int, options: GeneratedOptions | None = None
-) -> Collages | Documents:
-    """Returns the Source of `num` rows called "collages" or "documents".
+) -> Collages | Documents | Scenes:
+    """Returns the Source of `num` rows called "collages", "documents" or "scenes".
 
     Raises: DataError for another name, an option without effect, and missing material.
     """
     if name not in NAMES:
         raise DataError(
-            f"no generated data of that name: got {name!r}, expected {' or '.join(NAMES)}"
+            f"no generated data of that name: got {name!r}, expected {', '.join(NAMES)}"
         )
     chosen = options or GeneratedOptions()
+    all_options = dict.fromkeys(itertools.chain.from_iterable(_OPTIONS.values()))
     idle = [
         option
-        for other, names in _ONLY.items()
-        for option in names
-        if other != name and getattr(chosen, option) != getattr(GeneratedOptions(), option)
+        for option in all_options
+        if option not in _OPTIONS[name]
+        and getattr(chosen, option) != getattr(GeneratedOptions(), option)
     ]
     if idle:
         raise DataError(f"{', '.join(idle)} has no effect on {name}; leave it out")
-    shared: dict[str, Any] = {"languages": chosen.languages, "photos": chosen.photos}
+    own: dict[str, Any] = {option: getattr(chosen, option) for option in _OPTIONS[name]}
     if chosen.tasks:
-        shared["tasks"] = chosen.tasks
+        own["tasks"] = chosen.tasks
+    if own.get("side", 0) is None:
+        del own["side"]
     if name == "documents":
-        own = {"page": chosen.page, "corpus": chosen.corpus, "fonts": chosen.fonts}
-        return Documents(num, chosen.split, **own, **shared)
-    own = {"emoji": chosen.emoji, "emoji_font": chosen.emoji_font, "folder": chosen.objects}
-    if chosen.side is not None:
-        own["side"] = chosen.side
-    return Collages(num, chosen.split, **own, **shared)
+        return Documents(num, chosen.split, **own)
+    if name == "scenes":
+        return Scenes(num, chosen.split, **own)
+    return Collages(num, chosen.split, folder=own.pop("objects"), **own)

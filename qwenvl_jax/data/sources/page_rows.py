@@ -40,6 +40,16 @@ _ALL = {
 Asked = tuple[str, str]
 
 
+def question_words() -> list[str]:
+    """Returns every question of both languages, `{}` where a line or a place stands."""
+    lists = [
+        words
+        for by_language in (_AT, _ENDS, _STARTS, _FIND, _ALL)
+        for words in by_language.values()
+    ]
+    return [*itertools.chain.from_iterable(lists), *_AFTER.values(), *_COUNT.values()]
+
+
 def quad_of(document: Document, line: Line) -> Quad:
     """Returns a line's quad in thousandths of the picture."""
     return quad_from_pixels(line.quad.tolist(), *document.image.size)
@@ -60,7 +70,8 @@ def fields_of(
             askers += [_ends, _after, _count]
         asked = _ask(askers, document, language, rng)
         if asked is not None:
-            return task, {"question": asked[0], "answer": asked[1]}
+            kind = "count" if asked[0] == _COUNT[language] else "line"
+            return task, {"question": asked[0], "answer": asked[1], "kind": kind}
     elif task != "ocr":
         raise ValueError(f"unknown task of the documents: got {task!r}")
     return "ocr", {"lines": [[line.text, _points(document, line)] for line in document.lines]}

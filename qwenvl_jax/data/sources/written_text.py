@@ -1,10 +1,16 @@
 """Sentences for pages where no corpus is given: English and Chinese, of a built-in vocabulary.
 
 They make grammatical sense and little more. Numbers, dates and rare signs are frequent, so that a
-model has to read rather than guess. For training at scale give a corpus: `corpus.py`.
+model has to read rather than guess. For training at scale give a corpus: `corpus.py`. A corpus of
+these sentences, whose lines then begin anywhere, is written by
+
+    python -m qwenvl_jax.data.sources.written_text runs/nano/corpus
 """
 
+import argparse
 import random
+from collections.abc import Sequence
+from pathlib import Path
 
 _NAMES = (
     "Anna Ben Clara David Emma Frank Grace Henry Iris Jack Kate Leo Maria Noah Olga Peter Rosa"
@@ -48,11 +54,15 @@ _ZH_SIGNS = bytes(
     if (row, column) < (0xD7, 0xFA)
     for byte in (row, column)
 ).decode("gb2312")
+_ZH_SENSE = 0.6  # of the Chinese sentences
 
 
-def sentence(language: str, rng: random.Random) -> str:
-    """Returns one sentence of "en" or "zh", with its full stop."""
-    return _chinese(rng) if language == "zh" else _english(rng)
+def sentence(language: str, rng: random.Random, *, has_senseless: bool = True) -> str:
+    """Returns one sentence of "en" or "zh", with its full stop.
+
+    `has_senseless`: two fifths of the Chinese ones are signs without sense, which show all of them.
+    """
+    return _chinese(rng, has_senseless) if language == "zh" else _english(rng)
 
 
 def _english(rng: random.Random) -> str:
@@ -80,9 +90,9 @@ def _english(rng: random.Random) -> str:
     return text[0].upper() + text[1:] + end
 
 
-def _chinese(rng: random.Random) -> str:
+def _chinese(rng: random.Random, has_senseless: bool) -> str:
     who, thing = rng.choice(_ZH_NAMES), rng.choice(_ZH_THINGS)
-    kind = rng.random()
+    kind = rng.random() * (1.0 if has_senseless else _ZH_SENSE)
     if kind < 0.3:
         text = (
             f"{who}{rng.choice(_ZH_TIMES)}在{rng.choice(_ZH_PLACES)}{rng.choice(_ZH_VERBS)}{thing}"
@@ -93,7 +103,7 @@ def _chinese(rng: random.Random) -> str:
     elif kind < 0.5:
         day = f"{rng.randint(1950, 2030)}年{rng.randint(1, 12)}月{rng.randint(1, 28)}日"
         text = f"{day}，{who}到了{rng.choice(_ZH_PLACES)}"
-    elif kind < 0.6:
+    elif kind < _ZH_SENSE:
         text = f"{who}说：“{rng.choice(_ZH_REASONS)}，{rng.choice(_ZH_VERBS)}{thing}。”"
     else:  # signs without sense: sentences alone would show a few hundred of them
         text = "".join(rng.choice(_ZH_SIGNS) for _ in range(rng.randint(4, 18)))
@@ -120,3 +130,28 @@ def _number(rng: random.Random) -> str:
 
 def _day(rng: random.Random) -> str:
     return f"{rng.randint(1, 28):02}/{rng.randint(1, 12):02}/{rng.randint(1960, 2030)}"
+
+
+def write_corpus(folder: Path, sentences: int) -> None:
+    """Writes `en.txt` and `zh.txt` of so many sentences, one a line, without senseless ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for language in ("en", "zh"):
+        rng = random.Random(f"corpus/{language}")
+        with open(folder / f"{language}.txt", "w", encoding="utf-8") as file:
+            for _ in range(sentences):
+                file.write(sentence(language, rng, has_senseless=False) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the corpus that the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where en.txt and zh.txt are written")
+    parser.add_argument("--sentences", type=int, default=40_000, help="of each language")
+    arguments = parser.parse_args(argv)
+    write_corpus(arguments.folder, arguments.sentences)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+#!/bin/sh
+# Makes the rows of the small model's last stages: drawn scenes, collages of shapes with animals or
+# food, and pages of one or two lines in English and Chinese, all of 112 pixels.
+#
+#   configs/nano/rows.sh train       into runs/nano/rows/train
+#   configs/nano/rows.sh cells       into runs/nano/rows/cells: what lies in each cell of a collage
+#   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
+#   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
+#
+# It needs Debian's tuxpaint-stamps-default and fonts-liberation and the extra qwenvl-jax[generate].
+set -e
+# A task named twice is twice as likely.
+scenes_tasks="vqa vqa vqa ref_grounding ref_grounding grounded_caption grounded_caption chat chat
+  ocr_vqa caption grounded_captioning ocr"
+collages_tasks="vqa vqa vqa ref_grounding ref_grounding grounded_caption grounded_caption compare
+  compare chat chat caption grounded_captioning"
+documents_tasks="ocr_vqa ocr_vqa vqa ocr chat"
+split=train
+case $1 in
+  train) scenes=80000 animals=50000 food=40000 english=24000 chinese=16000 ;;
+  cells) scenes=0 animals=26000 food=22000 english=0 chinese=0 collages_tasks=cells ;;
+  dialogue)
+    scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
+    scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
+  heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|dialogue|heldout" >&2; exit 2 ;;
+esac
+python=${PYTHON:-.venv/bin/python}
+rows=runs/nano/rows/$1
+
+prepare() {
+  "$python" -m qwenvl_jax.cli.main data prepare "$@" --rows-per-shard 2000 \
+    --tokenizer configs/nano/wide.tiktoken --generated.split "$split"
+}
+
+stamps=/usr/share/tuxpaint/stamps
+fonts=/usr/share/fonts/truetype/liberation  # without Chinese signs: for those the package's own
+
+[ -d runs/nano/corpus ] || "$python" -m qwenvl_jax.data.sources.written_text runs/nano/corpus
+# shellcheck disable=SC2086
+[ $scenes = 0 ] || prepare scenes "$rows/scenes" --limit $scenes --generated.tasks $scenes_tasks
+for kind in animals food; do
+  eval "limit=\$$kind"
+  # shellcheck disable=SC2086
+  prepare collages "$rows/$kind" --limit "$limit" --generated.tasks $collages_tasks \
+    --generated.side 112 --generated.most-kinds 2 --generated.objects "$stamps/$kind"
+done
+for language in english:en chinese:zh; do
+  eval "limit=\$${language%:*}"
+  # shellcheck disable=SC2086
+  [ "$limit" = 0 ] || prepare documents "$rows/${language%:*}" --limit "$limit" --generated.tasks $documents_tasks \
+    --generated.languages "${language#*:}" --generated.corpus runs/nano/corpus \
+    --generated.fonts "$fonts" --generated.page.short-side 112 112 --generated.page.aspect 1 1 \
+    --generated.page.text-scale 0.22 0.34 --generated.page.max-lines 2
+done

@@ -1,0 +1,239 @@
+"""Held-out rows of any source as an examination: by task and language, new objects apart.
+
+A row is asked as training shows it, up to what the model has to say; of a dialogue that is the
+first answer. What the row says there decides how an answer is marked:
+
+    says                        marks
+    text                        exact; where lines are read, ANLS
+    one place                   IoU of the first box at 0.5
+    several places              F1 of boxes at IoU 0.5
+    phrases with places         F1 of phrases whose box is right: the same words and IoU 0.5
+    lines with their quads      ANLS of the lines' text
+
+Rows that say `objects: unseen` show what no training row showed or named, and count apart.
+
+    papers = row_papers(open_source("runs/nano/rows/heldout/food"), 500, vl.tokenizer, 112)
+    scores = summarise_rows(papers, sit_rows(vl, papers))
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+
+from qwenvl_jax.data.example import DataError
+from qwenvl_jax.data.packing import pixels
+from qwenvl_jax.data.record import Record, Source
+from qwenvl_jax.data.tasks import example_of
+from qwenvl_jax.evaluation.metrics import anls, box_iou
+from qwenvl_jax.evaluation.scenes import BATCH_ROWS, HIT_IOU, Mark, Score, mean_score
+from qwenvl_jax.prompt.boxes import parse_boxes, scan, strip_boxes
+from qwenvl_jax.prompt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qwenvl_jax.inference.vl import VL
+
+Form = Literal["text", "lines", "place", "places", "phrases", "quads"]
+
+_NAMES = {
+    "vqa": "question",
+    "ocr_vqa": "reading",
+    "ocr": "all lines",
+    "caption": "caption",
+    "ref_grounding": "phrase located",
+    "grounded_caption": "caption with boxes",
+    "grounded_captioning": "thing in a box named",
+    "chat": "chat",
+    "compare": "two pictures in chat",
+}
+_MARGIN = 16  # tokens that an answer may have more than the right one, and more up to the next 32
+
+
+class RowPaper(NamedTuple):
+    """What one row asks, and what it says itself."""
+
+    key: str
+    subject: str  # a task's name for people, and "two pictures in chat"
+    language: str
+    asked: str  # the prompt as text
+    tokens: list[int]  # the prompt, exactly as in training
+    images_IYXC: np.ndarray  # uint8 [I, Y, X, 3]
+    expected: str  # with its tags
+    form: Form
+    is_new: bool
+
+
+# --- setting the papers -------------------------------------------------------------------------
+
+
+def row_papers(
+    source: Source, num_rows: int, tokenizer: Tokenizer, side: int, seed: int = 0
+) -> list[RowPaper]:
+    """Returns papers of so many different rows, drawn by `seed`; all rows where there are fewer.
+
+    Raises: DataError for a row that cannot be used.
+    """
+    order = np.random.default_rng(seed).permutation(len(source))[:num_rows]
+    papers = [row_paper(source[int(index)], tokenizer, side) for index in order]
+    return [paper for paper in papers if paper is not None]
+
+
+def row_paper(record: Record, tokenizer: Tokenizer, side: int) -> RowPaper | None:
+    """Returns what a row asks; None for plain text, which asks nothing.
+
+    Raises: DataError where the row does not fit its task.
+    """
+    if record.task == "text":
+        return None
+    example = example_of(record, tokenizer, "assistant_only")
+    if not example.is_target.any():
+        raise DataError(f"row {record.key} has no answer: got nothing that a model would say")
+    ids = example.ids.tolist()
+    start = int(np.argmax(example.is_target))
+    silent = np.flatnonzero(~example.is_target[start:])
+    end = start + int(silent[0]) if len(silent) else len(ids)
+    prompt = ids[:start]
+    num_images = prompt.count(tokenizer.image_start_id)
+    shown = [pixels(example, image, side) for image in example.images[:num_images]]
+    expected = tokenizer.decode(_said(ids[start:end], tokenizer))
+    subject = "compare" if record.task == "chat" and num_images > 1 else record.task
+    return RowPaper(
+        key=record.key,
+        subject=_NAMES[subject],
+        language=str(record.fields.get("language", "en")),
+        asked=tokenizer.decode(prompt),
+        tokens=prompt,
+        images_IYXC=np.stack(shown) if shown else np.zeros((0, side, side, 3), np.uint8),
+        expected=expected,
+        form=_form(expected, record),
+        is_new=record.fields.get("objects") == "unseen",
+    )
+
+
+def _said(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    ends = (tokenizer.endoftext_id, tokenizer.im_end_id)
+    return [token for token in ids if token not in ends]
+
+
+def _form(expected: str, record: Record) -> Form:
+    places = parse_boxes(expected, inherit_ref=True)
+    if any("quad" in place for place in places):
+        return "quads"
+    if not places:
+        is_reading = record.task == "ocr_vqa" or record.fields.get("kind") == "line"
+        return "lines" if is_reading else "text"
+    is_one_phrase = strip_boxes(expected) == (places[0]["ref"] or "")
+    if record.task == "grounded_caption" or not is_one_phrase:
+        return "phrases"
+    return "place" if len(places) == 1 else "places"
+
+
+# --- sitting it ---------------------------------------------------------------------------------
+
+
+def sit_rows(
+    vl: "VL", papers: Sequence[RowPaper], on_progress: Callable[[int], None] = lambda done: None
+) -> list[str]:
+    """Returns the model's greedy answer to each paper, as text with its tags."""
+    tokenizer = vl.tokenizer
+    stop = (tokenizer.endoftext_id, tokenizer.im_end_id)
+    room = [len(tokenizer.encode_raw(paper.expected)) + _MARGIN for paper in papers]
+    limits = [-(-tokens // 32) * 32 for tokens in room]
+    order = sorted(range(len(papers)), key=lambda i: (limits[i], len(papers[i].tokens)))
+    answers, done = [""] * len(papers), 0
+    for limit in sorted(set(limits)):
+        chosen = [i for i in order if limits[i] == limit]
+        for start in range(0, len(chosen), BATCH_ROWS):
+            batch = chosen[start : start + BATCH_ROWS]
+            replies = vl.generate_batch(
+                [papers[i].tokens for i in batch],
+                [papers[i].images_IYXC for i in batch],
+                max_new_tokens=limit,
+                stop_tokens=stop,
+            )
+            for i, ids in zip(batch, replies, strict=True):
+                answers[i] = tokenizer.decode(_said(ids, tokenizer))
+            done += len(batch)
+            on_progress(done)
+    return answers
+
+
+# --- marking ------------------------------------------------------------------------------------
+
+
+def row_marks(paper: RowPaper, answer: str) -> list[Mark]:
+    """Returns what an answer earns; each measure's name says task, measure and language."""
+
+    def mark(measure: str, value: float) -> Mark:
+        return Mark(f"{paper.subject}: {measure}, {paper.language}", value, paper.is_new)
+
+    if paper.form == "text":
+        return [mark("exact", float(answer.strip() == paper.expected.strip()))]
+    if paper.form in ("lines", "quads"):
+        said, right = (_words(text) for text in (answer, paper.expected))
+        return [mark("ANLS", anls(said, [right])), mark("lines exact", float(said == right))]
+    found, wanted = (parse_boxes(text, inherit_ref=True) for text in (answer, paper.expected))
+    if paper.form == "place":
+        hit = bool(found) and _overlap(found[0], wanted[0]) >= HIT_IOU
+        return [mark(f"IoU at {HIT_IOU}", float(hit))]
+    if paper.form == "places":
+        return [mark(f"box F1 at {HIT_IOU}", f1(found, wanted, has_phrases=False))]
+    return [mark(f"phrase-box F1 at {HIT_IOU}", f1(found, wanted, has_phrases=True))]
+
+
+def f1(
+    found: Sequence[dict[str, Any]], wanted: Sequence[dict[str, Any]], *, has_phrases: bool
+) -> float:
+    """Returns 2 TP / (found + wanted); a place is right where it meets one that no other has met.
+
+    The best overlaps are paired first. With phrases only places of equal words can meet.
+    """
+    pairs = sorted(
+        (
+            (_overlap(one, other), i, j)
+            for i, one in enumerate(found)
+            for j, other in enumerate(wanted)
+            if not has_phrases or one["ref"] == other["ref"]
+        ),
+        reverse=True,
+    )
+    used: set[tuple[str, int]] = set()
+    right = 0
+    for iou, i, j in pairs:
+        if iou >= HIT_IOU and not used & {("found", i), ("wanted", j)}:
+            used |= {("found", i), ("wanted", j)}
+            right += 1
+    return 2 * right / (len(found) + len(wanted)) if found or wanted else 1.0
+
+
+def _overlap(one: dict[str, Any], other: dict[str, Any]) -> float:
+    if "box" not in one or "box" not in other:
+        return 0.0
+    corners = np.array(one["box"]).reshape(2, 2)
+    return box_iou(np.concatenate([corners.min(0), corners.max(0)]), np.array(other["box"]))
+
+
+def _words(text: str) -> str:
+    """Returns what an answer reads: its lines with one space between them, without places."""
+    lines = [span.body.strip() for span in scan(text) if span.kind == "ref"]
+    return " ".join(lines) if lines else strip_boxes(text)
+
+
+def summarise_rows(papers: Sequence[RowPaper], answers: Sequence[str]) -> list[Score]:
+    """Returns one score a measure, task by task."""
+    by_measure: dict[str, list[Mark]] = {}
+    for paper, answer in zip(papers, answers, strict=True):
+        for one in row_marks(paper, answer):
+            by_measure.setdefault(one.measure, []).append(one)
+    order = list(_NAMES.values())
+
+    def place(measure: str) -> tuple[int, str]:
+        return order.index(measure.split(":")[0]), measure
+
+    return [mean_score(measure, by_measure[measure]) for measure in sorted(by_measure, key=place)]
+
+
+def facts(paper: RowPaper, answer: str) -> dict[str, Any]:
+    """Returns an answer beside what was asked and expected, for a file."""
+    names = ("key", "subject", "language", "asked", "expected", "is_new")
+    return {name: getattr(paper, name) for name in names} | {"answer": answer}

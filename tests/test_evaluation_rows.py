@@ -1,0 +1,212 @@
+"""Scoring on rows: prompts are those of training, and marks follow from what the row says."""
+
+import io
+import json
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwenvl_jax.cli import eval as command
+from qwenvl_jax.cli.opening import SHIPPED_MODEL
+from qwenvl_jax.data.example import DataError
+from qwenvl_jax.data.record import Record
+from qwenvl_jax.data.sources.collages import Collages
+from qwenvl_jax.data.sources.documents import Documents
+from qwenvl_jax.data.sources.page_photo import PageSettings
+from qwenvl_jax.data.tasks import PICTURE, example_of
+from qwenvl_jax.evaluation.rows import (
+    f1,
+    row_marks,
+    row_paper,
+    row_papers,
+    sit_rows,
+    summarise_rows,
+)
+from qwenvl_jax.prompt.boxes import parse_boxes
+from qwenvl_jax.prompt.tokenizer import load_tokenizer
+
+SIDE = 56
+ONE, OTHER, FAR = (0, 0, 400, 400), (500, 500, 900, 900), (600, 0, 999, 300)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(SHIPPED_MODEL, slots=4)
+
+
+def picture():
+    data = io.BytesIO()
+    Image.new("RGB", (SIDE, SIDE), (200, 40, 40)).save(data, "PNG")
+    return data.getvalue()
+
+
+def record(task, **fields):
+    return Record(f"{task}/1", task, {"language": "en", **fields}, (picture(),))
+
+
+def marked(row, answer, tokenizer):
+    paper = row_paper(row, tokenizer, SIDE)
+    return {mark.measure: mark.value for mark in row_marks(paper, answer)}
+
+
+def boxes(*places):
+    return "".join(f"<box>({a},{b}),({c},{d})</box>" for a, b, c, d in places)
+
+
+class ModelThatKnows:
+    """Stands in for the loaded model: looks answers up by prompt and pictures."""
+
+    def __init__(self, tokenizer, papers):
+        self.tokenizer = tokenizer
+        self.config = types.SimpleNamespace(image_size=SIDE)
+        self.known = {(tuple(p.tokens), p.images_IYXC.tobytes()): p.expected for p in papers}
+
+    def generate_batch(self, tokens, images, *, max_new_tokens, stop_tokens):
+        assert {self.tokenizer.endoftext_id, self.tokenizer.im_end_id} == set(stop_tokens)
+        answers = [
+            self.known[tuple(ids), shown.tobytes()]
+            for ids, shown in zip(tokens, images, strict=True)
+        ]
+        ids = [[*self.tokenizer.encode_raw(a), self.tokenizer.im_end_id] for a in answers]
+        assert all(len(row) <= max_new_tokens for row in ids), "a right answer must fit"
+        return ids
+
+
+SOURCES = {
+    "collages": Collages(400, "heldout", side=64),
+    "documents": Documents(
+        60, "heldout", page=PageSettings(short_side=(112, 112), aspect=(1.0, 1.0), max_lines=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_model_that_knows_everything_scores_full_marks(name, tokenizer):
+    papers = row_papers(SOURCES[name], 60, tokenizer, SIDE, seed=2)
+    done = []
+    scores = summarise_rows(
+        papers, sit_rows(ModelThatKnows(tokenizer, papers), papers, done.append)
+    )
+    assert {score.measure: score.value for score in scores if score.value != 1.0} == {}
+    assert done[-1] == len(papers) == 60
+    assert {score.measure.rpartition(", ")[2] for score in scores} == {"en", "zh"}
+    assert {score.value for score in summarise_rows(papers, [""] * 60)} == {0.0}
+
+
+def test_new_objects_count_apart(tokenizer):
+    papers = row_papers(SOURCES["collages"], 60, tokenizer, SIDE)
+    answers = ["" if paper.is_new else paper.expected for paper in papers]
+    scores = summarise_rows(papers, answers)
+    assert sum(score.new_count for score in scores) > 10
+    assert {score.new_value for score in scores} <= {0.0, None}
+    for score in scores:
+        assert score.value == pytest.approx(1 - score.new_count / score.count)
+
+
+def test_the_prompt_is_what_training_shows_before_the_answer(tokenizer):
+    row = record("vqa", question="How many?", answer="3")
+    paper = row_paper(row, tokenizer, SIDE)
+    ids = example_of(row, tokenizer).ids.tolist()
+    assert ids == [*paper.tokens, *tokenizer.encode(" 3"), tokenizer.endoftext_id]
+    turns = [("user", f"Picture 1: {PICTURE}\nWhat?"), ("assistant", "A dog.")]
+    turns += [("user", "And?"), ("assistant", "A cat.")]
+    said = [{"from": role, "value": text} for role, text in turns]
+    paper = row_paper(record("chat", conversations=said), tokenizer, SIDE)
+    assert paper.expected == "A dog."
+    assert paper.asked.endswith("<|im_start|>assistant\n")
+    assert paper.images_IYXC.shape == (1, SIDE, SIDE, 3)
+
+
+def test_two_pictures_are_a_subject_of_their_own(tokenizer):
+    marks = f"Picture 1: {PICTURE}\nPicture 2: {PICTURE}\nWhich has more dogs?"
+    said = [{"from": "user", "value": marks}, {"from": "assistant", "value": "Picture 2"}]
+    row = Record("k", "chat", {"conversations": said, "language": "zh"}, (picture(), picture()))
+    assert marked(row, " Picture 2 ", tokenizer) == {"two pictures in chat: exact, zh": 1.0}
+    assert marked(row, "Picture 1", tokenizer) == {"two pictures in chat: exact, zh": 0.0}
+    assert row_paper(row, tokenizer, SIDE).images_IYXC.shape == (2, SIDE, SIDE, 3)
+
+
+def test_one_place_is_hit_or_missed_by_the_first_box(tokenizer):
+    row, name = record("ref_grounding", phrase="dog", boxes=[ONE]), "phrase located: IoU at 0.5, en"
+    assert marked(row, boxes(ONE), tokenizer) == {name: 1.0}
+    assert marked(row, boxes((0, 0, 400, 300)), tokenizer) == {name: 1.0}
+    assert marked(row, boxes((400, 300, 0, 0)), tokenizer) == {name: 1.0}  # any order of corners
+    assert marked(row, boxes((0, 0, 400, 190)), tokenizer) == {name: 0.0}
+    assert marked(row, boxes(FAR, ONE), tokenizer) == {name: 0.0}
+    assert marked(row, "nowhere", tokenizer) == {name: 0.0}
+
+
+def test_several_places_earn_their_f1(tokenizer):
+    row = record("ref_grounding", phrase="dogs", boxes=[ONE, OTHER])
+    name = "phrase located: box F1 at 0.5, en"
+    assert marked(row, boxes(OTHER, ONE), tokenizer) == {name: 1.0}
+    assert marked(row, boxes(ONE), tokenizer) == {name: pytest.approx(2 / 3)}
+    assert marked(row, boxes(ONE, ONE, FAR), tokenizer) == {name: pytest.approx(2 / 5)}
+
+
+def test_a_phrase_needs_its_words_and_its_box(tokenizer):
+    row = record("grounded_caption", phrases=[["a dog", [ONE]], [" and"], [" a cat", [OTHER]]])
+    row.fields["phrases"][1].append([])
+    name = "caption with boxes: phrase-box F1 at 0.5, en"
+    dog, cat = f"<ref> a dog</ref>{boxes(ONE)}", f"<ref> a cat</ref>{boxes(OTHER)}"
+    assert marked(row, f"{dog} and{cat}", tokenizer) == {name: 1.0}
+    assert marked(row, f"{dog} and<ref> a cow</ref>{boxes(OTHER)}", tokenizer) == {name: 0.5}
+    assert marked(row, f"{dog} and<ref> a cat</ref>{boxes(FAR)}", tokenizer) == {name: 0.5}
+    alone = record("grounded_caption", phrases=[["a dog", [ONE]]])
+    assert marked(alone, f"<ref> a cat</ref>{boxes(ONE)}", tokenizer) == {name: 0.0}
+
+
+def test_lines_are_read_whatever_their_places(tokenizer):
+    quad = [[0, 0], [9, 0], [9, 9], [0, 9]]
+    row = record("ocr", lines=[["Vienna", quad], ["at dawn", quad]])
+    answer = "<ref>Vienna</ref><quad>(1,1),(2,2),(3,3),(4,4)</quad><ref>at down</ref>"
+    found = marked(row, answer, tokenizer)
+    assert found["all lines: ANLS, en"] == pytest.approx(1 - 1 / len("Vienna at dawn"))
+    assert found["all lines: lines exact, en"] == 0.0
+    read = marked(record("ocr_vqa", question="?", answer="Vienna"), "Vienne", tokenizer)
+    assert read["reading: ANLS, en"] == pytest.approx(5 / 6)
+
+
+def test_the_best_overlaps_are_paired_first():
+    wanted = parse_boxes(boxes((0, 0, 100, 100), (0, 40, 100, 140)))
+    found = parse_boxes(boxes((0, 20, 100, 120), (0, 0, 100, 99)))
+    assert f1(found, wanted, has_phrases=False) == 1.0
+
+
+def test_a_row_without_an_answer_is_refused(tokenizer):
+    row = record("chat", conversations=[{"from": "user", "value": f"{PICTURE} hello"}])
+    with pytest.raises(DataError, match="has no answer"):
+        row_paper(row, tokenizer, SIDE)
+    assert row_paper(Record("t", "text", {"text": "words"}), tokenizer, SIDE) is None
+
+
+def test_the_command_scores_each_path_and_keeps_the_answers(
+    tokenizer, monkeypatch, capsys, tmp_path
+):
+    from qwenvl_jax.data.sources import open as opening
+
+    monkeypatch.setattr(opening, "open_source", lambda path: SOURCES["collages"])
+    papers = row_papers(SOURCES["collages"], 8, tokenizer, SIDE, seed=4)
+    monkeypatch.setattr(command, "open_model", lambda _: ModelThatKnows(tokenizer, papers))
+    argv = ["--rows", "made", "--num-rows", "8", "--seed", "4", "--output", str(tmp_path)]
+    assert command.main(argv) == 0
+    assert "100.0 %" in capsys.readouterr().out
+    record = json.loads((tmp_path / "rows_made.json").read_text())
+    assert [answer["key"] for answer in record["answers"]] == [paper.key for paper in papers]
+    assert record["run"]["rows"] == "made"
+    assert np.mean([a["answer"] == a["expected"] for a in record["answers"]]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-rows", "3"], "--num-rows has no effect without --rows"),
+        (["--rows", "a", "--form", "chat"], "--form has no effect with --rows"),
+        (["--rows", "a", "--num-rows", "0"], "--num-rows must be positive: got 0"),
+    ],
+)
+def test_settings_without_effect_are_refused(argv, message, capsys):
+    assert command.main(argv) == 2
+    assert message in capsys.readouterr().err
