@@ -15,17 +15,11 @@ from qwenvl_jax.checkpoint.weights import (
     save_weights,
 )
 from qwenvl_jax.cli.convert import main
-from qwenvl_jax.conversion.vocabulary import (
-    EMBEDDING,
-    HEAD,
-    change_vocabulary,
-    moved_rows,
-    spellings,
-)
+from qwenvl_jax.conversion.vocabulary import EMBEDDING, HEAD, change_vocabulary, moved_rows
 from qwenvl_jax.data.vocabulary import BYTES, train_bpe, write_tiktoken
 from qwenvl_jax.model.qwenvl import init_state
+from qwenvl_jax.prompt.respelling import respelled, spellings
 from qwenvl_jax.prompt.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
-from qwenvl_jax.prompt.vocabulary import TokenizerError
 from qwenvl_jax.sharding import make_mesh
 
 OLD = [*BYTES, b"ca", b"cat"]
@@ -34,6 +28,17 @@ NEW = [*BYTES, b"ca", b"cat", b"cats", "猫".encode()]
 
 def tokenizer(entries):
     return Tokenizer({entry: rank for rank, entry in enumerate(entries)}, slots=4)
+
+
+def change(folder, target, source="weights"):
+    new, spelled = respelled(folder / "new.tiktoken", tokenizer(OLD))
+    return change_vocabulary(
+        folder / source,
+        target,
+        spelled,
+        image_start_id=new.image_start_id,
+        vocabulary=folder / "new.tiktoken",
+    )
 
 
 def read(folder, name):
@@ -58,7 +63,7 @@ def folder(tmp_path_factory):
 
 def test_rows_follow_their_tokens(folder):
     old, new = tokenizer(OLD), tokenizer(NEW)
-    change_vocabulary(folder / "weights", folder / "new.tiktoken", folder / "changed")
+    change(folder, folder / "changed")
     for name, axis in ((EMBEDDING, 0), (HEAD, 1)):
         before = np.moveaxis(read(folder / "weights", name), axis, 0)
         after = np.moveaxis(read(folder / "changed", name), axis, 0)
@@ -101,17 +106,16 @@ def test_means_of_small_floats_are_taken_in_float32():
     assert rows[1, 0] == table[1, 0]
 
 
-def test_what_cannot_be_done_is_said(folder, tmp_path):
+def test_what_cannot_be_done_is_said(folder, tmp_path, capsys):
     with pytest.raises(WeightsError, match="no weights folder of ours"):
-        change_vocabulary(tmp_path, folder / "new.tiktoken", tmp_path / "out")
-    with pytest.raises(TokenizerError, match="no vocabulary at"):
-        change_vocabulary(folder / "weights", tmp_path / "none", tmp_path / "out")
+        change(folder, tmp_path / "out", source="none")
     with pytest.raises(WeightsError, match="is there already"):
-        change_vocabulary(folder / "weights", folder / "new.tiktoken", folder / "weights")
-    broken = base64.b64encode(b"a").decode() + " 1\n"
-    (tmp_path / "cut.tiktoken").write_text(broken)
-    with pytest.raises(TokenizerError, match="not a whole vocabulary"):
-        change_vocabulary(folder / "weights", tmp_path / "cut.tiktoken", tmp_path / "out")
+        change(folder, folder / "weights")
+    (tmp_path / "cut.tiktoken").write_text(base64.b64encode(b"a").decode() + " 1\n")
+    for file, told in (("cut.tiktoken", "not a whole vocabulary"), ("none", "no vocabulary at")):
+        words = [str(folder / "weights"), str(tmp_path / file), str(tmp_path / "out")]
+        assert main(["vocabulary", *words]) == 2
+        assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -151,9 +151,23 @@ def vocabulary(
         tiktoken: the new vocabulary: a qwen.tiktoken file, or a folder that holds one
         target: the new folder
     """
-    from qwenvl_jax.conversion.vocabulary import change_vocabulary
+    from qwenvl_jax.checkpoint.weights import read_weights_config
+    from qwenvl_jax.conversion.vocabulary import change_vocabulary, check_ours
+    from qwenvl_jax.prompt.respelling import respelled
+    from qwenvl_jax.prompt.tokenizer import load_tokenizer
+    from qwenvl_jax.prompt.vocabulary import find_vocabulary
 
-    config = change_vocabulary(source, tiktoken, target)
+    check_ours(source)
+    before = read_weights_config(source)
+    old = load_tokenizer(source, before.adapter.num_queries, before.image_start_id)
+    new, spelled = respelled(tiktoken, old)
+    config = change_vocabulary(
+        source,
+        target,
+        spelled,
+        image_start_id=new.image_start_id,
+        vocabulary=find_vocabulary(tiktoken),
+    )
     print(f"{target}: {config.decoder.vocab_size} rows, ready")
 
 

@@ -26,8 +26,6 @@ from qwenvl_jax.checkpoint.weights import (
     write_weights,
 )
 from qwenvl_jax.config import ModelConfig
-from qwenvl_jax.prompt.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
-from qwenvl_jax.prompt.vocabulary import find_vocabulary, read_ranks
 
 EMBEDDING, HEAD = "decoder.embed.embedding", "decoder.lm_head.kernel"  # [V, D] and [D, V]
 
@@ -35,48 +33,44 @@ Spelling = tuple[int, ...]
 
 
 def change_vocabulary(
-    source: str | Path, vocabulary: str | Path, target: str | Path
+    source: str | Path,
+    target: str | Path,
+    spelled: Sequence[Spelling],
+    *,
+    image_start_id: int,
+    vocabulary: Path,
 ) -> ModelConfig:
-    """Writes the weights folder `source` once more, for another `qwen.tiktoken` file.
+    """Writes the weights folder `source` once more, with the file `vocabulary` in it.
 
-    The new model has as many rows as the vocabulary has ids; rows of the old one that no id used
-    are dropped. One array is held in memory at a time.
+    `spelled` says for every new id the old ids whose rows it starts from (`prompt/respelling.py`);
+    `image_start_id` is the new id of `<img>`. The new model has as many rows as there are ids; rows
+    of the old one that no id used are dropped. One array is held in memory at a time.
 
     Raises:
         WeightsError: `source` is no folder of ours, is damaged, or `target` is there already.
-        TokenizerError: a vocabulary is missing, not whole, or does not belong to the weights.
     """
     source = Path(source)
+    check_ours(source)
+    config = read_weights_config(source)
+    verify_weights(source)
+    leaves = open_weights(source)
+    leaves[EMBEDDING] = _changed(leaves[EMBEDDING], spelled, vocab_axis=0)
+    leaves[HEAD] = _changed(leaves[HEAD], spelled, vocab_axis=1)
+    decoder = dataclasses.replace(config.decoder, vocab_size=len(spelled))
+    config = dataclasses.replace(config, decoder=decoder, image_start_id=image_start_id)
+    with new_folder(target) as folder:
+        write_weights(folder, config, leaves)
+        shutil.copyfile(vocabulary, folder / TOKENIZER)
+    return config
+
+
+def check_ours(source: Path) -> None:
+    """Raises WeightsError where a folder is not one of our weights folders."""
     if not is_weights_folder(source):
         raise WeightsError(
             f"{source} is no weights folder of ours: make one of it with "
             "'python convert.py import SRC DST'"
         )
-    config = read_weights_config(source)
-    old = load_tokenizer(source, config.adapter.num_queries, config.image_start_id)
-    file = find_vocabulary(Path(vocabulary))
-    ranks = read_ranks(file)
-    new = Tokenizer(ranks, slots=old.slots)
-    spelled = spellings(sorted(ranks, key=ranks.__getitem__), old)
-    verify_weights(source)
-    leaves = open_weights(source)
-    leaves[EMBEDDING] = _changed(leaves[EMBEDDING], spelled, vocab_axis=0)
-    leaves[HEAD] = _changed(leaves[HEAD], spelled, vocab_axis=1)
-    decoder = dataclasses.replace(config.decoder, vocab_size=new.vocab_size)
-    config = dataclasses.replace(config, decoder=decoder, image_start_id=new.image_start_id)
-    with new_folder(target) as folder:
-        write_weights(folder, config, leaves)
-        shutil.copyfile(file, folder / TOKENIZER)
-    return config
-
-
-def spellings(entries: Sequence[bytes], old: Tokenizer) -> list[Spelling]:
-    """Returns for each new id the old ids whose rows it starts from; `entries` are in id order.
-
-    Raises: TokenizerError where the old vocabulary lacks a byte that an entry needs.
-    """
-    special = [(old.special_ids[token],) for token in SPECIAL_TOKENS]
-    return [*(tuple(old.encode_bytes(entry)) for entry in entries), *special]
 
 
 def moved_rows(table_VD: np.ndarray, spelled: Sequence[Spelling]) -> np.ndarray:

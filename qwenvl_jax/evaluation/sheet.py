@@ -42,7 +42,9 @@ class Sitting(NamedTuple):
 def draw_sheet(title: str, sittings: Sequence[Sitting]) -> Image.Image:
     """Returns the sheet: one row a picture, boxes drawn on it, prompts and answers to its right."""
     texts = [[line for exchange in one.exchanges for line in _lines(exchange)] for one in sittings]
-    heights = [max(PICTURE_SIDE, LINE_HEIGHT * len(lines)) for lines in texts]
+    pictures = [_picture(one) for one in sittings]
+    pairs = zip(pictures, texts, strict=True)
+    heights = [max(picture.height, LINE_HEIGHT * len(lines)) for picture, lines in pairs]
     width = PICTURE_SIDE + TEXT_WIDTH + 3 * MARGIN
     sheet = Image.new(
         "RGB", (width, sum(heights) + MARGIN * (len(heights) + 2) + LINE_HEIGHT), PAPER
@@ -50,8 +52,8 @@ def draw_sheet(title: str, sittings: Sequence[Sitting]) -> Image.Image:
     draw = ImageDraw.Draw(sheet)
     _write(draw, (MARGIN, MARGIN), title, FAINT)
     top = 2 * MARGIN + LINE_HEIGHT
-    for sitting, lines, height in zip(sittings, texts, heights, strict=True):
-        sheet.paste(_picture(sitting), (MARGIN, top))
+    for picture, lines, height in zip(pictures, texts, heights, strict=True):
+        sheet.paste(picture, (MARGIN, top))
         for i, (text, colour) in enumerate(lines):
             _write(draw, (PICTURE_SIDE + 2 * MARGIN, top + i * LINE_HEIGHT), text, colour)
         top += height + MARGIN
