@@ -141,7 +141,7 @@ def test_state_is_given_up_and_counted(compiled, plan):
 
 def test_executed_work_is_useful_work_and_what_remat_adds(plan):
     """The tower is computed twice going forward; the decoder keeps its products."""
-    assert 1.0 < plan.recompute < 1.34
+    assert 1.0 < plan.recompute < 1.4
     text = plan_text(plan)
     assert "v5e-8 (counts chips: 8 chips, 2x4)" in text
     assert f"executed {plan.work.flops / 1e12:.2g} (x {plan.recompute:.2f})" in text
