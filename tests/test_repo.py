@@ -38,7 +38,7 @@ ALLOWED = {
     "image": BASE,
     "data": BASE | {"prompt", "image"},
     "checkpoint": BASE | {"sharding"},
-    "conversion": MATHS | {"checkpoint"},
+    "conversion": MATHS | {"checkpoint", "prompt"},  # a changed vocabulary moves rows
     "inference": MATHS | {"checkpoint", "conversion", "prompt", "image"},
     "training": MATHS | {"checkpoint", "conversion"} | HOST,
     "planning": MATHS | {"checkpoint", "conversion", "inference", "training"} | HOST,
