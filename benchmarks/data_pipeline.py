@@ -157,6 +157,15 @@ def clock_turn(way: Way) -> float:
     return turn(way, time.perf_counter)
 
 
+def one_core_turn(way: Way) -> float:
+    """Returns pictures a second by the clock where this process may use one core only."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    speed = clock_turn(way)
+    os.sched_setaffinity(0, allowed)
+    return speed
+
+
 def turn(way: Way, clock: Callable[[], float]) -> float:
     pictures = way()
     for _ in range(DRAINED):
@@ -229,9 +238,12 @@ def main() -> None:
             show("a worker process to DataLoader with one", speeds, "one", "torch one")
         else:
             print("no comparison with DataLoader: PyTorch is not installed (extra `bench`)")
-        speeds = compare({"one": one, "two": two}, rounds, clock_turn)
-        print("pictures a second by the clock:")
+        speeds = compare({"one": one, "two": two, "threads": threads}, rounds, clock_turn)
+        speeds |= compare({"one core": threads}, rounds, one_core_turn)
+        print(f"pictures a second by the clock, {len(os.sched_getaffinity(0))} cores:")
+        show("threads on all cores to one core", speeds, "threads", "one core")
         show("2 worker processes to 1", speeds, "two", "one")
+        show("2 worker processes to threads", speeds, "two", "threads")
 
 
 if __name__ == "__main__":
