@@ -62,9 +62,11 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     # Auto is written out: since jax 0.9 the default is Explicit, where a sharding constraint
     # asserts instead of asking.
     kinds = (AxisType.Auto,) * len(MESH_AXES)
+    # Axes may share a dimension of the torus: 2 x 128 chips on 16 x 16.
     num_slices = len({getattr(device, "slice_index", None) or 0 for device in devices})
     if num_slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=kinds)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=kinds)
     data, *rest = sizes
     if data % num_slices:
         raise ConfigError(
@@ -72,7 +74,10 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
             f"network: got data={data}; set mesh.data=-1 and fsdp x tensor to at most one slice"
         )
     grid = mesh_utils.create_hybrid_device_mesh(
-        (data // num_slices, *rest), (num_slices, 1, 1), devices=devices
+        (data // num_slices, *rest),
+        (num_slices, 1, 1),
+        devices=devices,
+        allow_split_physical_axes=True,
     )
     return Mesh(grid, MESH_AXES, axis_types=kinds)
 

@@ -89,6 +89,16 @@ def test_parameters_lie_where_they_lay(stage):
 # --- with the TPU compiler ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("pod", "slices"), [("v5e-256", 1), ("v6e-256", 1), ("v5e-256", 2)])
+def test_two_copies_in_128_parts_lie_on_a_square_of_chips(pod, slices):
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=128, tensor=1), find_pod(pod, slices).devices())
+    assert dict(mesh.shape) == {"data": 2 * slices, "fsdp": 128, "tensor": 1}
+    for copy in mesh.devices[:, :, 0]:
+        assert len({getattr(device, "slice_index", 0) for device in copy}) == 1, (
+            "a copy is within one slice"
+        )
+
+
 @functools.cache
 def compiled_stage(stage: str) -> CompiledStep:
     return compile_step(reduced(stage), find_pod(POD))
