@@ -1,4 +1,4 @@
-"""Stage 3 of the small model on wider data: dialogue, the tower frozen (paper 3.3). What ships.
+"""Stage 3 of the small model on wider data: dialogue, the tower frozen (paper 3.3).
 
 Half of the samples are dialogues, in English and Chinese and about one or two pictures; the others
 are those of stage 2, so that what it learned is not lost.
