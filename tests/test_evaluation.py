@@ -11,10 +11,10 @@ from qwenvl_jax.data import tasks
 from qwenvl_jax.data.sources.scene_rows import scene_example, scene_of
 from qwenvl_jax.data.sources.scenes import HELD_OUT_PAIRS, HELD_OUT_WORDS, scene
 from qwenvl_jax.evaluation import report
+from qwenvl_jax.evaluation.marks import Score
 from qwenvl_jax.evaluation.scenes import (
     FORMS,
     SUBJECTS,
-    Score,
     examination,
     facts,
     marks,

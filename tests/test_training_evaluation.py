@@ -13,7 +13,8 @@ from PIL import Image
 from qwenvl_jax.checkpoint.store import restore_weights
 from qwenvl_jax.config import CheckpointConfig, ConfigError, EvaluationConfig
 from qwenvl_jax.data.example import DataError, Example
-from qwenvl_jax.evaluation.glance import AnswerPage, agrees, as_question, choose, exchange
+from qwenvl_jax.evaluation.glance import AnswerPage, agrees, choose, exchange
+from qwenvl_jax.evaluation.questions import as_question
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training import heldout
@@ -147,7 +148,7 @@ def test_rows_are_asked_up_to_their_first_answer(tmp_path):
     page = AnswerPage(config, make_layout(config, make_mesh()))
     assert page._asked
     tok = load_tokenizer(NANO, config.model.adapter.num_queries)
-    shown = exchange(page._asked[0], page._asked[0].expected, tok)
+    shown = exchange(page._asked[0], page._asked[0].question.answer, tok)
     assert shown.is_right
     assert "<" not in shown.asked + shown.expected
     assert "system" not in shown.asked
@@ -161,7 +162,7 @@ def test_the_question_ends_where_the_answer_begins():
     tok = load_tokenizer(NANO, 16)
     asked = as_question(example([5, 6, 7, tok.endoftext_id, 9], [0, 0, 1, 1, 0]), tok)
     assert asked is not None
-    assert (asked.prompt.tolist(), asked.expected) == ([5, 6], [7])
+    assert (asked.prompt.tolist(), asked.answer) == ([5, 6], [7])
     assert as_question(example([5, 6], [1, 1]), tok) is None
     assert as_question(example([5, 6], [0, 0]), tok) is None
     assert choose(iter([example([5, 6], [0, 1])]), fault_run.get_config(), tok) == []

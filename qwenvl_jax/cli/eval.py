@@ -23,7 +23,8 @@ from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
-    from qwenvl_jax.evaluation.scenes import Form, Score
+    from qwenvl_jax.evaluation.marks import Score
+    from qwenvl_jax.evaluation.scenes import Form
     from qwenvl_jax.inference.vl import VL
 
 

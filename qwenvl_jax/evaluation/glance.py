@@ -23,7 +23,8 @@ from qwenvl_jax.data.holes import Hole
 from qwenvl_jax.data.packing import pixels
 from qwenvl_jax.data.pipeline import draw
 from qwenvl_jax.data.rows import open_sources, read_sample
-from qwenvl_jax.evaluation.metrics import box_iou
+from qwenvl_jax.evaluation.marks import HIT_IOU, place_iou
+from qwenvl_jax.evaluation.questions import Question, as_question
 from qwenvl_jax.evaluation.sheet import Exchange, Sitting, draw_sheet
 from qwenvl_jax.inference.generate import Request, decode, place, start
 from qwenvl_jax.inference.prompts import Prompts, find_pictures, lay_out
@@ -33,7 +34,6 @@ from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from qwenvl_jax.training.heldout import HeldOut, held_out
 from qwenvl_jax.training.state import Layout, Weights, merge_model
 
-HIT_IOU = 0.5
 _LOOKED_AT = 16  # samples for each one that is shown, so that many tasks are found among them
 
 
@@ -41,8 +41,7 @@ class Asked(NamedTuple):
     """A held-out sample with one picture, as a question."""
 
     example: Example
-    prompt: np.ndarray  # int32 [L]
-    expected: list[int]  # ids of the right answer, without the token that ends it
+    question: Question
 
 
 class AnswerPage:
@@ -120,68 +119,35 @@ def choose(found: Iterator[Example], config: TrainConfig, tokenizer: Tokenizer) 
     count = config.evaluation.samples
     by_task: dict[str, list[Asked]] = {}
     for example in itertools.islice(found, _LOOKED_AT * count):
-        asked = as_question(example, tokenizer)
+        question = as_question(example, tokenizer)
         room = config.model.decoder.max_positions - config.evaluation.max_new_tokens
-        if len(example.images) == 1 and asked is not None and len(asked.prompt) <= room:
-            by_task.setdefault(example.task, []).append(asked)
+        if len(example.images) == 1 and question is not None and len(question.prompt) <= room:
+            by_task.setdefault(example.task, []).append(Asked(example, question))
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_task.values()))
     return [asked for asked in in_turn if asked is not None][:count]
 
 
-def as_question(example: Example, tokenizer: Tokenizer) -> Asked | None:
-    """Returns the sample up to its first answer, and that answer.
-
-    None where nothing stands before it, or nothing is predicted.
-    """
-    first = _answer_start(example, tokenizer)
-    if first == 0 or not example.is_target[first:].any():
-        return None
-    rest = example.is_target[first:]
-    length = len(rest) if rest.all() else int(rest.argmin())
-    expected = example.ids[first : first + length].tolist()
-    ends = {tokenizer.endoftext_id, tokenizer.im_end_id}
-    cut = next((i for i, token in enumerate(expected) if token in ends), length)
-    return Asked(example, example.ids[:first], expected[:cut])
-
-
-def _answer_start(example: Example, tokenizer: Tokenizer) -> int:
-    """Returns where the first answer begins: in a dialogue, whose markers are predicted as well,
-    behind the assistant's; elsewhere at the first predicted token.
-    """
-    role = [tokenizer.im_start_id, *tokenizer.encode("assistant"), *tokenizer.encode("\n")]
-    for begin in np.flatnonzero(example.ids == tokenizer.im_start_id).tolist():
-        if example.ids[begin : begin + len(role)].tolist() == role:
-            return begin + len(role)
-    return int(example.is_target.argmax())
-
-
 def exchange(asked: Asked, answer: list[int], tokenizer: Tokenizer) -> Exchange:
     """Returns question and answer as the sheet shows them."""
-    said, expected = tokenizer.decode(answer), tokenizer.decode(asked.expected)
+    said, expected = tokenizer.decode(answer), tokenizer.decode(asked.question.answer)
     return Exchange(
-        asked=f"{asked.example.task}: {_question(asked.prompt, tokenizer)}",
+        asked=f"{asked.example.task}: {_question(asked.question.prompt, tokenizer)}",
         answer=said,
         is_right=agrees(said, expected),
         # With coordinates in the text: the picture has the answer's boxes alone.
-        expected=tokenizer.decode(asked.expected, skip_special=True),
+        expected=tokenizer.decode(asked.question.answer, skip_special=True),
     )
 
 
 def agrees(answer: str, expected: str) -> bool:
     """Returns whether an answer says the same, with as many places, each at an IoU of 0.5."""
-    ours, theirs = ([_corners(place) for place in parse_boxes(x)] for x in (answer, expected))
+    ours, theirs = parse_boxes(answer), parse_boxes(expected)
     is_same_text = strip_boxes(answer).strip() == strip_boxes(expected).strip()
     return (
         is_same_text
         and len(ours) == len(theirs)
-        and all(box_iou(a, b) >= HIT_IOU for a, b in zip(ours, theirs, strict=True))
+        and all(place_iou(a, b) >= HIT_IOU for a, b in zip(ours, theirs, strict=True))
     )
-
-
-def _corners(place: dict) -> np.ndarray:
-    """Returns the upright box around a box or quad, [4]."""
-    points = np.array(place["box"] if "box" in place else place["quad"]).reshape(-1, 2)
-    return np.concatenate([points.min(0), points.max(0)])
 
 
 def _question(prompt: np.ndarray, tokenizer: Tokenizer) -> str:
@@ -196,7 +162,7 @@ def _question(prompt: np.ndarray, tokenizer: Tokenizer) -> str:
 def _lay_out(asked: list[Asked], model: ModelConfig) -> Prompts:
     """Returns the prompts as one batch, the pictures' features still to come."""
     shape_QD = (model.adapter.num_queries, model.decoder.width)
-    ids = [x.prompt for x in asked]
+    ids = [x.question.prompt for x in asked]
     starts = [find_pictures(x, 1, model, f"sample {b}") for b, x in enumerate(ids)]
     features = [np.zeros((1, *shape_QD), np.float32)] * len(asked)
     prompts = lay_out(ids, starts, features, model, rows=len(asked))

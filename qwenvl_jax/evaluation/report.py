@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from qwenvl_jax.evaluation.scenes import Score
+from qwenvl_jax.evaluation.marks import Score
 
 HEADINGS = ("measure", "score", "items", "seen in training", "never", "items")
 

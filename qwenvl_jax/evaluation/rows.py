@@ -25,8 +25,10 @@ from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.packing import pixels
 from qwenvl_jax.data.record import Record, Source
 from qwenvl_jax.data.tasks import example_of
-from qwenvl_jax.evaluation.metrics import anls, box_iou
-from qwenvl_jax.evaluation.scenes import BATCH_ROWS, HIT_IOU, Mark, Score, mean_score
+from qwenvl_jax.evaluation.marks import HIT_IOU, Mark, Score, mean_marks, place_iou
+from qwenvl_jax.evaluation.metrics import anls
+from qwenvl_jax.evaluation.questions import as_question
+from qwenvl_jax.evaluation.scenes import BATCH_ROWS
 from qwenvl_jax.prompt.boxes import parse_boxes, scan, strip_boxes
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
@@ -85,17 +87,14 @@ def row_paper(record: Record, tokenizer: Tokenizer, side: int) -> RowPaper | Non
     """
     if record.task == "text":
         return None
-    example = example_of(record, tokenizer, "assistant_only")
-    if not example.is_target.any():
+    example = example_of(record, tokenizer)
+    question = as_question(example, tokenizer)
+    if question is None:
         raise DataError(f"row {record.key} has no answer: got nothing that a model would say")
-    ids = example.ids.tolist()
-    start = int(np.argmax(example.is_target))
-    silent = np.flatnonzero(~example.is_target[start:])
-    end = start + int(silent[0]) if len(silent) else len(ids)
-    prompt = ids[:start]
+    prompt = question.prompt.tolist()
     num_images = prompt.count(tokenizer.image_start_id)
     shown = [pixels(example, image, side) for image in example.images[:num_images]]
-    expected = tokenizer.decode(_said(ids[start:end], tokenizer))
+    expected = tokenizer.decode(question.answer)
     subject = "compare" if record.task == "chat" and num_images > 1 else record.task
     return RowPaper(
         key=record.key,
@@ -174,7 +173,7 @@ def row_marks(paper: RowPaper, answer: str) -> list[Mark]:
         return [mark("ANLS", anls(said, [right])), mark("lines exact", float(said == right))]
     found, wanted = (parse_boxes(text, inherit_ref=True) for text in (answer, paper.expected))
     if paper.form == "place":
-        hit = bool(found) and _overlap(found[0], wanted[0]) >= HIT_IOU
+        hit = bool(found) and place_iou(found[0], wanted[0]) >= HIT_IOU
         return [mark(f"IoU at {HIT_IOU}", float(hit))]
     if paper.form == "places":
         return [mark(f"box F1 at {HIT_IOU}", f1(found, wanted, has_phrases=False))]
@@ -190,7 +189,7 @@ def f1(
     """
     pairs = sorted(
         (
-            (_overlap(one, other), i, j)
+            (place_iou(one, other), i, j)
             for i, one in enumerate(found)
             for j, other in enumerate(wanted)
             if not has_phrases or one["ref"] == other["ref"]
@@ -206,13 +205,6 @@ def f1(
     return 2 * right / (len(found) + len(wanted)) if found or wanted else 1.0
 
 
-def _overlap(one: dict[str, Any], other: dict[str, Any]) -> float:
-    if "box" not in one or "box" not in other:
-        return 0.0
-    corners = np.array(one["box"]).reshape(2, 2)
-    return box_iou(np.concatenate([corners.min(0), corners.max(0)]), np.array(other["box"]))
-
-
 def _words(text: str) -> str:
     """Returns what an answer reads: its lines with one space between them, without places."""
     lines = [span.body.strip() for span in scan(text) if span.kind == "ref"]
@@ -221,16 +213,9 @@ def _words(text: str) -> str:
 
 def summarise_rows(papers: Sequence[RowPaper], answers: Sequence[str]) -> list[Score]:
     """Returns one score a measure, task by task."""
-    by_measure: dict[str, list[Mark]] = {}
-    for paper, answer in zip(papers, answers, strict=True):
-        for one in row_marks(paper, answer):
-            by_measure.setdefault(one.measure, []).append(one)
-    order = list(_NAMES.values())
-
-    def place(measure: str) -> tuple[int, str]:
-        return order.index(measure.split(":")[0]), measure
-
-    return [mean_score(measure, by_measure[measure]) for measure in sorted(by_measure, key=place)]
+    pairs = zip(papers, answers, strict=True)
+    earned = (mark for paper, answer in pairs for mark in row_marks(paper, answer))
+    return mean_marks(earned, [*_NAMES.values()])
 
 
 def facts(paper: RowPaper, answer: str) -> dict[str, Any]:

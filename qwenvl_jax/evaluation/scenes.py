@@ -26,7 +26,8 @@ from qwenvl_jax.data.sources.scenes import (
     SHAPES,
     Scene,
 )
-from qwenvl_jax.evaluation.metrics import anls, box_iou
+from qwenvl_jax.evaluation.marks import HIT_IOU, Mark, Score, mean_marks, place_iou
+from qwenvl_jax.evaluation.metrics import anls
 from qwenvl_jax.prompt.boxes import Box, parse_boxes
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
@@ -39,7 +40,6 @@ Subject = Literal["caption", "question", "locate", "read"]
 FORMS: tuple[Form, ...] = ("task", "chat")
 SUBJECTS: tuple[Subject, ...] = ("caption", "question", "locate", "read")
 MAX_NEW_TOKENS: dict[Subject, int] = {"caption": 64, "question": 24, "locate": 64, "read": 24}
-HIT_IOU = 0.5
 BATCH_ROWS = 64
 
 # Which training task draws the subject's scenes: with writing, without, or as it falls.
@@ -65,29 +65,6 @@ class Paper(NamedTuple):
     expected: tuple[str, ...]  # texts that are right as they stand
     box: Box | None  # what is to be located, 0..999
     is_new: bool
-
-
-class Mark(NamedTuple):
-    measure: str
-    value: float  # 0..1
-    is_new: bool
-
-
-class Score(NamedTuple):
-    """The mean mark of a measure, over everything and over what was never in training."""
-
-    measure: str
-    value: float
-    count: int
-    new_value: float | None
-    new_count: int
-
-    @property
-    def known_value(self) -> float | None:
-        """The mean over what training had; None where there is no such mark."""
-        known = self.count - self.new_count
-        rest = self.value * self.count - (self.new_value or 0.0) * self.new_count
-        return rest / known if known else None
 
 
 # --- setting the papers -------------------------------------------------------------------------
@@ -228,11 +205,8 @@ def is_right(paper: Paper, answer: str) -> bool:
 
 def overlap(paper: Paper, answer: str) -> float:
     """Returns the IoU of the answer's first box and the thing to locate; 0 where there is none."""
-    boxes = [item["box"] for item in parse_boxes(answer) if "box" in item]
-    if not boxes or paper.box is None:
-        return 0.0
-    corners = np.array(boxes[0]).reshape(2, 2)
-    return box_iou(np.concatenate([corners.min(0), corners.max(0)]), np.array(paper.box))
+    boxes = [place for place in parse_boxes(answer) if "box" in place]
+    return place_iou(boxes[0], {"box": paper.box}) if boxes and paper.box is not None else 0.0
 
 
 def marks(paper: Paper, answer: str) -> list[Mark]:
@@ -272,27 +246,9 @@ def _caption_marks(paper: Paper, answer: str) -> list[Mark]:
 
 def summarise(papers: Sequence[Paper], answers: Sequence[str]) -> list[Score]:
     """Returns one score a measure, by subject and then by name."""
-    by_measure: dict[str, list[Mark]] = {}
-    for paper, answer in zip(papers, answers, strict=True):
-        for mark in marks(paper, answer):
-            by_measure.setdefault(mark.measure, []).append(mark)
-
-    def place(measure: str) -> tuple[int, str]:
-        return SUBJECTS.index(measure.split(":")[0]), measure
-
-    return [mean_score(measure, by_measure[measure]) for measure in sorted(by_measure, key=place)]
-
-
-def mean_score(measure: str, group: Sequence[Mark]) -> Score:
-    """Returns the mean of marks of one measure, and that of the new ones among them."""
-    new = [mark.value for mark in group if mark.is_new]
-    return Score(
-        measure=measure,
-        value=sum(mark.value for mark in group) / len(group),
-        count=len(group),
-        new_value=sum(new) / len(new) if new else None,
-        new_count=len(new),
-    )
+    pairs = zip(papers, answers, strict=True)
+    earned = (mark for paper, answer in pairs for mark in marks(paper, answer))
+    return mean_marks(earned, SUBJECTS)
 
 
 def facts(paper: Paper, answer: str) -> dict[str, Any]:
