@@ -32,8 +32,9 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.config import DataConfig
+from qwenvl_jax.data.canvas import Canvases
 from qwenvl_jax.data.pipeline import batches
-from qwenvl_jax.data.rows import RowMaker, open_rows, open_sources
+from qwenvl_jax.data.rows import RowMaker, canvas_shape, open_rows, open_sources
 from qwenvl_jax.data.sources.conversations import Conversations
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
@@ -96,7 +97,8 @@ def worker(path: Path) -> Iterator[int]:
     """What a worker process does, in this one: batches made on one core, without a queue."""
     config, tokenizer = data_config(path, 1), load_tokenizer(VOCABULARY, slots=SLOTS)
     opened = open_rows(config, tokenizer, 0, open_sources(config, tokenizer))
-    make = RowMaker(config, tokenizer, opened, range(ROWS))
+    canvases = Canvases(canvas_shape(config, ROWS))
+    make = RowMaker(config, tokenizer, opened, range(ROWS), canvases)
     for step in itertools.count():
         batch, _ = make(step)
         yield int((batch.image_start < 2**30).sum())

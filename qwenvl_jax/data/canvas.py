@@ -13,7 +13,10 @@ import numpy as np
 
 
 class Canvases:
-    """Hands out uint8 arrays of one shape; their memory comes back when nothing refers to it."""
+    """Hands out uint8 arrays of one shape; their memory comes back when nothing refers to it.
+
+    Threads may share it. Pickled, it is one of the same shape with memory of its own.
+    """
 
     def __init__(self, shape: Sequence[int]):
         self._shape = tuple(shape)
@@ -32,6 +35,9 @@ class Canvases:
         flat = np.frombuffer(memory, np.uint8)
         weakref.finalize(flat, self._free.append, memory).atexit = False
         return flat.reshape(self._shape)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self._shape,)
 
 
 def _pages(size: int) -> mmap.mmap:

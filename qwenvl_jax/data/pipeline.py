@@ -19,12 +19,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from qwenvl_jax.config import ConfigError, DataConfig
+from qwenvl_jax.data.canvas import Canvases
 from qwenvl_jax.data.example import Batch, DataError, Example
 from qwenvl_jax.data.holes import QUARANTINE, Tally
+from qwenvl_jax.data.lent import Borrower, LendingCanvases, can_lend
 from qwenvl_jax.data.packing import fill, fill_rows, pack
 from qwenvl_jax.data.rows import (
     Notes,
     RowMaker,
+    canvas_shape,
     fingerprint,
     keys_of,
     open_rows,
@@ -140,16 +143,14 @@ def batches(
     Raises: ConfigError for settings that cannot be served, and changed data; DataError for data
     that cannot be used, later at the step of too many bad samples.
     """
-    # grain imports jax: not at the top, so that tokenising and drawing never do
-    import grain
-    from absl import flags
-
     check_config(config, slots, split)
     tokenizer = load_tokenizer(config.tokenizer, slots=slots)
     rows = tuple(range(config.rows) if share.rows is None else share.rows)
     file = None if folder is None else Path(folder) / _quarantine_name(share.process)
     tally = Tally(config.max_bad_fraction if config.source == "rows" else 1.0, file)
     num_rows, num_threads = None, 1
+    lending = LendingCanvases if config.num_workers and can_lend() else Canvases
+    canvases = lending(canvas_shape(config, len(rows)))
     make: Callable[[int], tuple[Batch, Notes]]
     if config.source == "rows":
         sources = open_sources(config, tokenizer)
@@ -161,19 +162,39 @@ def batches(
             tally.list(0, unusable_rows(opened, tokenizer, config))
         # Decoding leaves Python's lock alone; drawing scenes does not.
         num_threads = 1 if config.num_workers else min(_num_cores(), _MAX_THREADS)
-        make = RowMaker(config, tokenizer, opened, rows)
+        make = RowMaker(config, tokenizer, opened, rows, canvases)
         num_rows = opened.order.num_rows
     else:
         make = functools.partial(_make_scenes, config, tokenizer, seed, split, rows)
+    made = _made_ahead(make, first_step, config.num_workers, num_threads, canvases)
+    return Batches(made, first_step, tally, rows, num_rows)
+
+
+def _made_ahead(
+    make: Callable[[int], tuple[Batch, Notes]],
+    first_step: int,
+    num_workers: int,
+    num_threads: int,
+    canvases: Canvases,
+) -> Iterator[tuple[Batch, Notes]]:
+    """Iterates over what `make` makes of the steps, made in the background."""
+    # grain imports jax: not at the top, so that tokenising and drawing never do
+    import grain
+    from absl import flags
+
     steps = grain.MapDataset.range(first_step, _LAST_STEP).map(make)
+    if isinstance(canvases, LendingCanvases):
+        steps = steps.map(lambda made: (canvases.lend(made[0]), made[1]))
     ahead = grain.ReadOptions(num_threads, prefetch_buffer_size=max(_PREFETCH, num_threads))
     dataset = steps.to_iter_dataset(ahead)
-    if config.num_workers:
-        if not flags.FLAGS.is_parsed():  # grain reads its own absl flags when a worker starts
-            flags.FLAGS.mark_as_parsed()
-        workers = grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=2)
-        dataset = dataset.mp_prefetch(workers)
-    return Batches(iter(dataset), first_step, tally, rows, num_rows)
+    if not num_workers:
+        return iter(dataset)
+    if not flags.FLAGS.is_parsed():  # grain reads its own absl flags when a worker starts
+        flags.FLAGS.mark_as_parsed()
+    workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
+    borrower = Borrower()
+    dataset = dataset.mp_prefetch(workers).map(lambda made: (borrower.open(made[0]), made[1]))
+    return iter(dataset)
 
 
 def check_unchanged(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -178,10 +178,16 @@ def read_sample(
     return example
 
 
+def canvas_shape(config: DataConfig, num_rows: int) -> tuple[int, ...]:
+    """Returns the shape of the pictures of so many rows, [B, I, Y, X, C]."""
+    return num_rows, config.max_images, config.image_size, config.image_size, 3
+
+
 class RowMaker:
     """Makes the batch of any step: `maker(step)` returns (Batch, Notes). Goes to other processes.
 
-    `rows` are the rows of the global batch that are made, in rising order. Threads may share it.
+    `rows` are the rows of the global batch that are made, in rising order; `canvases`, of
+    `canvas_shape`, are for their pictures. Threads may share it.
     """
 
     def __init__(
@@ -190,15 +196,11 @@ class RowMaker:
         tokenizer: Tokenizer,
         opened: OpenRows,
         rows: Sequence[int],
+        canvases: Canvases,
     ):
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._canvases = config, tokenizer, canvases
         self._order, self._sources = opened.order, list(opened.sources.items())
         self._rows = np.array(rows, np.int64)
-        self._canvases = self._new_canvases()
-
-    def _new_canvases(self) -> Canvases:
-        size = self._config.image_size
-        return Canvases((len(self._rows), self._config.max_images, size, size, 3))
 
     def __call__(self, step: int) -> tuple[Batch, Notes]:
         config = self._config
@@ -273,10 +275,3 @@ class RowMaker:
         except DataError as error:
             return Hole(sample.key, "picture", str(error))
         return sample._replace(images=tuple(places[: len(sample.images)]))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_canvases"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._canvases = self._new_canvases()
