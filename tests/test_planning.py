@@ -111,6 +111,51 @@ def test_a_slice_update_costs_its_slice(program):
     assert work.hbm_bytes == pytest.approx(5 * each + whole, rel=0.01)
 
 
+# A product with a weight that an inner fusion only turns, and an exchange that is started and awaited
+# beside nothing, in fusions of the compiler's own calls.
+VIEWS = """HloModule jit_step, is_scheduled=true
+
+%turned (p: f32[4,8]) -> f32[8,4] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %v = f32[8,4]{1,0} bitcast(%p)
+}
+
+%product (x: f32[6,8], w: f32[4,8]) -> f32[6,4] {
+  %x = f32[6,8]{1,0} parameter(0)
+  %w = f32[4,8]{1,0} parameter(1)
+  %t = f32[8,4]{1,0} fusion(%w), kind=kLoop, calls=%turned
+  ROOT %dot = f32[6,4]{1,0} dot(%x, %t), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%started (q: f32[6,4]) -> f32[24,4] {
+  %q = f32[6,4]{1,0} parameter(0)
+  %ag = f32[24,4]{1,0} all-gather(%q), channel_id=7, replica_groups=[6,4]<=[24]
+  ROOT %c = f32[24,4]{1,0} custom-call(%q, %ag), custom_call_target="AsyncCollectiveStart"
+}
+
+%awaited (r: f32[6,4], s: f32[24,4]) -> f32[24,4] {
+  %r = f32[6,4]{1,0} parameter(0)
+  %s = f32[24,4]{1,0} parameter(1)
+  %ag2 = f32[24,4]{1,0} all-gather(%r), channel_id=7, replica_groups=[6,4]<=[24]
+  ROOT %d = f32[24,4]{1,0} custom-call(%r, %s, %ag2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: f32[6,8], b: f32[4,8]) -> f32[24,4] {
+  %a = f32[6,8]{1,0} parameter(0)
+  %b = f32[4,8]{1,0} parameter(1)
+  %part = f32[6,4]{1,0} fusion(%a, %b), kind=kOutput, calls=%product
+  %begun = f32[24,4]{1,0} fusion(%part), kind=kCustom, calls=%started
+  ROOT %whole = f32[24,4]{1,0} fusion(%part, %begun), kind=kCustom, calls=%awaited
+}
+"""
+
+
+def test_a_weight_that_is_only_looked_at_is_read_and_an_exchange_is_written_once():
+    work = measure(Program(VIEWS), MESH, causal_block=512)
+    assert work.hbm_bytes == 4 * (6 * 8 + 4 * 8 + 6 * 4) + 4 * 24 * 4
+    assert [x.is_overlapped for x in work.collectives] == [False]
+
+
 def test_fullest_moment_follows_what_is_written_in_place(program):
     peak = fullest_moment(program)
     names = sorted(array.maker.name for array in peak.arrays)

@@ -212,6 +212,8 @@ def hbm_bytes(program: Program, instruction: Instruction) -> float:
     if instruction.opcode != "fusion":
         return float(instruction.hbm_bytes + sum(operand.hbm_bytes for operand in operands))
     body = program.computations[instruction.called[0]]
+    if any("AsyncCollective" in x.attribute("custom_call_target") for x in body.values()):
+        return 0.0  # starts or awaits an exchange, which is counted by itself
     total = 0.0
     for parameter in (x for x in body.values() if x.opcode == "parameter"):
         total += min(parameter.hbm_bytes, _touched(program, parameter))
@@ -240,11 +242,21 @@ def _touched(program: Program, array: Instruction) -> int:
             number = f"({user.operands.index(array.name)})"
             same = next(x for x in inner if x.opcode == "parameter" and x.rest == number)
             total += _touched(program, same)
+            while (view := _only_view(program, same)) is not None:
+                same = view
+            if same.is_root:  # the fusion only looks at the array another way
+                total += _touched(program, user)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == array.name:
             continue  # written in place; counted at the root
         elif user.opcode not in ("tuple", *_COLLECTIVES):
             total += array.num_bytes
     return total
+
+
+def _only_view(program: Program, array: Instruction) -> Instruction | None:
+    """Returns the view that is an array's only user, if it is."""
+    users = [x for x in program.computations[array.home].values() if array.name in x.operands]
+    return users[0] if len(users) == 1 and users[0].opcode == "bitcast" else None
 
 
 # --- bytes over the links -------------------------------------------------------------------------
