@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,8 @@ def test_a_slice_update_costs_its_slice(program):
     assert work.hbm_bytes == pytest.approx(5 * each + whole, rel=0.01)
 
 
-# A product with a weight that an inner fusion only turns, and an exchange that is started and awaited
-# beside nothing, in fusions of the compiler's own calls.
+# A product with a weight that an inner fusion only turns, and an exchange that is started and
+# awaited beside nothing, in fusions of the compiler's own calls.
 VIEWS = """HloModule jit_step, is_scheduled=true
 
 %turned (p: f32[4,8]) -> f32[8,4] {
@@ -154,6 +155,25 @@ def test_a_weight_that_is_only_looked_at_is_read_and_an_exchange_is_written_once
     work = measure(Program(VIEWS), MESH, causal_block=512)
     assert work.hbm_bytes == 4 * (6 * 8 + 4 * 8 + 6 * 4) + 4 * 24 * 4
     assert [x.is_overlapped for x in work.collectives] == [False]
+
+
+def test_an_exchange_of_the_sparse_cores_crosses_beside_the_product_before_its_end():
+    head, begun = "%gathered (q: f32[6,4])", "f32[24,4]{1,0} fusion(%part), kind=kCustom"
+    text = VIEWS.replace("%started (q: f32[6,4])", head)
+    text = re.sub(r"  ROOT %c = .*", "", text).replace("%ag = ", "ROOT %ag = ")
+    shape = "((f32[6,4]{1,0}, token[]), f32[24,4]{1,0})"
+    text = text.replace(
+        f"%begun = {begun}, calls=%started",
+        f"%begun = {shape} "
+        'call-start(%part), async_execution_thread="sparsecore", to_apply=%gathered\n'
+        "  %again = f32[6,4]{1,0} fusion(%a, %b), kind=kOutput, calls=%product",
+    )
+    text = re.sub("fusion.%part, %begun., .*", "call-done(%begun)", text)
+    work = measure(Program(text), MESH, causal_block=512)
+    assert [(x.kind, x.times, x.is_overlapped) for x in work.collectives] == [
+        ("all-gather", 1, True)
+    ]
+    assert work.hbm_bytes == 2 * 4 * (6 * 8 + 4 * 8 + 6 * 4) + 4 * 24 * 4
 
 
 def test_fullest_moment_follows_what_is_written_in_place(program):

@@ -18,7 +18,9 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-_NOT_REDUCERS = {"fusion", "call", "while", "conditional", "async-start", "custom-call"}
+# A computation that runs beside the others, on a v6e's sparse cores too ("call-start").
+_BESIDE = ("async-start", "call-start")
+_NOT_REDUCERS = {"fusion", "call", "while", "conditional", "custom-call", *_BESIDE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +176,15 @@ class Program:
                 for called in instruction.called:
                     yield from self.walk(called, times)
 
+    def awaited(self, instruction: Instruction) -> Iterator[Instruction]:
+        """Yields what `inside` yields of the computation that ends here; nothing elsewhere."""
+        if instruction.opcode in ("async-done", "call-done"):
+            for start in self.operands(instruction):
+                yield from self.inside(start)
+
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """Yields the instruction, or what its fusions are made of, down to the bottom."""
-        if instruction.opcode not in ("fusion", "async-start", "custom-call"):
+        if instruction.opcode not in ("fusion", "custom-call", *_BESIDE):
             yield instruction
             return
         if not instruction.called:

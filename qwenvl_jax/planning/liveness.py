@@ -22,8 +22,14 @@ Places = dict[str, tuple[Place, ...]]
 _NOTHING = {"parameter", "constant", "after-all", "partition-id", "replica-id"}
 _SAME = {"bitcast", "while", "optimization-barrier", "all-reduce-done"}
 # What an exchange or a copy in flight lists beside its result: the arrays that it reads.
-_STARTS = {"all-gather-start", "collective-permute-start", "async-start", "slice-start"}
-_DONES = {"all-gather-done", "collective-permute-done", "async-done", "slice-done"}
+_STARTS = {
+    "all-gather-start",
+    "collective-permute-start",
+    "async-start",
+    "call-start",
+    "slice-start",
+}
+_DONES = {"all-gather-done", "collective-permute-done", "async-done", "call-done", "slice-done"}
 
 
 class Array(NamedTuple):

@@ -96,6 +96,7 @@ def measure(program: Program, mesh: Mesh | AbstractMesh, *, causal_block: int) -
             products = 0.0
             for inner in program.inside(instruction):
                 products += matrix_flops(program, inner, causal_block)
+            for inner in (*program.inside(instruction), *program.awaited(instruction)):
                 if _kind(inner) in _COLLECTIVES:
                     channel = _channel(program, inner)
                     # An exchange in flight is listed in every fusion that it goes on beside.
@@ -198,7 +199,7 @@ def hbm_bytes(program: Program, instruction: Instruction) -> float:
     A slice of a large array, and an update in place, count with their own size, also inside of
     fusions.
     """
-    if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
+    if instruction.opcode in (*_FREE, "call-start") or instruction.opcode.endswith("-done"):
         return 0.0
     operands = program.operands(instruction)
     if instruction.opcode == "slice-start":  # lists the array, then the slice

@@ -8,12 +8,38 @@ _TPU = {
     # weight beside the product before it hides as much, moves less and compiles in a fraction of
     # the time.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
-    # Gathers start early by themselves; sums of gradients do only where these ask for it.
+}
+# Gathers start early by themselves on v5e alone, sums of gradients nowhere: asked for, they cross
+# in pieces, in the fusions of products.
+_IN_PRODUCTS = {
+    "xla_enable_async_all_gather": "true",
     "xla_enable_async_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+    "xla_tpu_overlap_compute_collective_tc": "true",
+}
+# A v6e has small cores for irregular work, which drive exchanges while the large one multiplies.
+_ON_SPARSE_CORES = {
+    "xla_enable_async_all_gather": "true",
+    "xla_enable_async_all_reduce": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+}
+_BY_KIND = {
+    "TPU v4": _IN_PRODUCTS,
+    "TPU v5": _IN_PRODUCTS,
+    "TPU v5 lite": _IN_PRODUCTS,
+    "TPU v6 lite": _ON_SPARSE_CORES,
 }
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
     """Returns XLA options for `jax.jit`; none but for TPUs."""
-    return dict(_TPU) if mesh.devices.flat[0].device_kind.startswith("TPU") else {}
+    kind = mesh.devices.flat[0].device_kind
+    return _TPU | _BY_KIND.get(kind, {}) if kind.startswith("TPU") else {}
