@@ -122,6 +122,15 @@ def released_finetune(*, weight_decay: float = 0.1) -> ParameterTable:
     )
 
 
+def adapter_only(*, weight_decay: float = 0.1) -> ParameterTable:
+    """Returns the table of a fine-tune that trains 80 million parameters: the adapter's."""
+    return (
+        ParameterRule("vit.*", is_trained=False),
+        ParameterRule("decoder.*", is_trained=False),
+        *trained("adapter.*", weight_decay=weight_decay),
+    )
+
+
 def trained(pattern: str, *, weight_decay: float, layer_decay: float = 1.0) -> ParameterTable:
     """Returns three rows that train what `pattern` matches; norms and biases do not decay."""
     prefix = pattern.removesuffix("*")

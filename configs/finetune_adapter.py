@@ -1,0 +1,26 @@
+"""Fine-tunes the adapter alone: 80 million parameters of the released weights are trained.
+
+    python train.py configs/finetune_adapter.py --data.path=my.json --init=Qwen-VL-Chat
+
+As `configs/finetune.py`, but the decoder stays as it is: fewer parameters are trained than by the
+original's LoRA (112 million), and few bytes are needed beside the weights. It can teach what to
+look at, in pictures unlike those of training (scans, maps, drawings), but no other manner of
+speaking.
+
+Cost: 39 GB of weights and 1 GB of moments in float32, over all devices together; docs/pods.md has
+what it takes on 8 chips.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.presets import adapter_only
+
+
+def get_config() -> TrainConfig:
+    base = read_config(str(Path(__file__).with_name("finetune.py")))
+    return dataclasses.replace(
+        base, run_dir="runs/finetune_adapter", parameters=adapter_only(weight_decay=0.1)
+    )
