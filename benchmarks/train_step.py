@@ -3,15 +3,18 @@
     python benchmarks/train_step.py                 about 15 minutes on 2 idle cores
     python benchmarks/train_step.py --rounds 3
 
-Every contestant is a process of its own that waits for its turn, so they take turns round by round
-and whatever else the machine does hits all of them. Printed are medians and ratios. The forward
-pass is the loss without gradients; the step holds gradients, clipping and AdamW with f32 weights.
+Every contestant is a process of its own that is stopped until its turn, so they take turns round by
+round and whatever else the machine does hits all of them. Printed are medians and ratios. The
+forward pass is the loss without gradients; the step holds gradients, clipping and AdamW with f32
+weights.
 PyTorch takes part twice, as it is and with torch.compile (where there is a C++ compiler).
 Needs PyTorch: pip install 'qwenvl-jax[bench]'.
 """
 
 import argparse
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -104,14 +107,22 @@ def contestant(kind: str, dtype: str) -> None:
 
 
 class Contestant:
-    """A process that is asked for one timing at a time."""
+    """A process that is asked for one timing at a time, and stopped in between.
+
+    Threads that wait for work spin for a while, on the cores of whoever has the next turn.
+    """
 
     def __init__(self, kind: str, dtype: str):
         command = [sys.executable, __file__, "--contestant", kind, dtype]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         self.num_parameters = int(self._answer())
+        self._signal(signal.SIGSTOP)
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -120,13 +131,19 @@ class Contestant:
             raise SystemExit("a contestant has ended early: its message is above")
         return line
 
+    def _signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)  # with the processes that compile for it
+
     def seconds(self, what: str) -> float:
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         print(what, file=self._process.stdin, flush=True)
-        return float(self._answer())
+        seconds = float(self._answer())
+        self._signal(signal.SIGSTOP)
+        return seconds
 
     def close(self) -> None:
-        self._process.kill()
+        self._signal(signal.SIGKILL)
         self._process.wait()
 
 

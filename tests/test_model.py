@@ -15,6 +15,7 @@ from flax import nnx
 from qwenvl_jax import presets
 from qwenvl_jax.config import ConfigError, VisionConfig
 from qwenvl_jax.model.decoder import ntk_alpha, rotary_angles
+from qwenvl_jax.model.layers import matmul
 from qwenvl_jax.model.qwenvl import (
     NO_IMAGE,
     QwenVL,
@@ -286,3 +287,23 @@ def test_config_errors_name_field_and_numbers():
         tiny.model_config(image_size=30)
     with pytest.raises(ConfigError, match=r"width must be a multiple of num_heads.*width=12"):
         small_tower(num_heads=5)
+
+
+@pytest.mark.parametrize("num_inputs", [1, 2])
+def test_a_bf16_product_and_its_gradients_are_summed_in_float32(num_inputs):
+    inputs, outputs = (24, 4)[-num_inputs:], (3, 8)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 300, *inputs), jnp.bfloat16)
+    kernel = jax.random.normal(keys[1], (*inputs, *outputs), jnp.bfloat16)
+    toward = jax.random.normal(keys[2], (2, 300, *outputs), jnp.bfloat16)
+
+    def wide(x, kernel):
+        return jnp.tensordot(x, kernel, axes=num_inputs)
+
+    out, back = jax.vjp(jax.jit(lambda x, kernel: matmul(x, kernel, num_inputs)), x, kernel)
+    f32 = [a.astype(jnp.float32) for a in (x, kernel, toward)]
+    expected, expected_back = jax.vjp(wide, *f32[:2])
+    for got, want in zip((out, *back(toward)), (expected, *expected_back(f32[2])), strict=True):
+        assert got.dtype == jnp.bfloat16
+        # One rounding of the result; a sum of bf16 numbers kept in bf16 would be far off.
+        np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-8, atol=1e-2)

@@ -500,6 +500,15 @@ space hbm. Used 23.45G of 15.75G hbm. Exceeded hbm capacity by 7.70G.
     )
 
 
+def test_a_refusal_of_a_small_memory_is_not_one_of_hbm():
+    refusal = read_refusal(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "vmem. Used 16.33M of 16.00M vmem. Exceeded vmem capacity by 342.0K."
+    )
+    assert refusal.space == "vmem"
+    assert "needs 16.3 of 16.0 MiB of a core's vmem" in str(refusal)
+
+
 def test_an_early_refusal_has_totals_only():
     refusal = read_refusal(
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "

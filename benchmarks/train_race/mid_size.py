@@ -39,6 +39,7 @@ def model_config(dtype: DType) -> ModelConfig:
         image_size=IMAGE_SIZE,
         image_start_id=IMAGE_START_ID,
         dtype=dtype,
+        remat="dots",  # on a CPU faster than keeping everything; PyTorch keeps everything
     )
 
 

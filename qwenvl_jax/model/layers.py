@@ -17,6 +17,7 @@ from flax import nnx
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import RematPolicy
+from qwenvl_jax.sharding import context_platform
 
 Carry = TypeVar("Carry")  # an array, or a tuple of them
 
@@ -42,11 +43,12 @@ def matmul(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
     XLA then writes the large activations in transposed order first, which on a CPU costs more than
     the product itself.
     """
-    return jnp.tensordot(x, kernel, axes=num_inputs)
+    return _matmul_forward(x, kernel, num_inputs)[0]
 
 
 def _matmul_forward(x, kernel, num_inputs):
-    return jnp.tensordot(x, kernel, axes=num_inputs), (x, kernel)
+    inputs_of_x = tuple(range(x.ndim - num_inputs, x.ndim))
+    return _dot(x, kernel, inputs_of_x, tuple(range(num_inputs))), (x, kernel)
 
 
 def _matmul_backward(num_inputs, residuals, grad):
@@ -54,10 +56,34 @@ def _matmul_backward(num_inputs, residuals, grad):
     num_outputs, num_batch = kernel.ndim - num_inputs, x.ndim - num_inputs
     outputs_of_grad = tuple(range(num_batch, grad.ndim))
     outputs_of_kernel = tuple(range(kernel.ndim - num_outputs, kernel.ndim))
-    grad_x = jax.lax.dot_general(grad, kernel, ((outputs_of_grad, outputs_of_kernel), ((), ())))
+    grad_x = _dot(grad, kernel, outputs_of_grad, outputs_of_kernel)
     batch = tuple(range(num_batch))
-    grad_kernel = jax.lax.dot_general(x, grad, ((batch, batch), ((), ())))
-    return grad_x, grad_kernel
+    if not _has_fast_path(x):
+        return grad_x, _dot(x, grad, batch, batch)
+    # The fast path contracts the last axis of the left side. A row of zeros keeps XLA from taking
+    # the transposition into the product again, and goes away after it.
+    x_BI = x.reshape(-1, math.prod(kernel.shape[:num_inputs]))
+    x_IB = jnp.pad(x_BI.T, ((0, 1), (0, 0)))
+    grad_kernel = _dot(x_IB, grad.reshape(x_BI.shape[0], -1), (1,), (0,))
+    return grad_x, grad_kernel[:-1].reshape(kernel.shape)
+
+
+def _dot(a, b, axes_of_a, axes_of_b):
+    """Returns the product over these axes, in the dtype of `a`."""
+    dims = ((axes_of_a, axes_of_b), ((), ()))
+    if not _has_fast_path(a):
+        return jax.lax.dot_general(a, b, dims)
+    wide = jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
+    return wide.astype(a.dtype)
+
+
+def _has_fast_path(x: jax.Array) -> bool:
+    """Returns whether products of such arrays are faster when asked for float32 results.
+
+    They are for bfloat16 on a CPU, by a factor of three; elsewhere it would sum up parts of a
+    split product in float32, and exchange twice the bytes.
+    """
+    return x.dtype == jnp.bfloat16 and context_platform() == "cpu"
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -28,8 +28,16 @@ class TooLarge:
     needed: int | None  # bytes, where it says so
     capacity: int | None
     largest: tuple[str, ...]  # its list of the largest arrays: size, shape, where they come from
+    space: str = "hbm"  # or a small memory of each core, as "vmem"
 
     def __str__(self) -> str:
+        if self.space != "hbm" and self.needed and self.capacity:
+            # What the compiler itself places there: nothing of the model is too large.
+            return (
+                f"the compiler found no room for its own buffers: needs {self.needed / 2**20:.1f} "
+                f"of {self.capacity / 2**20:.1f} MiB of a core's {self.space}; another number of "
+                f"micro-batches or a smaller model.attention_block can help"
+            )
         size = f"needs {self.needed / GB:.1f} GB" if self.needed else "does not fit"
         room = f" of {self.capacity / GB:.1f} GB" if self.capacity else ""
         return f"{size}{room} a chip; largest: {'; '.join(self.largest[:3])}"

@@ -137,6 +137,7 @@ def read_refusal(message: str) -> TooLarge:
     used = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", message)
     # Where it is sure before all is placed, it gives two totals and no list.
     used = used or re.search(r"\(([\d.]+)([KMGT])\) exceeds .*?\(([\d.]+)([KMGT])\)", message)
+    space = re.search(r"in memory\s+space (\w+)", message)
     sizes = re.findall(r"Size: ([\d.]+[KMGT])", message)
     shapes = re.findall(r"Shape: (\w+\[[\d,]*\])", message)
     names = re.findall(r'op_name="([^"]*)"', message)
@@ -147,6 +148,7 @@ def read_refusal(message: str) -> TooLarge:
         needed=_bytes(used[1], used[2]) if used else None,
         capacity=_bytes(used[3], used[4]) if used else None,
         largest=tuple(largest),
+        space=space[1] if space else "hbm",
     )
 
 

@@ -9,16 +9,19 @@ _TPU = {
     # the time.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
-# Gathers start early by themselves on v5e alone, sums of gradients nowhere: asked for, they cross
-# in pieces, in the fusions of products.
-_IN_PRODUCTS = {
+# Gathers start early by themselves on v5e alone: asked for, they cross in pieces, in the fusions of
+# products.
+_GATHERS_IN_PRODUCTS = {
     "xla_enable_async_all_gather": "true",
     "xla_enable_async_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
+}
+# So do sums of gradients, which need more of a core's vector memory than a v4 has.
+_IN_PRODUCTS = _GATHERS_IN_PRODUCTS | {
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
 }
 # A v6e has small cores for irregular work, which drive exchanges while the large one multiplies.
 _ON_SPARSE_CORES = {
@@ -32,7 +35,7 @@ _ON_SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
 }
 _BY_KIND = {
-    "TPU v4": _IN_PRODUCTS,
+    "TPU v4": _GATHERS_IN_PRODUCTS,
     "TPU v5": _IN_PRODUCTS,
     "TPU v5 lite": _IN_PRODUCTS,
     "TPU v6 lite": _ON_SPARSE_CORES,
