@@ -39,7 +39,7 @@ ROWS: list[tuple[str, str, int, list[str]]] = [
     ("stage3_chat", "v5e-16", 1, []),
     ("stage3_chat", "v6e-8", 1, [*DOTS, "--micro-batches=32"]),
     ("stage3_chat", "v5e-8", 1, ["--micro-batches=32"]),
-    ("finetune", "v5e-16", 1, ["--mesh.tensor=2"]),
+    ("finetune", "v5e-16", 1, ["--mesh.tensor=2", *DOTS]),
     ("finetune", "v6e-8", 1, []),
     ("finetune_adapter", "v5e-8", 1, []),
     ("finetune_adapter", "v6e-8", 1, []),

@@ -22,7 +22,7 @@ def get_config() -> TrainConfig:
         seed=0,
         init="runs/stage2",
         model=dataclasses.replace(
-            qwen_vl(), dtype="bfloat16", attention_backend="auto", remat="full"
+            qwen_vl(), dtype="bfloat16", attention_backend="auto", remat="dots"
         ),
         data=DataConfig(
             source="rows",
@@ -43,7 +43,7 @@ def get_config() -> TrainConfig:
             clip_norm=1.0,
         ),
         parameters=stage_3(weight_decay=0.05),
-        micro_batches=8,  # two rows for every two chips of 16
+        micro_batches=16,  # one row for every two chips of 16
         loss_chunk=512,
         mesh=MeshConfig(data=1, fsdp=-1, tensor=2),
     )

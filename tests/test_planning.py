@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh
 
 from qwenvl_jax import presets
 from qwenvl_jax.cli.plan import main, split_options
+from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import ConfigError, MeshConfig
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.planning.bound import Bound
@@ -455,6 +456,18 @@ def test_the_nearest_setting_recomputes_before_it_splits_the_batch():
     ], "more recomputation is tried first"
     assert setting.apply(config).micro_batches == 2
     assert nearest_fit(config, pod, plan=plan_that_fits_from(99), tries=3) is None
+
+
+def test_at_full_size_half_a_micro_batch_is_nearer_than_computing_everything_again():
+    config = read_config(str(ROOT / "configs/stage3_chat.py"), ["--micro-batches=8"])
+    said = []
+    found = nearest_fit(
+        config, find_pod("v5e-16"), plan=plan_that_fits_from(16), tries=9, say=said.append
+    )
+    assert found is not None
+    setting, _ = found
+    assert (setting.micro_batches, setting.remat, setting.mesh.tensor) == (16, "dots", 2)
+    assert not any("--model.remat=full" in line for line in said)
 
 
 def test_settings_divide_the_rows():

@@ -7,12 +7,14 @@ micro-batches a step is made, and how the mesh is split. Every answer was compil
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 from qwenvl_jax.config import ConfigError, MeshConfig, RematPolicy, TrainConfig
 from qwenvl_jax.planning.estimate import estimate_memory, state_memory
 from qwenvl_jax.planning.plan import Plan, make_plan
 from qwenvl_jax.planning.pods import Pod
+from qwenvl_jax.planning.useful import useful_flops
+from qwenvl_jax.sharding import mesh_sizes
 
 # From the fastest to the smallest: (decoder, tower).
 REMATS: tuple[tuple[RematPolicy, RematPolicy], ...] = (
@@ -21,6 +23,16 @@ REMATS: tuple[tuple[RematPolicy, RematPolicy], ...] = (
     ("dots", "full"),
     ("full", "full"),
 )
+# What is executed over what is useful, as compiled at full size (docs/pods.md).
+_EXECUTED = {
+    ("none", "none"): 1.0,
+    ("dots", "dots"): 1.07,
+    ("dots", "full"): 1.17,
+    ("full", "full"): 1.25,
+}
+_EXCHANGES_OF_A_WEIGHT = 3  # in a micro-batch: gathered forward and backward, its gradient summed
+_SUMS_OF_A_LAYER = 8  # of activations over `tensor`, counted per decoder layer, the tower's too
+_WAITING = 0.5  # the share of exchanges that nothing hides
 HOPELESS = 1.5  # times the capacity, by the estimate: not worth compiling
 
 Planner = Callable[[TrainConfig, Pod], Plan]
@@ -72,8 +84,8 @@ def nearest_fit(
 ) -> tuple[Setting, Plan] | None:
     """Returns the nearest setting that fits and its plan, or None when `tries` did not find one.
 
-    First more is recomputed, then micro-batches are made smaller, then the model is split further:
-    in this order a change costs more speed.
+    Nearest is what the estimate calls the fastest of what takes less memory: more recomputed, more
+    micro-batches, or a model that is split further.
     """
     for setting in itertools.islice(_smaller(config, pod), tries):
         say(f"compiling {setting.options()}")
@@ -83,20 +95,55 @@ def nearest_fit(
     return None
 
 
-def _smaller(config: TrainConfig, pod: Pod) -> Iterator[Setting]:
+def _smaller(config: TrainConfig, pod: Pod) -> list[Setting]:
     now = setting_of(config)
     first = REMATS.index((now.remat, now.vit_remat)) if (now.remat, now.vit_remat) in REMATS else 0
-    for mesh in (now.mesh, *(mesh for mesh in meshes_of(pod) if mesh.tensor > now.mesh.tensor)):
+    meshes = (now.mesh, *(mesh for mesh in meshes_of(pod) if mesh.tensor > now.mesh.tensor))
+    counts = [now.micro_batches * factor for factor in (1, 2, 4, 8)]
+    return [x for x in _ranked(config, pod, meshes, counts, REMATS[first:]) if x != now]
+
+
+def _ranked(
+    config: TrainConfig,
+    pod: Pod,
+    meshes: Sequence[MeshConfig],
+    counts: Sequence[int],
+    remats: Sequence[tuple[RematPolicy, RematPolicy]],
+) -> list[Setting]:
+    """Returns the settings that are worth a try, by the estimate the fastest first."""
+    useful, found = useful_flops(config), []
+    for mesh in meshes:
         state = state_memory(dataclasses.replace(config, mesh=mesh), pod.num_chips)
-        for factor, remat in itertools.product((1, 2, 4, 8), REMATS[first:]):
+        for micro_batches, (remat, vit_remat) in itertools.product(counts, remats):
             setting = Setting(
-                mesh=mesh,
-                micro_batches=now.micro_batches * factor,
-                remat=remat[0],
-                vit_remat=remat[1],
+                mesh=mesh, micro_batches=micro_batches, remat=remat, vit_remat=vit_remat
             )
-            if setting != now and _is_worth_a_try(setting, config, pod, state):
-                yield setting
+            if _is_worth_a_try(setting, config, pod, state):
+                seconds = estimated_seconds(setting.apply(config), pod, state["weights"], useful)
+                found.append((seconds, setting))
+    return [setting for _, setting in sorted(found, key=lambda item: item[0])]
+
+
+def estimated_seconds(
+    config: TrainConfig, pod: Pod, weight_bytes: int, useful: float | None = None
+) -> float:
+    """Returns the estimate of a step's time that settings are ranked by, from shapes alone.
+
+    `weight_bytes`: a chip's share of the weights, float32; `useful`: `useful_flops(config)`.
+    """
+    useful = useful_flops(config) if useful is None else useful
+    sizes, model = mesh_sizes(config.mesh, pod.num_chips), config.model
+    data, fsdp, tensor = sizes
+    executed = _EXECUTED[model.remat, model.vit_remat or model.remat]
+    compute = executed * useful / pod.num_chips / pod.chip.peak_flops
+    whole = weight_bytes / 2 * (fsdp - 1)  # in bfloat16, of the other chips
+    weights = _EXCHANGES_OF_A_WEIGHT * config.micro_batches * whole
+    tokens = config.data.rows / (data * fsdp) * config.data.length
+    layers = model.decoder.num_layers * _SUMS_OF_A_LAYER
+    sums = layers * tokens * model.decoder.width * 2 * 2 * (tensor - 1) / tensor
+    # fsdp lies along two dimensions of the torus, tensor along one.
+    links = weights / (4 * pod.chip.link_bandwidth) + sums / (2 * pod.chip.link_bandwidth)
+    return compute + _WAITING * links
 
 
 def _is_worth_a_try(setting: Setting, config: TrainConfig, pod: Pod, state: dict[str, int]) -> bool:
@@ -107,24 +154,10 @@ def _is_worth_a_try(setting: Setting, config: TrainConfig, pod: Pod, state: dict
 
 
 def settings(config: TrainConfig, pod: Pod) -> list[Setting]:
-    """Returns every setting that the estimate does not call hopeless, the most promising first.
-
-    Promising is little recomputation, then few micro-batches: weights are gathered once in each.
-    """
-    found = []
-    for mesh in meshes_of(pod):
-        state = state_memory(dataclasses.replace(config, mesh=mesh), pod.num_chips)
-        shards = pod.num_chips // mesh.tensor
-        most = config.data.rows // shards if config.data.rows % shards == 0 else 0
-        counts = [n for n in range(1, most + 1) if most % n == 0]
-        for (remat, vit_remat), micro_batches in itertools.product(REMATS, counts):
-            setting = Setting(
-                mesh=mesh, micro_batches=micro_batches, remat=remat, vit_remat=vit_remat
-            )
-            if _is_worth_a_try(setting, config, pod, state):
-                found.append(setting)
-    found.sort(key=lambda x: (REMATS.index((x.remat, x.vit_remat)), x.mesh.tensor, x.micro_batches))
-    return found
+    """Returns every setting that the estimate does not call hopeless, the most promising first."""
+    rows = config.data.rows
+    counts = [n for n in range(1, rows + 1) if rows % n == 0]
+    return _ranked(config, pod, meshes_of(pod), counts, REMATS)
 
 
 def meshes_of(pod: Pod) -> list[MeshConfig]:
