@@ -43,10 +43,10 @@ nano: $(VENV)/.installed-generate
 	test -d runs/nano/wide_start || $(BIN)/python convert.py vocabulary \
 	  runs/nano/drawn configs/nano/wide.tiktoken runs/nano/wide_start
 	for rows in train cells dialogue heldout; do configs/nano/rows.sh $$rows || exit 1; done
-	@for stage in stage2_wide stage2_cells stage3_wide stage2_longer_cells; do \
+	@for stage in stage2_wide stage2_cells stage3_wide stage2_longer_cells stage2_last_cells; do \
 	  $(BIN)/python train.py configs/nano/$$stage.py || exit 1; done
-	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_longer_cells
-	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_longer_cells \
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last_cells
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last_cells \
 	  --rows $(addprefix runs/nano/rows/heldout/,scenes animals food english chinese)
 
 clean:

@@ -38,11 +38,11 @@ ROWS: list[tuple[str, str, int, list[str]]] = [
     ("stage3_chat", "v4-256", 1, [*BIG, *DOTS, "--micro-batches=1"]),
     ("stage3_chat", "v5e-16", 1, []),
     ("stage3_chat", "v6e-8", 1, [*DOTS, "--micro-batches=32"]),
-    ("stage3_chat", "v5e-8", 1, ["--micro-batches=32"]),
+    ("stage3_chat", "v5e-8", 1, ["--model.remat=full", "--micro-batches=32"]),
     ("finetune", "v5e-16", 1, ["--mesh.tensor=2", *DOTS]),
-    ("finetune", "v6e-8", 1, []),
-    ("finetune_adapter", "v5e-8", 1, []),
-    ("finetune_adapter", "v6e-8", 1, []),
+    ("finetune", "v6e-8", 1, ["--mesh.tensor=2", *DOTS, "--micro-batches=32"]),
+    ("finetune_adapter", "v5e-8", 1, ["--mesh.tensor=2", *DOTS, "--micro-batches=32"]),
+    ("finetune_adapter", "v6e-8", 1, DOTS),
 ]
 
 

@@ -23,7 +23,7 @@ from qwenvl_jax.planning.liveness import fullest_moment, places_of
 from qwenvl_jax.planning.memory import Memory
 from qwenvl_jax.planning.plan import Plan
 from qwenvl_jax.planning.pods import find_pod, known_pods
-from qwenvl_jax.planning.search import REMATS, meshes_of, nearest_fit, settings
+from qwenvl_jax.planning.search import REMATS, meshes_of, nearest_fit, search, settings
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.planning.work import exchange_groups, measure
 from qwenvl_jax.sharding import MESH_AXES, mesh_sizes, placements
@@ -468,6 +468,24 @@ def test_at_full_size_half_a_micro_batch_is_nearer_than_computing_everything_aga
     setting, _ = found
     assert (setting.micro_batches, setting.remat, setting.mesh.tensor) == (16, "dots", 2)
     assert not any("--model.remat=full" in line for line in said)
+
+
+def test_a_search_asks_only_what_does_not_follow_from_other_answers():
+    config = tiny.train_config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, rows=64))
+    pod = find_pod("v5e-8")
+    found = list(search(config, pod, plan=plan_that_fits_from(4), tries=3))
+    fits = [setting for setting, plan in found if plan.fits]
+    assert len(fits) == 3
+    assert found[-1][1].fits
+    refused = [setting for setting, plan in found if not plan.fits]
+    for number, setting in enumerate(refused):
+        assert not any(setting.keeps_as_much_as(before) for before in refused[:number])
+    for number, setting in enumerate(fits):
+        assert not any(before.keeps_as_much_as(setting) for before in fits[:number])
+    asked = {setting for setting, _ in found}
+    assert any(x not in asked and x.micro_batches < 4 for x in settings(config, pod))
+    assert list(search(config, pod, plan=plan_that_fits_from(99), tries=3))[-1][1].fits is False
 
 
 def test_settings_divide_the_rows():

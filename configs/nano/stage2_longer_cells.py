@@ -1,4 +1,4 @@
-"""Stage 2 of the small model on wider data, third part: dialogues too, and longer. What ships.
+"""Stage 2 of the small model on wider data, third part: dialogues too, and longer.
 
 The loss of `stage2_cells` was still falling. It begins from what stage 3 left, with everything
 trained, and ends at a low rate.

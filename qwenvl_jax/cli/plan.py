@@ -32,7 +32,7 @@ does not fit, the nearest setting that does is looked for, compiled, and printed
                      a chip. h100-8, a100-80-8, l4-1, ...: GPUs, an estimate from shapes alone
   --slices N         equal slices joined by the data-centre network (1)
   --search           find the fastest setting that fits: mesh splits, micro-batches, remat
-  --tries N          compile at most so many settings for a suggestion or a search (6)
+  --tries N          settings to compile for a suggestion; of a search, that fit (6)
   --serve            plan prefill and decode instead of a training step, in bf16:
   --rows N --prompt N --answer N --images N    what is asked at once (8, 1024, 256, 1)
   --json FILE        write the plan as JSON
@@ -159,19 +159,20 @@ def _plan(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
 
 def _search(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
     from qwenvl_jax.planning.report import TABLE_HEAD, plan_text, table_row
-    from qwenvl_jax.planning.search import settings
+    from qwenvl_jax.planning.search import search
 
     planner = _planner(options)
     found = []
     console = Console(stderr=True)
-    for setting in track(settings(config, pod)[: options.tries], "compiling", console=console):
-        plan = planner(setting.apply(config), pod)
-        found.append((setting, plan))
-        if not console.is_terminal:
-            _say(f"{'fits' if plan.fits else 'does not fit'}: {setting.options()}")
+    with Progress(console=console) as bar:
+        task = bar.add_task("compiling", total=options.tries)
+        for setting, plan in search(config, pod, plan=planner, tries=options.tries):
+            found.append((setting, plan))
+            bar.advance(task, plan.fits)
+            console.print(f"{'fits' if plan.fits else 'does not fit'}: {setting.options()}")
     print(TABLE_HEAD)
     for setting, plan in found:
         print(table_row(setting.options(), plan))

@@ -7,7 +7,7 @@ micro-batches a step is made, and how the mesh is split. Every answer was compil
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from qwenvl_jax.config import ConfigError, MeshConfig, RematPolicy, TrainConfig
 from qwenvl_jax.planning.estimate import estimate_memory, state_memory
@@ -54,6 +54,13 @@ class Setting:
             config, model=model, mesh=self.mesh, micro_batches=self.micro_batches
         )
 
+    def keeps_as_much_as(self, other: "Setting") -> bool:
+        """Returns whether it needs no less memory, and no more time, than another of its mesh."""
+        mine, theirs = (REMATS.index((x.remat, x.vit_remat)) for x in (self, other))
+        return (
+            self.mesh == other.mesh and mine <= theirs and self.micro_batches <= other.micro_batches
+        )
+
     def options(self) -> str:
         """Returns the setting as options of `train.py`."""
         mesh = self.mesh
@@ -87,12 +94,46 @@ def nearest_fit(
     Nearest is what the estimate calls the fastest of what takes less memory: more recomputed, more
     micro-batches, or a model that is split further.
     """
-    for setting in itertools.islice(_smaller(config, pod), tries):
-        say(f"compiling {setting.options()}")
-        found = plan(setting.apply(config), pod)
+    candidates = _smaller(config, pod)
+    for setting, found in itertools.islice(_tried(candidates, config, pod, plan, say), tries):
         if found.fits:
             return setting, found
     return None
+
+
+def search(
+    config: TrainConfig, pod: Pod, *, plan: Planner = make_plan, tries: int = 6
+) -> Iterator[tuple[Setting, Plan]]:
+    """Yields settings with their plans, the most promising first, until `tries` of them fit.
+
+    Those that do not fit are yielded too, and not counted: they take seconds to refuse.
+    """
+    for setting, found in _tried(settings(config, pod), config, pod, plan, lambda text: None):
+        yield setting, found
+        tries -= found.fits
+        if not tries:
+            return
+
+
+def _tried(
+    candidates: list[Setting],
+    config: TrainConfig,
+    pod: Pod,
+    plan: Planner,
+    say: Callable[[str], None],
+) -> Iterator[tuple[Setting, Plan]]:
+    """Yields candidates with their plans, but for those whose answer follows from others'."""
+    refused: list[Setting] = []
+    fitting: list[Setting] = []
+    for setting in candidates:
+        needs_more = any(setting.keeps_as_much_as(other) for other in refused)
+        is_slower = any(other.keeps_as_much_as(setting) for other in fitting)
+        if needs_more or is_slower:
+            continue
+        say(f"compiling {setting.options()}")
+        found = plan(setting.apply(config), pod)
+        (fitting if found.fits else refused).append(setting)
+        yield setting, found
 
 
 def _smaller(config: TrainConfig, pod: Pod) -> list[Setting]:
