@@ -20,12 +20,12 @@ DOTS = ["--model.remat=dots"]
 
 # (config, pod, slices, options): the recipe of the config, cut to the memory of the chip.
 ROWS: list[tuple[str, str, int, list[str]]] = [
-    ("stage1_pretrain", "v5e-256", 1, ["--micro-batches=20"]),
+    ("stage1_pretrain", "v5e-256", 1, []),
     ("stage1_pretrain", "v5e-256", 2, ["--micro-batches=10"]),
     ("stage1_pretrain", "v6e-256", 1, ["--micro-batches=10"]),
     ("stage1_pretrain", "v5p-256", 1, ["--micro-batches=6"]),
     ("stage1_pretrain", "v4-512", 1, ["--micro-batches=10"]),
-    ("stage1_pretrain", "v4-256", 1, ["--micro-batches=20"]),
+    ("stage1_pretrain", "v4-256", 1, []),
     ("stage2_multitask", "v5e-256", 1, []),
     ("stage2_multitask", "v6e-256", 1, ["--micro-batches=8"]),
     ("stage2_multitask", "v5p-256", 1, ["--micro-batches=8"]),

@@ -49,7 +49,7 @@ def get_config() -> TrainConfig:
             clip_norm=1.0,
         ),
         parameters=stage_1(tower_decay=0.95, weight_decay=0.05),
-        micro_batches=30,  # 4 rows a chip on 256 chips; fewer where there is more memory
+        micro_batches=20,  # 6 rows a chip on 256 chips; fewer where there is more memory
         loss_chunk=512,
         mesh=MeshConfig(data=-1, fsdp=128, tensor=1),  # widths divide by 128, not by 256
     )
