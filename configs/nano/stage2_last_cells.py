@@ -5,38 +5,28 @@ The loss of `stage2_longer_cells` was still falling, and two pictures were the h
     python train.py configs/nano/stage2_last_cells.py
 """
 
-from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
-from qwenvl_jax.presets import nano, stage_2
+import dataclasses
+from pathlib import Path
+
+from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.config import TrainConfig
 
 ROWS = "runs/nano/rows"
 
 
 def get_config() -> TrainConfig:
-    return TrainConfig(
+    base = read_config(str(Path(__file__).with_name("stage2_longer_cells.py")))
+    shares = {
+        f"{ROWS}/cells/animals": 0.07,
+        f"{ROWS}/cells/food": 0.05,
+        f"{ROWS}/dialogue/animals": 0.08,
+        f"{ROWS}/dialogue/food": 0.08,
+    }
+    return dataclasses.replace(
+        base,
         run_dir="runs/nano/stage2_last_cells",
         steps=6000,
         seed=13,
         init="runs/nano/stage2_longer_cells",
-        model=nano(),
-        data=DataConfig(
-            source="rows",
-            mixture={
-                f"{ROWS}/train/scenes": 0.26,
-                f"{ROWS}/train/animals": 0.22,
-                f"{ROWS}/train/food": 0.18,
-                f"{ROWS}/cells/animals": 0.07,
-                f"{ROWS}/cells/food": 0.05,
-                f"{ROWS}/dialogue/scenes": 0.06,
-                f"{ROWS}/dialogue/animals": 0.08,
-                f"{ROWS}/dialogue/food": 0.08,
-            },
-            length=256,
-            max_images=5,
-            image_size=112,
-            rows=6,
-            tokenizer="configs/nano/wide.tiktoken",
-            max_bad_fraction=0.05,  # dialogues with many boxes are longer than a row
-        ),
-        optimizer=OptimizerConfig(peak_lr=6e-4, end_lr=1e-5, warmup_steps=50),
-        parameters=stage_2(tower_decay=1.0),
+        data=dataclasses.replace(base.data, mixture=base.data.mixture | shares),
     )
