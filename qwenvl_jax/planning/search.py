@@ -165,16 +165,13 @@ def _ranked(
     return [setting for _, setting in sorted(found, key=lambda item: item[0])]
 
 
-def estimated_seconds(
-    config: TrainConfig, pod: Pod, weight_bytes: int, useful: float | None = None
-) -> float:
+def estimated_seconds(config: TrainConfig, pod: Pod, weight_bytes: int, useful: float) -> float:
     """Returns the estimate of a step's time that settings are ranked by, from shapes alone.
 
     `weight_bytes`: a chip's share of the weights, float32; `useful`: `useful_flops(config)`.
     """
-    useful = useful_flops(config) if useful is None else useful
-    sizes, model = mesh_sizes(config.mesh, pod.num_chips), config.model
-    data, fsdp, tensor = sizes
+    model = config.model
+    data, fsdp, tensor = mesh_sizes(config.mesh, pod.num_chips)
     executed = _EXECUTED[model.remat, model.vit_remat or model.remat]
     compute = executed * useful / pod.num_chips / pod.chip.peak_flops
     whole = weight_bytes / 2 * (fsdp - 1)  # in bfloat16, of the other chips
