@@ -234,6 +234,8 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number):
         "import os, sys, signal\n"
         "from qwenvl_jax.cli import convert\n"
         "import qwenvl_jax.conversion.run as run\n"
+        # A shell without job control starts what is in the background with Ctrl-C ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "write = run.write_weights\n"
         "def stop(*args):\n"
         "    write(*args)\n"

@@ -158,23 +158,36 @@ def test_a_weight_that_is_only_looked_at_is_read_and_an_exchange_is_written_once
     assert [x.is_overlapped for x in work.collectives] == [False]
 
 
-def test_an_exchange_of_the_sparse_cores_crosses_beside_the_product_before_its_end():
-    head, begun = "%gathered (q: f32[6,4])", "f32[24,4]{1,0} fusion(%part), kind=kCustom"
-    text = VIEWS.replace("%started (q: f32[6,4])", head)
+_BESIDE = 'async_execution_thread="sparsecore", to_apply=%gathered'
+_AGAIN = "%again = f32[6,4]{1,0} fusion(%a, %b), kind=kOutput, calls=%product"
+_STARTED = "%begun = ((f32[6,4]{1,0}, token[]), f32[24,4]{1,0}) call-start(%part), " + _BESIDE
+_AHEAD = "%ahead = ((), (), (s32[1]{0:T(128)S(2)})) call-start(), " + _BESIDE
+_UPDATE = "%begun = ((f32[6,4]{1,0}), f32[24,4]{1,0}) call-update(%ahead, %part)"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "is_overlapped"),
+    [
+        ((_STARTED, _AGAIN), True),
+        # Started ahead and empty-handed: what crosses does so from the update on.
+        ((_AHEAD, _UPDATE, _AGAIN), True),
+        ((_AHEAD, _AGAIN, _UPDATE), False),
+    ],
+)
+def test_an_exchange_of_the_sparse_cores_crosses_beside_products_before_its_end(
+    schedule, is_overlapped
+):
+    text = VIEWS.replace("%started (q: f32[6,4])", "%gathered (q: f32[6,4])")
     text = re.sub(r"  ROOT %c = .*", "", text).replace("%ag = ", "ROOT %ag = ")
-    shape = "((f32[6,4]{1,0}, token[]), f32[24,4]{1,0})"
-    text = text.replace(
-        f"%begun = {begun}, calls=%started",
-        f"%begun = {shape} "
-        'call-start(%part), async_execution_thread="sparsecore", to_apply=%gathered\n'
-        "  %again = f32[6,4]{1,0} fusion(%a, %b), kind=kOutput, calls=%product",
-    )
-    text = re.sub("fusion.%part, %begun., .*", "call-done(%begun)", text)
-    work = measure(Program(text), MESH, causal_block=512)
+    text = re.sub(r"%begun = .*", "\n  ".join(schedule), text)
+    program = Program(re.sub(r"fusion.%part, %begun., .*", "call-done(%begun)", text))
+    work = measure(program, MESH, causal_block=512)
     assert [(x.kind, x.times, x.is_overlapped) for x in work.collectives] == [
-        ("all-gather", 1, True)
+        ("all-gather", 1, is_overlapped)
     ]
     assert work.hbm_bytes == 2 * 4 * (6 * 8 + 4 * 8 + 6 * 4) + 4 * 24 * 4
+    alive = fullest_moment(program).arrays
+    assert {x.maker.name for x in alive if x.shape.num_bytes} == {"part", "again"}
 
 
 def test_fullest_moment_follows_what_is_written_in_place(program):

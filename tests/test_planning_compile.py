@@ -194,11 +194,12 @@ def test_prefill_and_decode_of_a_server():
     assert re.search(r"at most [\d,]+ tokens a second", text)
 
 
-@pytest.mark.parametrize("pod", ["v4-16", "v6e-8"])
-def test_exchanges_cross_beside_compute_where_they_do_not_by_themselves(pod):
+# An older compiler gives the sparse cores of a v5p little to do.
+@pytest.mark.parametrize(("pod", "least"), [("v4-16", 0.3), ("v5p-16", 0.1), ("v6e-8", 0.3)])
+def test_exchanges_cross_beside_compute_where_they_do_not_by_themselves(pod, least):
     plan = describe(compile_step(reduced("stage1_pretrain"), find_pod(pod)), find_pod(pod))
     assert plan.work is not None
-    assert plan.work.overlapped_share > 0.3, "0.03 without the options of training/compiler.py"
+    assert plan.work.overlapped_share > least, "0.03 without the options of training/compiler.py"
     assert any(x.is_overlapped for x in plan.work.collectives if x.kind == "all-gather")
 
 

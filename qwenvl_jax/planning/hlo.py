@@ -18,8 +18,10 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-# A computation that runs beside the others, on a v6e's sparse cores too ("call-start").
+# A computation that runs beside the others, on a v6e's sparse cores too ("call-start"). Newer
+# compilers start it empty-handed, ahead, and hand it its operands in an update.
 _BESIDE = ("async-start", "call-start")
+UPDATES = ("async-update", "call-update")
 _NOT_REDUCERS = {"fusion", "call", "while", "conditional", "custom-call", *_BESIDE}
 
 
@@ -179,11 +181,17 @@ class Program:
     def awaited(self, instruction: Instruction) -> Iterator[Instruction]:
         """Yields what `inside` yields of the computation that ends here; nothing elsewhere."""
         if instruction.opcode in ("async-done", "call-done"):
-            for start in self.operands(instruction):
-                yield from self.inside(start)
+            yield from self.inside(self.operands(instruction)[0])
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
-        """Yields the instruction, or what its fusions are made of, down to the bottom."""
+        """Yields the instruction, or what its fusions are made of, down to the bottom.
+
+        What runs beside the others begins where it has its operands.
+        """
+        if instruction.opcode in UPDATES:
+            instruction = self.operands(instruction)[0]
+        elif instruction.opcode in _BESIDE and not instruction.operands:
+            return
         if instruction.opcode not in ("fusion", "custom-call", *_BESIDE):
             yield instruction
             return

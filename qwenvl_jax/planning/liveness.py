@@ -12,7 +12,7 @@ import re
 from functools import cached_property
 from typing import NamedTuple
 
-from qwenvl_jax.planning.hlo import ArrayShape, Computation, Instruction, Program
+from qwenvl_jax.planning.hlo import UPDATES, ArrayShape, Computation, Instruction, Program
 
 # The memory of an array: the instruction that makes it and which of its results it is. None is
 # memory that does not belong to the computation.
@@ -136,7 +136,9 @@ def _places(program: Program, instruction: Instruction, places: Places) -> tuple
         return (new[0], *given[0], *new[2:])
     if opcode == "copy-done":
         return given[0][:1]
-    if opcode in _STARTS:
+    if opcode in UPDATES:  # its first operand is the start, which made nothing yet
+        given = given[1:]
+    if opcode in _STARTS or opcode in UPDATES:
         read = tuple(place for places_ in given for place in places_)
         return (*read, *new[len(read) :])
     if opcode in _DONES:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
-from qwenvl_jax.planning.hlo import ArrayShape, Instruction, Program
+from qwenvl_jax.planning.hlo import UPDATES, ArrayShape, Instruction, Program
 
 _COLLECTIVES = {
     # What crosses a chip's links, as a share of the larger side of the operation, for groups of n.
@@ -199,7 +199,9 @@ def hbm_bytes(program: Program, instruction: Instruction) -> float:
     A slice of a large array, and an update in place, count with their own size, also inside of
     fusions.
     """
-    if instruction.opcode in (*_FREE, "call-start") or instruction.opcode.endswith("-done"):
+    if instruction.opcode in (*_FREE, *UPDATES, "call-start") or instruction.opcode.endswith(
+        "-done"
+    ):
         return 0.0
     operands = program.operands(instruction)
     if instruction.opcode == "slice-start":  # lists the array, then the slice

@@ -9,24 +9,19 @@ _TPU = {
     # the time.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
-# Gathers start early by themselves on v5e alone: asked for, they cross in pieces, in the fusions of
-# products.
-_GATHERS_IN_PRODUCTS = {
-    "xla_enable_async_all_gather": "true",
-    "xla_enable_async_all_reduce": "true",
+_ASYNC = {"xla_enable_async_all_gather": "true", "xla_enable_async_all_reduce": "true"}
+# Gathers and sums of gradients cross in pieces, in the fusions of products. Of a v5e alone: newer
+# compilers refuse it elsewhere, as a cause of hangs and of wrong results.
+_IN_PRODUCTS = _ASYNC | {
     "xla_tpu_enable_async_collective_fusion": "true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
     "xla_tpu_overlap_compute_collective_tc": "true",
 }
-# So do sums of gradients, which need more of a core's vector memory than a v4 has.
-_IN_PRODUCTS = _GATHERS_IN_PRODUCTS | {
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "true",
-}
-# A v6e has small cores for irregular work, which drive exchanges while the large one multiplies.
-_ON_SPARSE_CORES = {
-    "xla_enable_async_all_gather": "true",
-    "xla_enable_async_all_reduce": "true",
+# A v5p and a v6e have small cores for irregular work, which drive exchanges while the large ones
+# multiply.
+_ON_SPARSE_CORES = _ASYNC | {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "false",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
@@ -35,8 +30,8 @@ _ON_SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
 }
 _BY_KIND = {
-    "TPU v4": _GATHERS_IN_PRODUCTS,
-    "TPU v5": _IN_PRODUCTS,
+    "TPU v4": _ASYNC,
+    "TPU v5": _ON_SPARSE_CORES,
     "TPU v5 lite": _IN_PRODUCTS,
     "TPU v6 lite": _ON_SPARSE_CORES,
 }
