@@ -53,7 +53,7 @@ def row(dtype: str, remat: str) -> str:
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
     layout = make_layout(config, make_mesh())
     with jax.set_mesh(layout.mesh):
-        state = start_state(config, layout, random_weights(config, layout.mesh))
+        state = start_state(config, layout, random_weights(config, layout))
         batch = jax.device_put(mid_size.batch())
         compiled = make_train_step(config, layout).lower(state, batch).compile()  # type: ignore[attr-defined]
         jax.block_until_ready((state, batch))

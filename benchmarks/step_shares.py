@@ -45,7 +45,7 @@ class Stepper:
 
     def __init__(self, config: TrainConfig):
         layout = make_layout(config, make_mesh())
-        self.state = start_state(config, layout, random_weights(config, layout.mesh))
+        self.state = start_state(config, layout, random_weights(config, layout))
         made = batches(config.data, config.seed, slots=config.model.adapter.num_queries)
         self._batch = jax.device_put(next(made), batch_sharding(layout.mesh))
         step = make_train_step(config, layout)

@@ -36,7 +36,7 @@ def jax_contestant(dtype: str) -> tuple[Callable[[], float], Callable[[], float]
 
     config = mid_size.train_config(dtype)
     layout = make_layout(config, make_mesh())
-    state = start_state(config, layout, random_weights(config, layout.mesh))
+    state = start_state(config, layout, random_weights(config, layout))
     batch = jax.device_put(mid_size.batch())
     step = make_train_step(config, layout)
 

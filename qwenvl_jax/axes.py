@@ -29,6 +29,7 @@ VIT_EMBED = "vit_embed"  # E
 VIT_HEADS = "vit_heads"  # N of the tower
 VIT_MLP = "vit_mlp"  # M
 QUERY = "query"  # Q
+RANK = "rank"  # between the two matrices of a LoRA pair
 
 BATCH = "batch"  # B and I: rows and pictures of a step
 LENGTH = "length"  # L

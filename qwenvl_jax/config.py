@@ -122,6 +122,23 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Pairs of thin matrices beside frozen kernels, trained in their place (arXiv 2106.09685)."""
+
+    rank: int = 0  # 0: there are none
+    alpha: float = 16.0  # their product counts alpha / rank
+    targets: tuple[str, ...] = ()  # shell patterns over matrices: "decoder.blocks.attn.*"
+
+    def __post_init__(self):
+        _positive(self, "alpha")
+        if self.rank < 0 or (self.rank > 0 and not self.targets):
+            raise ConfigError(
+                "LoraConfig must have a rank of 0, or a positive one and targets: got "
+                f"rank={self.rank}, targets={self.targets}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The whole model's sizes, and how it computes."""
 
@@ -136,6 +153,7 @@ class ModelConfig:
     attention_block: int = 512  # queries and keys that the splash kernel works on at once
     remat: RematPolicy = "none"
     vit_remat: RematPolicy | None = None  # of the tower; None: as `remat`
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         if self.attention_block < 128 or self.attention_block % 128:
@@ -336,6 +354,7 @@ class TrainConfig:
     data: DataConfig
     optimizer: OptimizerConfig
     parameters: tuple[ParameterRule, ...]  # what trains, and how fast; the first match decides
+    frozen_dtype: DType | None = None  # of parameters that do not train; None: model.param_dtype
     micro_batches: int = 1  # gradient accumulation, weighted by scored tokens
     loss_chunk: int = 256  # tokens whose logits exist at once
     mesh: MeshConfig = MeshConfig()

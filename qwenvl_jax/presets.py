@@ -3,6 +3,7 @@
 from qwenvl_jax.config import (
     AdapterConfig,
     DecoderConfig,
+    LoraConfig,
     ModelConfig,
     ParameterRule,
     VisionConfig,
@@ -69,6 +70,19 @@ def nano(*, num_ranks: int = 1763) -> ModelConfig:
     )
 
 
+def released_lora() -> LoraConfig:
+    """Returns the pairs that the original `finetune.py` adds with `--use_lora`."""
+    return LoraConfig(
+        rank=64,
+        alpha=16.0,
+        targets=(
+            "decoder.blocks.attn.*",
+            "decoder.blocks.mlp.gate_proj",
+            "decoder.blocks.mlp.up_proj",
+        ),
+    )
+
+
 # --- what trains --------------------------------------------------------------------------------
 
 ParameterTable = tuple[ParameterRule, ...]
@@ -128,6 +142,18 @@ def adapter_only(*, weight_decay: float = 0.1) -> ParameterTable:
         ParameterRule("vit.*", is_trained=False),
         ParameterRule("decoder.*", is_trained=False),
         *trained("adapter.*", weight_decay=weight_decay),
+    )
+
+
+def lora_only(*, weight_decay: float = 0.1) -> ParameterTable:
+    """Returns the table of a LoRA fine-tune: the pairs of `ModelConfig.lora` alone are trained.
+
+    The original trains the embeddings and the head of a base model too, whose chat tokens never
+    met training: put `*trained("decoder.embed.*", ...)` and `"decoder.lm_head.*"` in front.
+    """
+    return (
+        ParameterRule("*.lora.*", weight_decay=weight_decay),
+        ParameterRule("*", is_trained=False),
     )
 
 

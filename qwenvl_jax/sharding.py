@@ -8,7 +8,7 @@ splits heads, MLPs and the vocabulary. Activations follow from these by XLA's pr
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ AXIS_TABLE: dict[str, str | tuple[str, ...] | None] = {
     axes.VIT_HEADS: "tensor",
     axes.VIT_MLP: "tensor",
     axes.QUERY: None,
+    axes.RANK: None,
     axes.BATCH: BATCH_AXES,
     axes.LENGTH: None,
     axes.COPIES: "data",
@@ -194,8 +195,24 @@ def with_shardings(state: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
 
 def named_variables(state: nnx.State) -> dict[str, nnx.Variable]:
     """Returns dotted path -> Variable, e.g. `decoder.blocks.attn.q_proj.kernel`, sorted."""
-    flat = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+    flat = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
     return dict(sorted(flat.items()))
+
+
+def fill(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
+    """Returns the state with these in place of its arrays, by dotted path."""
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(path, v.replace(arrays[_dotted(path)])) for path, v in flat])
+
+
+def select(state: nnx.State, wanted: Callable[[str], bool]) -> nnx.State:
+    """Returns the part of a state whose dotted paths are `wanted`."""
+    flat = nnx.to_flat_state(state)
+    return nnx.from_flat_state([(path, v) for path, v in flat if wanted(_dotted(path))])
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

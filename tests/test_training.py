@@ -287,7 +287,7 @@ def test_schedule():
 def run(config, step=None, steps=4):
     """Returns (metrics of every step, final state) of a few steps on the test batches."""
     layout = layout_of(config)
-    weights = random_weights(config, layout.mesh)
+    weights = random_weights(config, layout)
     state = start_state(config, layout, weights)
     step = step or make_train_step(config, layout)
     place = batch_sharding(layout.mesh)
@@ -365,7 +365,7 @@ def test_rows_that_do_not_divide_are_refused():
 def test_frozen_part_keeps_its_weights_and_passes_gradients():
     config = tiny.train_config(parameters=stage_1())
     layout = layout_of(config)
-    before = jax.device_get(random_weights(config, layout.mesh))
+    before = jax.device_get(random_weights(config, layout))
     history, state = run(config)
     for path, array in state.frozen.items():
         np.testing.assert_array_equal(array, before[path], err_msg=path)
@@ -384,7 +384,7 @@ def poisoned(batch, kind):
 def test_a_step_that_is_not_finite_changes_nothing(kind, plain_step):
     config, step = tiny.train_config(), plain_step
     layout = layout_of(config)
-    state = start_state(config, layout, random_weights(config, layout.mesh))
+    state = start_state(config, layout, random_weights(config, layout))
     place = batch_sharding(layout.mesh)
 
     def batch_of(i):
@@ -430,7 +430,7 @@ def test_text_only_rows():
     config = tiny.train_config(parameters=text_only())
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_images=0))
     layout = layout_of(config)
-    state = start_state(config, layout, random_weights(config, layout.mesh))
+    state = start_state(config, layout, random_weights(config, layout))
     batch = tiny.batch(tiny.train_config(), 0)
     batch = batch._replace(images=batch.images[:, :0], image_start=batch.image_start[:, :0])
     _, metrics = make_train_step(config, layout)(state, batch)

@@ -46,7 +46,7 @@ def losses(mesh_config: MeshConfig | None) -> list[list[float]]:
     step = make_train_step(config, layout)
     found = []
     with jax.set_mesh(mesh):
-        state = start_state(config, layout, random_weights(config, mesh))
+        state = start_state(config, layout, random_weights(config, layout))
         held = rows_of_process(batch_sharding(mesh), config.data.rows)
         ours = (Batch(*(x[list(held.rows)] for x in b)) for b in tiny.batches(config))
         feed = Feed(ours, batch_sharding(mesh), patience=60.0, held=held)

@@ -100,11 +100,16 @@ class CheckpointStore:
         self._manager.close()
 
     def restore_newest(
-        self, wanted: Mapping[str, Item], defaults: Mapping[str, Item] | None = None
+        self,
+        wanted: Mapping[str, Item],
+        defaults: Mapping[str, Item] | None = None,
+        *,
+        any_dtype: bool = False,
     ) -> tuple[int, dict[str, Item]] | None:
         """Returns (step, items) of the newest step whose digests agree; None if there is no step.
 
-        `wanted` holds ShapeDtypeStructs with shardings, which need not be those of the save.
+        `wanted` holds ShapeDtypeStructs with shardings, which need not be those of the save. With
+        `any_dtype` their dtypes do not count either: arrays come back as they were saved.
         `defaults` holds arrays for items that checkpoints of older versions do not have.
         Damaged steps are renamed `<step>.corrupt` and reported, never deleted; a read-only store
         only reports them.
@@ -115,7 +120,7 @@ class CheckpointStore:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return step, self._restore(step, wanted, defaults or {})
+                return step, self._restore(step, wanted, defaults or {}, any_dtype)
             except _Damaged as reason:
                 self._set_aside(step, reason)
         aside = sorted(path.name for path in self._directory.glob("*.corrupt*"))
@@ -128,11 +133,17 @@ class CheckpointStore:
         return None
 
     def _restore(
-        self, step: int, wanted: Mapping[str, Item], defaults: Mapping[str, Item]
+        self,
+        step: int,
+        wanted: Mapping[str, Item],
+        defaults: Mapping[str, Item],
+        any_dtype: bool,
     ) -> dict[str, Item]:
         record = self._read_record(step)
         old = {name: dict(item) for name, item in defaults.items() if name not in record}
         wanted = {name: arrays for name, arrays in wanted.items() if name not in old}
+        if any_dtype:
+            wanted = {name: _as_saved(item, record.get(name, {})) for name, item in wanted.items()}
         for name, arrays in wanted.items():
             _check_names(f"{self._directory / str(step)} item {name!r}", arrays, record.get(name))
         args = {name: ocp.args.StandardRestore(dict(arrays)) for name, arrays in wanted.items()}
@@ -190,15 +201,16 @@ class CheckpointStore:
 def restore_weights(run_dir: str | Path, abstract: Item) -> Item:
     """Returns the model weights of a run's newest good checkpoint, by dotted path.
 
-    `abstract` maps each path to a ShapeDtypeStruct with its sharding; nothing else of the
-    checkpoint is read, and nothing in the run directory is changed.
+    `abstract` maps each path to a ShapeDtypeStruct with its sharding, whose dtype does not count:
+    the arrays have those of the run, which are not the same where frozen ones are kept in bfloat16.
+    Nothing else of the checkpoint is read, and nothing in the run directory is changed.
 
     Raises:
         CheckpointError: no checkpoint, none good, or another model's names and shapes.
     """
     store = CheckpointStore(run_dir, read_only=True)
     try:
-        found = store.restore_newest({"weights": abstract})
+        found = store.restore_newest({"weights": abstract}, any_dtype=True)
     finally:
         store.close()
     if found is None:
@@ -223,6 +235,16 @@ def _raise_damaged(error: Exception) -> NoReturn:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         raise error
     raise _Damaged(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
+
+
+def _as_saved(wanted: Item, saved: Mapping[str, Any]) -> Item:
+    """Returns the same names with the dtypes that a checkpoint's record has for them."""
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, saved[name]["dtype"], sharding=x.sharding)
+        if name in saved
+        else x
+        for name, x in wanted.items()
+    }
 
 
 def _check_names(where: str, wanted: Item, saved: Mapping[str, Any] | None) -> None:

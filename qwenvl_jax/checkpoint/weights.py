@@ -39,11 +39,12 @@ from qwenvl_jax.config import (
     AdapterConfig,
     ConfigError,
     DecoderConfig,
+    LoraConfig,
     ModelConfig,
     VisionConfig,
     save_json,
 )
-from qwenvl_jax.sharding import named_variables
+from qwenvl_jax.sharding import fill, named_variables
 
 MANIFEST = "weights.json"
 WEIGHTS = "weights"
@@ -186,6 +187,8 @@ def model_config_from_dict(fields: dict[str, Any], where: str | Path) -> ModelCo
     parts = {"vision": VisionConfig, "adapter": AdapterConfig, "decoder": DecoderConfig}
     try:
         made = {name: _from_dict(kind, fields.get(name)) for name, kind in parts.items()}
+        lora = fields.get("lora", {})  # JSON has no tuples
+        made["lora"] = _from_dict(LoraConfig, lora | {"targets": tuple(lora.get("targets", ()))})
         return _from_dict(ModelConfig, fields | made)
     except (ConfigError, TypeError) as error:
         raise WeightsError(f"{where} does not describe a model: {error}") from error
@@ -262,15 +265,6 @@ def load_weights_folder(path: str | Path, abstract: nnx.State, *, verify: bool =
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore((path / WEIGHTS).resolve(), target)
     return fill(abstract, arrays)
-
-
-def fill(abstract: nnx.State, arrays: Mapping[str, jax.Array]) -> nnx.State:
-    """Returns the abstract state with its placeholders replaced, by dotted path."""
-    flat = [
-        (path, variable.replace(arrays[".".join(map(str, path))]))
-        for path, variable in nnx.to_flat_state(abstract)
-    ]
-    return nnx.from_flat_state(flat)
 
 
 def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

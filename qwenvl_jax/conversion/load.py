@@ -4,35 +4,39 @@ Released weights go tensor by tensor from the mapped file straight into their sh
 no intermediate folder is written.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.checkpoint.leaves import Leaf
 from qwenvl_jax.checkpoint.store import restore_weights
 from qwenvl_jax.checkpoint.weights import (
     WeightsError,
-    fill,
     is_weights_folder,
     load_weights_folder,
     model_config_from_dict,
     read_weights_config,
 )
-from qwenvl_jax.config import ModelConfig
+from qwenvl_jax.config import LoraConfig, ModelConfig
 from qwenvl_jax.conversion.config import model_config_from_released
 from qwenvl_jax.conversion.placement import check_released, released_leaves
 from qwenvl_jax.conversion.reader import ReleasedFolder, read_json
 from qwenvl_jax.conversion.rules import qwen_vl_rules
 from qwenvl_jax.conversion.slots import ConversionError
-from qwenvl_jax.sharding import named_variables
+from qwenvl_jax.model.lora import fold, is_lora, kernel_of
+from qwenvl_jax.model.qwenvl import abstract_state
+from qwenvl_jax.sharding import fill, named_variables, select
 
 
 def read_config(path: str | Path) -> ModelConfig:
     """Returns the sizes of the model in a folder: released, ours, or a training run's.
+
+    LoRA pairs of a run are not in it: loading folds them into the kernels.
 
     Raises:
         ConversionError, WeightsError: there is no folder, or its `config.json` is of no use.
@@ -43,8 +47,7 @@ def read_config(path: str | Path) -> ModelConfig:
     if is_weights_folder(path):
         return read_weights_config(path)
     if is_run(path):
-        fields = read_json(path / "config.json").get("model", {})
-        return model_config_from_dict(fields, path / "config.json")
+        return dataclasses.replace(_run_config(path), lora=LoraConfig())
     return model_config_from_released(read_json(path / "config.json"), path / "config.json")
 
 
@@ -84,16 +87,35 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir()
 
 
+def _run_config(path: Path) -> ModelConfig:
+    """Returns the model of a run as it is trained, with LoRA pairs if it has any."""
+    fields = read_json(path / "config.json").get("model", {})
+    return model_config_from_dict(fields, path / "config.json")
+
+
 def _restore_run(path: Path, abstract: nnx.State) -> dict[str, jax.Array]:
-    """Returns a run's weights by dotted path; they are saved in the run's own `param_dtype`."""
-    saved_dtype = jnp.dtype(read_config(path).param_dtype)
+    """Returns a run's weights by dotted path, LoRA pairs folded in."""
     wanted = {name: variable.get_value() for name, variable in named_variables(abstract).items()}
-    saved = {
-        name: jax.ShapeDtypeStruct(array.shape, saved_dtype, sharding=array.sharding)
-        for name, array in wanted.items()
-    }
-    restored = restore_weights(path, saved)
+    lora = _run_config(path).lora
+    restored = restore_weights(path, wanted | _abstract_pairs(path, wanted))
+    if lora.rank:
+        restored = fold(restored, lora)
     return {name: array.astype(wanted[name].dtype) for name, array in restored.items()}
+
+
+def _abstract_pairs(
+    path: Path, wanted: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the LoRA pairs of a run, each placed as a whole beside what is wanted."""
+    _, state = abstract_state(_run_config(path))
+    pairs = {}
+    for name, variable in named_variables(select(state, is_lora)).items():
+        beside = wanted[kernel_of(name)].sharding
+        if isinstance(beside, NamedSharding):
+            beside = NamedSharding(beside.mesh, PartitionSpec())
+        x = variable.get_value()
+        pairs[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=beside)
+    return pairs
 
 
 def _place(leaf: Leaf, wanted: jax.ShapeDtypeStruct) -> jax.Array:

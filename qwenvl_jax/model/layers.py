@@ -112,9 +112,12 @@ class Dense(nnx.Module):
             self.bias = nnx.Param(zeros, axes=tuple(outputs))
         else:
             self.bias = None
+        self.lora: Callable | None = None  # what `model.lora` adds to the product
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y: Any = matmul(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+        if self.lora is not None:
+            y = y + self.lora(x)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y

@@ -22,8 +22,9 @@ from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.model.adapter import Adapter
 from qwenvl_jax.model.attention import Kernel
 from qwenvl_jax.model.decoder import Decoder, KVCache
+from qwenvl_jax.model.lora import add_lora
 from qwenvl_jax.model.vit import ViT
-from qwenvl_jax.sharding import shardings, with_shardings
+from qwenvl_jax.sharding import fill, named_variables, with_shardings
 
 NO_IMAGE = 2**30  # `image_start` of a picture slot that the row does not use
 
@@ -64,6 +65,7 @@ class QwenVL(nnx.Module):
             rngs=rngs,
         )
         self.decoder = Decoder(config.decoder, config.param_dtype, rngs=rngs)
+        add_lora(self, config.lora, config.param_dtype, rngs)
 
     def encode_images(self, image_IYXC: UInt8[Array, "I Y X C"]) -> Float[Array, "I Q D"]:
         """Returns what replaces the slots of each picture, in the compute dtype."""
@@ -130,12 +132,20 @@ def abstract_state(config: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.G
 
 def init_state(config: ModelConfig, key: Array, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
     """Returns random weights, each born on the devices where it will live."""
-    graphdef, abstract = abstract_state(config)
-    make = jax.jit(
-        lambda key: nnx.state(QwenVL(config, rngs=nnx.Rngs(params=key))),
-        out_shardings=shardings(abstract, mesh),
-    )
-    return graphdef, make(key)
+    graphdef, abstract = abstract_state(config, mesh)
+    return graphdef, draw_state(config, key, abstract)
+
+
+def draw_state(config: ModelConfig, key: Array, abstract: nnx.State) -> nnx.State:
+    """Returns random weights for an abstract state, or a part of one, with its dtypes."""
+    wanted = {path: variable.get_value() for path, variable in named_variables(abstract).items()}
+
+    @jax.jit(out_shardings={path: x.sharding for path, x in wanted.items()})
+    def draw(key: Array) -> dict[str, Array]:
+        made = named_variables(nnx.state(QwenVL(config, rngs=nnx.Rngs(params=key))))
+        return {path: made[path].get_value().astype(x.dtype) for path, x in wanted.items()}
+
+    return fill(abstract, draw(key))
 
 
 def num_parameters(state: nnx.State) -> int:

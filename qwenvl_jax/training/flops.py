@@ -33,6 +33,7 @@ PEAKS = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
 }
+_MATRICES = (".kernel", ".lora.down", ".lora.up")
 _PER_QUERY = ("adapter.attn.o_proj", "adapter.proj")
 # The learned queries are the same for all pictures: projected once a step, which is nothing.
 _PER_STEP = "adapter.attn.q_proj"
@@ -59,7 +60,7 @@ def step_flops(
     }
     per_image = per_token = 0.0
     for path, variable in named_variables(abstract).items():
-        if not path.endswith(".kernel") or path.startswith(_PER_STEP):
+        if not path.endswith(_MATRICES) or path.startswith(_PER_STEP):
             continue
         part = path.split(".")[0]
         # Pixels have no gradient, and what comes out of a frozen tower needs none.

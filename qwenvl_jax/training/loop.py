@@ -28,6 +28,7 @@ from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data import pipeline
 from qwenvl_jax.data.example import Batch
 from qwenvl_jax.data.pipeline import Share
+from qwenvl_jax.model.lora import is_lora, without_lora
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training.faults import HostFaults
@@ -204,12 +205,13 @@ def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
     """Returns the weights that a new run starts from, placed on the mesh.
 
     `init` None draws them from the seed; the run_dir of an earlier run gives its newest
-    checkpoint's; any other folder is a weights folder, ours or a released one.
+    checkpoint's; any other folder is a weights folder, ours or a released one. LoRA pairs are new.
     """
     if config.init is None:
-        return random_weights(config, layout.mesh)
-    state = load_weights(config.init, layout.model_state)
-    return {path: variable.get_value() for path, variable in named_variables(state).items()}
+        return random_weights(config, layout)
+    state = load_weights(config.init, without_lora(layout.model_state))
+    loaded = {path: variable.get_value() for path, variable in named_variables(state).items()}
+    return loaded | random_weights(config, layout, only=is_lora)
 
 
 def _compile(

@@ -4,6 +4,7 @@ Weights are flat dicts from the dotted parameter path to an array, split into th
 frozen ones: only the first has gradients and optimizer memory.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax.config import TrainConfig
-from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, init_state
-from qwenvl_jax.sharding import named_variables, with_shardings
+from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, draw_state
+from qwenvl_jax.sharding import fill, named_variables, select, with_shardings
 from qwenvl_jax.training.guard import GuardState, fresh_guard
 from qwenvl_jax.training.optimizer import ParameterPlan, make_optimizer, plan_parameters
 
@@ -53,6 +54,7 @@ def make_layout(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Layout:
     graphdef, state = abstract_state(config.model)
     state = with_shardings(state, mesh)
     plan = plan_parameters(state, config.parameters)
+    state = _with_frozen_dtype(state, plan, config.frozen_dtype or config.model.param_dtype)
     weights = {path: v.get_value() for path, v in named_variables(state).items()}
     trainable, frozen = split_weights(weights, plan)
     moments = jax.eval_shape(make_optimizer(config.optimizer, plan).init, trainable)
@@ -78,6 +80,17 @@ def make_layout(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Layout:
     return Layout(mesh, graphdef, state, plan, abstract)
 
 
+def _with_frozen_dtype(state: nnx.State, plan: dict[str, ParameterPlan], dtype: str) -> nnx.State:
+    """Returns the state with this dtype for parameters that do not train; tables keep theirs."""
+    arrays = {}
+    for path, variable in named_variables(state).items():
+        x = variable.get_value()
+        if isinstance(variable, nnx.Param) and not plan[path].is_trained:
+            x = jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding)
+        arrays[path] = x
+    return fill(state, arrays)
+
+
 def split_weights(
     weights: dict[str, Any], plan: dict[str, ParameterPlan]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -87,9 +100,12 @@ def split_weights(
     return trainable, frozen
 
 
-def random_weights(config: TrainConfig, mesh: Mesh) -> Weights:
-    """Returns fresh weights from the run's seed, born sharded."""
-    _, state = init_state(config.model, jax.random.key(config.seed), mesh)
+def random_weights(
+    config: TrainConfig, layout: Layout, only: Callable[[str], bool] = lambda path: True
+) -> Weights:
+    """Returns fresh weights from the run's seed, born sharded; `only` says which, by path."""
+    wanted = select(layout.model_state, only)
+    state = draw_state(config.model, jax.random.key(config.seed), wanted)
     return {path: variable.get_value() for path, variable in named_variables(state).items()}
 
 

@@ -1,0 +1,34 @@
+"""Fine-tunes released weights with LoRA: 129 million parameters beside a decoder that stays.
+
+    python train.py configs/finetune_lora.py --data.path=my.json --init=Qwen-VL-Chat
+
+As `configs/finetune.py`, with the values of `finetune_lora_ds.sh`: pairs of rank 64 beside the
+decoder's attention and the first two matrices of its MLP. What is frozen is kept in bfloat16. The
+result is a model as any other: `qwenvl chat`, `python convert.py export` and a later `--init` read
+the pairs folded into their kernels.
+Differs: no dropout on the pairs' input (0.05 there), and queries, keys and values have a pair each.
+
+For the base model, Qwen-VL, train the embeddings and the head too, as the original does: the
+tokens that a dialogue is written with are new to it. `presets.lora_only` says how.
+
+Cost: 19 GB of frozen weights and 1.5 GB of pairs with their moments, over all devices together;
+docs/pods.md has what it takes on 8 chips.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.presets import lora_only, released_lora
+
+
+def get_config() -> TrainConfig:
+    base = read_config(str(Path(__file__).with_name("finetune.py")))
+    return dataclasses.replace(
+        base,
+        run_dir="runs/finetune_lora",
+        model=dataclasses.replace(base.model, lora=released_lora()),
+        parameters=lora_only(weight_decay=0.1),
+        frozen_dtype="bfloat16",
+    )
