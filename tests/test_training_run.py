@@ -1,5 +1,6 @@
 """A run from outside: started, stopped, killed, resumed, refused."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import tiny
 from qwenvl_jax.checkpoint.store import CheckpointError, CheckpointStore, restore_weights
 from qwenvl_jax.cli.plot import main as plot_main
 from qwenvl_jax.cli.train import main, read_config
-from qwenvl_jax.config import ConfigError, OptimizerConfig
+from qwenvl_jax.config import ConfigError, LoraConfig, OptimizerConfig, to_dict
 from qwenvl_jax.data.example import TASKS, DataError
 from qwenvl_jax.presets import stage_2
 from qwenvl_jax.sharding import batch_sharding, make_mesh
@@ -30,7 +31,12 @@ from qwenvl_jax.training.manifest import fingerprint
 from qwenvl_jax.training.plot import plot_curves
 from qwenvl_jax.training.report import Report
 from qwenvl_jax.training.run import Run
-from qwenvl_jax.training.run_dir import differences, open_run, truncate_metrics
+from qwenvl_jax.training.run_dir import (
+    differences,
+    open_run,
+    truncate_metrics,
+    with_newer_settings,
+)
 from qwenvl_jax.training.state import make_layout
 from qwenvl_jax.training.stop import StopRequest
 
@@ -268,6 +274,22 @@ def test_differences_name_the_leaf():
         "a.b": "a.b: was 1, now 2",
         "e": "e: was None, now 0",
     }
+
+
+def test_run_of_a_version_without_a_setting_goes_on_where_its_default_is_kept(tmp_path):
+    config = tiny.train_config(tmp_path)
+    saved = json.loads(json.dumps(to_dict(config)))
+    del saved["model"]["lora"], saved["frozen_dtype"], saved["data"]["mixture"]
+    del saved["parameters"][1]["layer_decay"]
+    rate = config.parameters[1].layer_decay
+    found = differences(with_newer_settings(saved, config), to_dict(config))
+    assert found == {"parameters.1.layer_decay": f"parameters.1.layer_decay: was 1.0, now {rate}"}
+    lora = LoraConfig(rank=2, targets=("vit.*",))
+    other = dataclasses.replace(config, model=tiny.model_config(lora=lora))
+    found = differences(with_newer_settings(saved, other), to_dict(other))
+    assert found["model.lora.rank"] == "model.lora.rank: was 0, now 2"
+    del saved["steps"]  # has no default
+    assert "steps" in differences(with_newer_settings(saved, config), to_dict(config))
 
 
 def test_metrics_after_the_checkpoint_are_dropped(tmp_path):

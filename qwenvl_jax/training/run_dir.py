@@ -5,6 +5,7 @@ the same run: what decides the numbers may not differ, unless this start is allo
 Files that are not the run's own are left alone.
 """
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -126,7 +127,8 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
         manifest = {"starts": [], "skip_steps": []}
         has_begun = _has_begun(run_dir)
         if has_begun and (run_dir / "config.json").exists():
-            notes += _compare(_read(run_dir / "config.json"), to_dict(config), config)
+            old = with_newer_settings(_read(run_dir / "config.json"), config)
+            notes += _compare(old, to_dict(config), config)
         if has_begun and (run_dir / "manifest.json").exists():
             manifest |= _read(run_dir / "manifest.json")
             last = manifest["starts"][-1]
@@ -166,6 +168,27 @@ def take_lock(run_dir: Path) -> IO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+def with_newer_settings(saved: Any, config: Any) -> Any:
+    """Returns the saved fields of a config and, of settings that they lack, the defaults.
+
+    An older version did not know them, and did what the default says.
+    """
+    if isinstance(config, tuple) and isinstance(saved, list) and len(saved) == len(config):
+        return [with_newer_settings(a, b) for a, b in zip(saved, config, strict=True)]
+    if not dataclasses.is_dataclass(config) or not isinstance(saved, Mapping):
+        return saved
+    whole = dict(saved)
+    for field in dataclasses.fields(config):
+        if field.name in saved:
+            whole[field.name] = with_newer_settings(saved[field.name], getattr(config, field.name))
+        elif field.default is not dataclasses.MISSING:
+            is_group = dataclasses.is_dataclass(field.default)
+            whole[field.name] = to_dict(field.default) if is_group else field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            whole[field.name] = field.default_factory()
+    return whole
 
 
 def differences(old: Any, new: Any, path: str = "") -> dict[str, str]:
