@@ -9,7 +9,8 @@ the pairs folded into their kernels.
 Differs: no dropout on the pairs' input (0.05 there), and queries, keys and values have a pair each.
 
 For the base model, Qwen-VL, train the embeddings and the head too, as the original does: the
-tokens that a dialogue is written with are new to it. `presets.lora_only` says how.
+tokens that a dialogue is written with are new to it: `lora_only(with_embeddings=True)`, another
+1,245 million parameters.
 
 Cost: 19 GB of frozen weights and 1.5 GB of pairs with their moments, over all devices together;
 docs/pods.md has what it takes on 8 chips.

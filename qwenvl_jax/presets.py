@@ -145,16 +145,17 @@ def adapter_only(*, weight_decay: float = 0.1) -> ParameterTable:
     )
 
 
-def lora_only(*, weight_decay: float = 0.1) -> ParameterTable:
+def lora_only(*, weight_decay: float = 0.1, with_embeddings: bool = False) -> ParameterTable:
     """Returns the table of a LoRA fine-tune: the pairs of `ModelConfig.lora` alone are trained.
 
-    The original trains the embeddings and the head of a base model too, whose chat tokens never
-    met training: put `*trained("decoder.embed.*", ...)` and `"decoder.lm_head.*"` in front.
+    `with_embeddings` trains embeddings and head too, as the original does with a base model, whose
+    chat tokens never met training.
     """
-    return (
-        ParameterRule("*.lora.*", weight_decay=weight_decay),
-        ParameterRule("*", is_trained=False),
-    )
+    patterns = ["*.lora.*"]
+    if with_embeddings:
+        patterns += ["decoder.embed.*", "decoder.lm_head.*"]
+    rows = (ParameterRule(pattern, weight_decay=weight_decay) for pattern in patterns)
+    return (*rows, ParameterRule("*", is_trained=False))
 
 
 def trained(pattern: str, *, weight_decay: float, layer_decay: float = 1.0) -> ParameterTable:

@@ -230,6 +230,10 @@ def test_the_released_sizes_at_full_size():
     assert sum(sizes.values()) - sum(trained.values()) == 9_656_935_168
     assert "128,974,848" in describe_plan(abstract, plan)
 
+    base_model = plan_parameters(abstract, lora_only(with_embeddings=True))
+    added = {path for path, row in base_model.items() if row.is_trained} - set(trained)
+    assert sum(sizes[path] for path in added) == 1_244_659_712
+
     # Two thirds of what training the decoder costs, and the pairs.
     record = {"tokens": 1000, "images": 0, "pairs": 0}
     count = step_flops(config.model, abstract, plan, 448)

@@ -64,8 +64,9 @@ def step_flops(
             continue
         part = path.split(".")[0]
         # Pixels have no gradient, and what comes out of a frozen tower needs none.
-        ends = {"vit.patch_embed.kernel": False, "adapter.kv_proj.kernel": passes["vit"]}
-        times = 1 + ends.get(path, passes[part]) + plan[path].is_trained
+        ends = {"vit.patch_embed": False, "adapter.kv_proj": passes["vit"]}
+        module = path.removesuffix(".kernel").removesuffix(".lora.down")
+        times = 1 + ends.get(module, passes[part]) + plan[path].is_trained
         operations = 2.0 * times * variable.get_value().size
         if part == "decoder":
             per_token += operations

@@ -211,6 +211,8 @@ def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
         return random_weights(config, layout)
     state = load_weights(config.init, without_lora(layout.model_state))
     loaded = {path: variable.get_value() for path, variable in named_variables(state).items()}
+    if not config.model.lora.rank:
+        return loaded
     return loaded | random_weights(config, layout, only=is_lora)
 
 
