@@ -56,10 +56,12 @@ def row(stage: str, pod: str, slices: int, options: list[str]) -> str:
     os.environ["JAX_PLATFORMS"] = "cpu"
     from qwenvl_jax.cli.train import read_config
     from qwenvl_jax.planning.cache import ProgramCache
+    from qwenvl_jax.planning.compile import give_freed_memory_back
     from qwenvl_jax.planning.plan import make_plan
     from qwenvl_jax.planning.pods import find_pod
     from qwenvl_jax.planning.report import table_row
 
+    give_freed_memory_back()
     config = read_config(str(ROOT / "configs" / f"{stage}.py"), options)
     programs = ProgramCache(Path("~/.cache/qwenvl_jax/plans").expanduser())
     return table_row(stage, make_plan(config, find_pod(pod, slices), programs))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 AttentionBackend = Literal["auto", "xla", "xla_chunked", "splash", "cudnn"]
-RematPolicy = Literal["none", "dots", "full"]
+RematPolicy = Literal["none", "weights", "dots", "full"]
 DType = Literal["float32", "bfloat16"]
 Mixing = Literal["counts", "weights", "temperature"]
 LossMask = Literal["released", "assistant_only"]

@@ -9,6 +9,7 @@ splits heads, MLPs and the vocabulary. Activations follow from these by XLA's pr
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -124,6 +125,63 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(logical, x.shape, mesh))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
+    """Returns a weight with these axes whole over `fsdp`; its gradient stays where it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = partition_spec(logical, x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(_but_fsdp, spec)))
+
+
+gather.defvjp(lambda x, logical: (gather(x, logical), None), lambda logical, _, grad: (grad,))
+
+
+def _but_fsdp(part: Any) -> Any:
+    return None if part == "fsdp" else part
+
+
+def sum_over_rows(
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    left: jax.Array,
+    right: jax.Array,
+    logical: Sequence[str],
+    num_left: int,
+) -> jax.Array:
+    """Returns `product(left, right)`, the gradient of a kernel, placed as the kernel is.
+
+    The product adds up over rows [rows, ..., dims]; its dimensions are `num_left` of `left` and
+    then those of `right`, with the logical axes `logical`.
+
+    Left to itself, XLA on TPUs adds up the whole kernel on every chip where the part to keep is a
+    few dozen rows, and cuts it afterwards: twice the bytes. So each chip multiplies its own rows,
+    and the sum is scattered here along a dimension of its own, which works for parts of any size if
+    the rest is flat.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    shape = jax.eval_shape(product, left, right).shape
+    is_split = not mesh.empty and mesh.shape["fsdp"] > 1
+    spec = partition_spec(logical, shape, mesh) if is_split else PartitionSpec()
+    if "fsdp" not in spec or left.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return product(left, right)
+    cut = tuple(spec).index("fsdp")
+
+    def rows(x: jax.Array, kept: Sequence) -> PartitionSpec:
+        between = [None] * (x.ndim - 1 - len(kept))
+        return PartitionSpec(BATCH_AXES, *between, *map(_but_fsdp, kept))
+
+    def scatter(left: jax.Array, right: jax.Array) -> jax.Array:
+        total = product(left, right)
+        before, after = total.shape[:cut], total.shape[cut + 1 :]
+        flat = total.reshape(math.prod(before), mesh.shape["fsdp"], -1, math.prod(after))
+        mine = jax.lax.psum(jax.lax.psum_scatter(flat, "fsdp", scatter_dimension=1), "data")
+        return mine.reshape(*before, -1, *after)
+
+    specs = rows(left, spec[:num_left]), rows(right, spec[num_left:])
+    return jax.shard_map(scatter, in_specs=specs, out_specs=spec)(left, right)
 
 
 def partition_spec(

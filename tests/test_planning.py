@@ -14,6 +14,7 @@ from qwenvl_jax.cli.plan import main, split_options
 from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import ConfigError, MeshConfig
 from qwenvl_jax.model.qwenvl import abstract_state
+from qwenvl_jax.planning import compile
 from qwenvl_jax.planning.bound import Bound
 from qwenvl_jax.planning.compile import read_refusal
 from qwenvl_jax.planning.estimate import estimate_memory
@@ -36,12 +37,12 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %start (p: bf16[8,4]) -> bf16[8,16] {
   %p = bf16[8,4]{1,0} parameter(0)
-  ROOT %ag = bf16[8,16]{1,0} all-gather(%p), channel_id=7, replica_groups=[6,4]<=[24]
+  ROOT %ag = bf16[8,16]{1,0} all-gather(%p), channel_id=7, replica_groups=[6,4]<=[24], chain_id="3"
 }
 
 %goes_on (q: bf16[8,4]) -> bf16[8,16] {
   %q = bf16[8,4]{1,0} parameter(0)
-  ROOT %ag2 = bf16[8,16]{1,0} all-gather(%q), channel_id=7, replica_groups=[6,4]<=[24]
+  ROOT %ag2 = bf16[8,16]{1,0} all-gather(%q), channel_id=7, replica_groups=[6,4]<=[24], chain_id="3"
 }
 
 %condition (c: (s32[], f32[6,8], f32[5,6,16])) -> pred[] {
@@ -81,6 +82,12 @@ ENTRY %main (a: f32[6,8], n: s32[]) -> f32[5,6,16] {
 MESH = AbstractMesh((2, 3, 4), MESH_AXES)
 
 
+@pytest.fixture(autouse=True)
+def _keep_memory(monkeypatch):
+    """The command changes how its process allocates, which would slow the tests after it down."""
+    monkeypatch.setattr(compile, "give_freed_memory_back", lambda: None)
+
+
 @pytest.fixture
 def program() -> Program:
     return Program(PROGRAM)
@@ -95,6 +102,35 @@ def test_work_is_multiplied_by_the_loops_around_it(program):
     assert work.link_bytes() == {"tensor": gathered, "data": summed}
     (gather,) = [x for x in work.collectives if x.kind == "all-gather"]
     assert (gather.times, gather.shape) == (5, "bf16[8,16]"), "one exchange, though listed twice"
+
+
+def test_an_exchange_that_goes_on_beside_a_loop_counts_where_it_begins():
+    begun = 'ROOT %c = bf16[8,16] custom-call(%ag), custom_call_target="AsyncCollectiveStart"'
+    text = PROGRAM.replace("ROOT %ag =", "%ag =").replace(
+        "}\n\n%goes_on", f"  {begun}\n}}\n\n%goes_on"
+    )
+    outside = "  %w0 = bf16[8,4]{1,0} convert(%a)\n"
+    outside += "  %begun = bf16[8,16]{1,0} fusion(%w0), kind=kCustom, calls=%start\n"
+    text = text.replace("  %one = bf16[8,16]{1,0} fusion(%w), kind=kCustom, calls=%start\n", "")
+    text = text.replace("  %room = ", outside + "  %room = ")
+    gathers = [
+        (x.times, x.is_overlapped)
+        for x in measure(Program(text), MESH, causal_block=512).collectives
+        if x.kind == "all-gather"
+    ]
+    assert gathers == [(1, False)]
+
+
+def test_exchanges_of_one_channel_are_told_apart():
+    (line,) = [x for x in PROGRAM.splitlines(keepends=True) if "%sum =" in x]
+    again = line.replace("%a)", "%sum)").replace("%sum =", "%sum2 =")
+    text = PROGRAM.replace("  %room = ", again + "  %room = ")
+    sums = [
+        x
+        for x in measure(Program(text), MESH, causal_block=512).collectives
+        if x.kind == "all-reduce"
+    ]
+    assert [x.times for x in sums] == [1, 1]
 
 
 def test_a_loop_without_a_bound_is_an_error(program):
@@ -131,14 +167,14 @@ VIEWS = """HloModule jit_step, is_scheduled=true
 
 %started (q: f32[6,4]) -> f32[24,4] {
   %q = f32[6,4]{1,0} parameter(0)
-  %ag = f32[24,4]{1,0} all-gather(%q), channel_id=7, replica_groups=[6,4]<=[24]
+  %ag = f32[24,4]{1,0} all-gather(%q), channel_id=7, replica_groups=[6,4]<=[24], chain_id="3"
   ROOT %c = f32[24,4]{1,0} custom-call(%q, %ag), custom_call_target="AsyncCollectiveStart"
 }
 
 %awaited (r: f32[6,4], s: f32[24,4]) -> f32[24,4] {
   %r = f32[6,4]{1,0} parameter(0)
   %s = f32[24,4]{1,0} parameter(1)
-  %ag2 = f32[24,4]{1,0} all-gather(%r), channel_id=7, replica_groups=[6,4]<=[24]
+  %ag2 = f32[24,4]{1,0} all-gather(%r), channel_id=7, replica_groups=[6,4]<=[24], chain_id="3"
   ROOT %d = f32[24,4]{1,0} custom-call(%r, %s, %ag2), custom_call_target="AsyncCollectiveDone"
 }
 
@@ -463,8 +499,8 @@ def test_the_nearest_setting_recomputes_before_it_splits_the_batch():
     found = nearest_fit(config, pod, plan=plan_that_fits_from(2), tries=9, say=said.append)
     assert found is not None
     setting, _ = found
-    assert (setting.micro_batches, setting.remat, setting.vit_remat) == (2, "none", "none")
-    assert [line.split()[1:3] for line in said[:3]] == [
+    assert (setting.micro_batches, setting.remat, setting.vit_remat) == (2, "weights", "dots")
+    assert [line.split()[1:3] for line in said[:4]] == [
         [f"--model.remat={remat}", f"--model.vit-remat={vit}"] for remat, vit in REMATS[1:]
     ], "more recomputation is tried first"
     assert setting.apply(config).micro_batches == 2

@@ -1,8 +1,11 @@
 """The mesh and the placement of every parameter."""
 
 import dataclasses
+import re
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -10,10 +13,12 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax import presets
-from qwenvl_jax.config import ConfigError, MeshConfig
+from qwenvl_jax.config import ConfigError, MeshConfig, RematPolicy
+from qwenvl_jax.model.layers import Dense, scan_layers, stack_layers
 from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, init_state
 from qwenvl_jax.sharding import (
     batch_sharding,
+    constrain,
     describe,
     make_mesh,
     named_variables,
@@ -141,3 +146,56 @@ def test_eight_devices_give_the_numbers_of_one(sizes):
     spread = jax.device_put(state, shardings(state, mesh))
     together = logits(spread, jax.device_put(batch, batch_sharding(mesh)))
     np.testing.assert_allclose(together, alone, atol=2e-5)
+
+
+def layers_state_and_rows() -> tuple[nnx.GraphDef, nnx.State, jax.Array]:
+    def make(rngs: nnx.Rngs) -> Dense:
+        outputs = {"heads": 2, "head_dim": 8}
+        return Dense({"embed": 16}, outputs, use_bias=False, dtype="float32", rngs=rngs)
+
+    graphdef, state = nnx.split(stack_layers(make, 3, nnx.Rngs(0)))
+    return graphdef, state, jax.random.normal(jax.random.key(1), (8, 5, 16))
+
+
+def gradient_of_layers(graphdef: nnx.GraphDef, remat: RematPolicy) -> Callable:
+    def step(layer: Dense, x: jax.Array) -> jax.Array:
+        return constrain(jnp.sin(x + layer(x).reshape(x.shape)), "batch", None, None)
+
+    def loss(state: nnx.State, x: jax.Array) -> jax.Array:
+        return scan_layers(nnx.merge(graphdef, state), step, x, remat=remat).sum()
+
+    return jax.grad(loss)
+
+
+@pytest.mark.parametrize(
+    ("remat", "sizes"),
+    [("none", (2, 2, 2)), ("dots", (1, 8, 1)), ("weights", (2, 2, 2)), ("weights", (8, 1, 1))],
+)
+def test_a_gradient_is_summed_where_its_weight_lies(remat, sizes):
+    graphdef, state, x = layers_state_and_rows()
+    alone = gradient_of_layers(graphdef, "none")(state, x)
+    data, fsdp, tensor = sizes
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    placed = shardings(state, mesh), batch_sharding(mesh)
+    with jax.set_mesh(mesh):
+        gradient = gradient_of_layers(graphdef, remat)
+        step = jax.jit(gradient, in_shardings=placed, out_shardings=placed[0]).lower(state, x)
+        program = step.compile()
+        together = program(*jax.device_put((state, x), placed))
+    assert ("reduce-scatter" in program.as_text()) == (fsdp > 1)
+    for one, many in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(many, one, atol=1e-5)
+
+
+def test_weights_that_are_kept_are_gathered_once():
+    graphdef, state, x = layers_state_and_rows()
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    placed = shardings(state, mesh), batch_sharding(mesh)
+
+    def gathers(remat: RematPolicy) -> int:
+        with jax.set_mesh(mesh):
+            gradient = gradient_of_layers(graphdef, remat)
+            step = jax.jit(gradient, in_shardings=placed, out_shardings=placed[0]).lower(state, x)
+            return len(re.findall(r" all-gather(?:-start)?\(", step.compile().as_text()))
+
+    assert gathers("weights") < gathers("full")

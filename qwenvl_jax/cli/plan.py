@@ -84,6 +84,7 @@ def _run(argv: Sequence[str]) -> int:
     config = read_config(argv[0], overrides)
     # The TPU compiler runs on the host; an accelerator of this machine would only be held.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from qwenvl_jax.planning.compile import give_freed_memory_back
     from qwenvl_jax.planning.gpus import find_gpus, gpu_text
     from qwenvl_jax.planning.pods import find_pod
 
@@ -95,6 +96,7 @@ def _run(argv: Sequence[str]) -> int:
         print(text)
         _write(options.json, row)
         return SUCCESS if fits else DOES_NOT_FIT
+    give_freed_memory_back()
     pod = find_pod(options.topology, options.slices)
     if options.serve:
         return _serve(config, pod, options)

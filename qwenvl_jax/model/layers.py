@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import RematPolicy
-from qwenvl_jax.sharding import context_platform
+from qwenvl_jax.sharding import context_platform, gather, sum_over_rows
 
 Carry = TypeVar("Carry")  # an array, or a tuple of them
+_GATHERED = "gathered weights"
 
 
 class Buffer(nnx.Variable):
@@ -35,37 +37,42 @@ def param(
     return nnx.Param(value.astype(dtype), axes=tuple(logical))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
-    """Returns x [..., in dims] times kernel [in dims, out dims].
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x: jax.Array, kernel: jax.Array, num_inputs: int, logical: tuple[str, ...]) -> jax.Array:
+    """Returns x [..., in dims] times kernel [in dims, out dims], whose axes are `logical`.
 
     The gradient is written out because the derived one asks for the kernel's gradient transposed:
     XLA then writes the large activations in transposed order first, which on a CPU costs more than
-    the product itself.
+    the product itself. And so that its sum over the batch is scattered over the devices.
     """
-    return _matmul_forward(x, kernel, num_inputs)[0]
+    return _matmul_forward(x, kernel, num_inputs, logical)[0]
 
 
-def _matmul_forward(x, kernel, num_inputs):
+def _matmul_forward(x, kernel, num_inputs, logical):
     inputs_of_x = tuple(range(x.ndim - num_inputs, x.ndim))
     return _dot(x, kernel, inputs_of_x, tuple(range(num_inputs))), (x, kernel)
 
 
-def _matmul_backward(num_inputs, residuals, grad):
+def _matmul_backward(num_inputs, logical, residuals, grad):
     x, kernel = residuals
-    num_outputs, num_batch = kernel.ndim - num_inputs, x.ndim - num_inputs
-    outputs_of_grad = tuple(range(num_batch, grad.ndim))
-    outputs_of_kernel = tuple(range(kernel.ndim - num_outputs, kernel.ndim))
+    outputs_of_grad = tuple(range(x.ndim - num_inputs, grad.ndim))
+    outputs_of_kernel = tuple(range(num_inputs, kernel.ndim))
     grad_x = _dot(grad, kernel, outputs_of_grad, outputs_of_kernel)
-    batch = tuple(range(num_batch))
+    product = partial(_kernel_gradient, num_inputs=num_inputs)
+    return grad_x, sum_over_rows(product, x, grad, logical, num_inputs)
+
+
+def _kernel_gradient(x: jax.Array, grad: jax.Array, num_inputs: int) -> jax.Array:
+    """Returns x [..., in dims] times grad [..., out dims], added up over `...`."""
+    batch = tuple(range(x.ndim - num_inputs))
     if not _has_fast_path(x):
-        return grad_x, _dot(x, grad, batch, batch)
+        return _dot(x, grad, batch, batch)
     # The fast path contracts the last axis of the left side. A row of zeros keeps XLA from taking
     # the transposition into the product again, and goes away after it.
-    x_BI = x.reshape(-1, math.prod(kernel.shape[:num_inputs]))
-    x_IB = jnp.pad(x_BI.T, ((0, 1), (0, 0)))
-    grad_kernel = _dot(x_IB, grad.reshape(x_BI.shape[0], -1), (1,), (0,))
-    return grad_x, grad_kernel[:-1].reshape(kernel.shape)
+    inputs, outputs = x.shape[len(batch) :], grad.shape[len(batch) :]
+    x_IB = jnp.pad(x.reshape(-1, math.prod(inputs)).T, ((0, 1), (0, 0)))
+    grad_kernel = _dot(x_IB, grad.reshape(-1, math.prod(outputs)), (1,), (0,))
+    return grad_kernel[:-1].reshape(*inputs, *outputs)
 
 
 def _dot(a, b, axes_of_a, axes_of_b):
@@ -105,8 +112,8 @@ class Dense(nnx.Module):
         """`inputs` and `outputs` map logical axis -> size; `scale` multiplies the initial std."""
         fan_in = math.prod(inputs.values())
         shape = (*inputs.values(), *outputs.values())
-        self.num_inputs = len(inputs)
-        self.kernel = param(shape, (*inputs, *outputs), scale * fan_in**-0.5, dtype, rngs)
+        self.num_inputs, self.logical = len(inputs), (*inputs, *outputs)
+        self.kernel = param(shape, self.logical, scale * fan_in**-0.5, dtype, rngs)
         if use_bias:
             zeros = jnp.zeros(tuple(outputs.values()), dtype)
             self.bias = nnx.Param(zeros, axes=tuple(outputs))
@@ -115,7 +122,7 @@ class Dense(nnx.Module):
         self.lora: Callable | None = None  # what `model.lora` adds to the product
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y: Any = matmul(x, self.kernel[...].astype(x.dtype), self.num_inputs)
+        y: Any = matmul(x, self.kernel[...].astype(x.dtype), self.num_inputs, self.logical)
         if self.lora is not None:
             y = y + self.lora(x)
         if self.bias is not None:
@@ -188,18 +195,25 @@ def scan_layers(
     """Returns the carry after `step(layer, carry, *per_layer[k])` for every stacked layer k.
 
     `remat` says what the backward pass finds stored: `none` everything, `dots` the results of
-    matrix products, `full` only the carry between layers.
+    matrix products, `weights` these and the matrices that were gathered over `fsdp`, `full` only
+    the carry between layers.
     """
     graphdef, states = nnx.split(stacked)
 
     def body(carry, slice_k):
         state, extra = slice_k
+        if remat == "weights":
+            state = _gathered(state, jax.tree.leaves(carry)[0].dtype)
         return step(nnx.merge(graphdef, state), carry, *extra), None
 
     if remat != "none":
         policies = jax.checkpoint_policies
+        dots = policies.dots_with_no_batch_dims_saveable
         policy = {
-            "dots": policies.dots_with_no_batch_dims_saveable,
+            "dots": dots,
+            "weights": policies.save_from_both_policies(
+                dots, policies.save_only_these_names(_GATHERED)
+            ),
             "full": policies.nothing_saveable,
         }[remat]
         # Inside a scan the compiler cannot merge the recomputation away, so the barrier that
@@ -207,3 +221,16 @@ def scan_layers(
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     carry, _ = jax.lax.scan(body, carry, (states, per_layer))
     return carry
+
+
+def _gathered(state: nnx.State, dtype: jax.typing.DTypeLike) -> nnx.State:
+    """Returns one layer with its matrices in `dtype`, gathered, under the name that is kept."""
+
+    def whole(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_value()
+        if value.ndim < 2:  # norms and biases: next to nothing, and norms compute in float32
+            return variable
+        kernel = gather(value.astype(dtype), variable.axes[1:])
+        return variable.replace(checkpoint_name(kernel, _GATHERED))
+
+    return jax.tree.map(whole, state, is_leaf=lambda x: isinstance(x, nnx.Variable))

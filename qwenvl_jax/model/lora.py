@@ -36,6 +36,8 @@ class LowRank(nnx.Module):
         shape, logical = kernel.get_value().shape, kernel.axes
         split = int(logical[0] == axes.LAYERS) + dense.num_inputs
         stack = split - dense.num_inputs
+        inputs, outputs = dense.logical[: dense.num_inputs], dense.logical[dense.num_inputs :]
+        self.down_axes, self.up_axes = (*inputs, axes.RANK), (axes.RANK, *outputs)
         fan_in = math.prod(shape[stack:split])
         self.num_inputs, self.scale = dense.num_inputs, config.alpha / rank
         # The variance of the uniform draw that PyTorch's users know.
@@ -46,8 +48,8 @@ class LowRank(nnx.Module):
         self.up = nnx.Param(jnp.zeros(up_shape, dtype), axes=up_axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        low: Any = matmul(x, self.down[...].astype(x.dtype), self.num_inputs)
-        return matmul(low * self.scale, self.up[...].astype(x.dtype), 1)
+        low: Any = matmul(x, self.down[...].astype(x.dtype), self.num_inputs, self.down_axes)
+        return matmul(low * self.scale, self.up[...].astype(x.dtype), 1, self.up_axes)
 
 
 def add_lora(model: nnx.Module, config: LoraConfig, dtype: str, rngs: nnx.Rngs) -> None:

@@ -67,10 +67,12 @@ def estimate_memory(
     kept = tokens * decoder[model.remat] * model.decoder.num_layers
     kept += patches * vit[vit_remat] * model.vision.num_layers * is_vit_trained
     working = max(tokens * decoder["none"], patches * vit["none"])
-    layer_weights = max(
-        4 * model.decoder.width**2 + 3 * model.decoder.width * model.decoder.mlp_dim,
-        model.decoder.width * model.decoder.vocab_size,
-    )
+    block = 4 * model.decoder.width**2 + 3 * model.decoder.width * model.decoder.mlp_dim
+    layer_weights = max(block, model.decoder.width * model.decoder.vocab_size)
+    whole = block * model.decoder.num_layers * (model.remat == "weights")
+    vit_block = 4 * model.vision.width**2 + 2 * model.vision.width * model.vision.mlp_dim
+    is_kept = is_vit_trained and vit_remat == "weights"
+    whole += vit_block * model.vision.num_layers * is_kept
     chunk = max(config.loss_chunk, rows)
     by_class = dict.fromkeys(CLASSES, 0)
     by_class |= state
@@ -78,6 +80,7 @@ def estimate_memory(
     if config.micro_batches > 1:
         by_class["gradients"] *= 2  # the sum so far, and those of this micro-batch
     by_class["activations"] = int(kept * wide)
+    by_class["gathered"] = whole * wide // tensor
     by_class["logits"] = 3 * 4 * chunk * model.decoder.vocab_size // tensor
     by_class["pictures"] = int(patches * model.vision.patch_size**2 * 3 * wide)
     by_class["temporaries"] = int(working * wide + 2 * wide * layer_weights / tensor)
@@ -96,4 +99,5 @@ def _layer_floats(width: int, hidden: int, matrices: int, tensor: int) -> dict[R
     """
     projected = (4 * width + (matrices - 1) * hidden) / tensor
     dots = width + projected + 2 * width
-    return {"full": float(width), "dots": dots, "none": dots + 3 * width + 2 * hidden / tensor}
+    everything = dots + 3 * width + 2 * hidden / tensor
+    return {"full": float(width), "dots": dots, "weights": dots, "none": everything}

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.config import ModelConfig, TrainConfig
 from qwenvl_jax.planning.cache import Sizes
 from qwenvl_jax.planning.hlo import ArrayShape, Instruction, Program
 from qwenvl_jax.planning.liveness import fullest_moment
@@ -90,11 +90,10 @@ class _Labels:
         state = layout.abstract
         self._gradients = {_key(_shard(x)) for x in state.trainable.values()}
         fsdp = layout.mesh.shape["fsdp"]
-        self._gathered = {
-            _key(dims)
-            for path, x in (state.trainable | state.frozen).items()
-            if fsdp > 1 and len(dims := _whole(x, fsdp)[".blocks." in path :]) > 1
-        }
+        whole = {name: _whole(x, fsdp) for name, x in (state.trainable | state.frozen).items()}
+        one_layer = [dims[".blocks." in path :] for path, dims in whole.items()]
+        kept = [dims for path, dims in whole.items() if path.startswith(_kept_whole(model))]
+        self._gathered = {_key(x) for x in one_layer + kept if fsdp > 1 and len(x) > 1}
         vocab = model.decoder.vocab_size
         self._vocab = {vocab, vocab // tensor if vocab % tensor == 0 else vocab}
         self._layers = {model.vision.num_layers, model.decoder.num_layers}
@@ -117,6 +116,12 @@ class _Labels:
         if len(dims) > 2 and dims[0] in self._layers:
             return "activations"
         return "temporaries"
+
+
+def _kept_whole(model: ModelConfig) -> tuple[str, ...]:
+    """Returns where the weights are whose gathered copies of all layers wait for the backward."""
+    policies = {"decoder.blocks": model.remat, "vit.blocks": model.vit_remat or model.remat}
+    return tuple(where for where, remat in policies.items() if remat == "weights")
 
 
 def _shard(x: Any) -> tuple[int, ...]:

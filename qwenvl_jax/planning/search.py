@@ -19,6 +19,7 @@ from qwenvl_jax.sharding import mesh_sizes
 # From the fastest to the smallest: (decoder, tower).
 REMATS: tuple[tuple[RematPolicy, RematPolicy], ...] = (
     ("none", "none"),
+    ("weights", "dots"),
     ("dots", "dots"),
     ("dots", "full"),
     ("full", "full"),
@@ -26,11 +27,14 @@ REMATS: tuple[tuple[RematPolicy, RematPolicy], ...] = (
 # What is executed over what is useful, as compiled at full size (docs/pods.md).
 _EXECUTED = {
     ("none", "none"): 1.0,
+    ("weights", "dots"): 1.07,
     ("dots", "dots"): 1.07,
     ("dots", "full"): 1.17,
     ("full", "full"): 1.25,
 }
-_EXCHANGES_OF_A_WEIGHT = 3  # in a micro-batch: gathered forward and backward, its gradient summed
+# In a micro-batch: gathered forward and, where it is not kept, backward, and its gradient summed.
+_EXCHANGES_OF_A_WEIGHT = {"weights": 2}
+_OTHERWISE = 3
 _SUMS_OF_A_LAYER = 8  # of activations over `tensor`, counted per decoder layer, the tower's too
 _WAITING = 0.5  # the share of exchanges that nothing hides
 HOPELESS = 1.5  # times the capacity, by the estimate: not worth compiling
@@ -57,6 +61,9 @@ class Setting:
     def keeps_as_much_as(self, other: "Setting") -> bool:
         """Returns whether it needs no less memory, and no more time, than another of its mesh."""
         mine, theirs = (REMATS.index((x.remat, x.vit_remat)) for x in (self, other))
+        # With few tokens a chip, whole weights are more than all activations.
+        if {self.remat, other.remat} == {"none", "weights"}:
+            return False
         return (
             self.mesh == other.mesh and mine <= theirs and self.micro_batches <= other.micro_batches
         )
@@ -175,7 +182,8 @@ def estimated_seconds(config: TrainConfig, pod: Pod, weight_bytes: int, useful: 
     executed = _EXECUTED[model.remat, model.vit_remat or model.remat]
     compute = executed * useful / pod.num_chips / pod.chip.peak_flops
     whole = weight_bytes / 2 * (fsdp - 1)  # in bfloat16, of the other chips
-    weights = _EXCHANGES_OF_A_WEIGHT * config.micro_batches * whole
+    exchanges = _EXCHANGES_OF_A_WEIGHT.get(model.remat, _OTHERWISE)
+    weights = exchanges * config.micro_batches * whole
     tokens = config.data.rows / (data * fsdp) * config.data.length
     layers = model.decoder.num_layers * _SUMS_OF_A_LAYER
     sums = layers * tokens * model.decoder.width * 2 * 2 * (tensor - 1) / tensor
@@ -188,6 +196,8 @@ def _is_worth_a_try(setting: Setting, config: TrainConfig, pod: Pod, state: dict
     """Returns whether the rows divide and the estimate does not call it hopeless."""
     if config.data.rows % setting.micro_batches:
         return False
+    if setting.remat == "weights" and setting.mesh.fsdp == 1:
+        return False  # nothing is gathered
     return estimated_share(setting.apply(config), pod, state) <= HOPELESS
 
 

@@ -9,7 +9,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -26,6 +25,7 @@ _COLLECTIVES = {
 }
 # Products of one block of scores that each pass of the attention kernel makes.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+_ASYNC_START = "AsyncCollectiveStart"
 _FREE = {
     "parameter",
     "constant",
@@ -87,34 +87,47 @@ class Work:
 def measure(program: Program, mesh: Mesh | AbstractMesh, *, causal_block: int) -> Work:
     """Returns the work of one chip. `causal_block`: the attention kernel's block, see below."""
     flops = hbm = 0.0
-    collectives: list[Collective] = []
+    found: list[tuple[dict[str, _Flight], int, list[int]]] = []
     for name, times in program.walk():
         flights: dict[str, _Flight] = {}
         busy: list[int] = []  # places in the schedule with products
         for index, instruction in enumerate(program.computations[name].values()):
             hbm += times * hbm_bytes(program, instruction)
-            products = 0.0
-            for inner in program.inside(instruction):
+            products, inside = 0.0, list(program.inside(instruction))
+            for inner in inside:
                 products += matrix_flops(program, inner, causal_block)
-            for inner in (*program.inside(instruction), *program.awaited(instruction)):
+            begins = any(_ASYNC_START in x.attribute("custom_call_target") for x in inside)
+            for inner in (*inside, *program.awaited(instruction)):
                 if _kind(inner) in _COLLECTIVES:
                     channel = _channel(program, inner)
                     # An exchange in flight is listed in every fusion that it goes on beside.
                     if channel not in flights and inner is not instruction:
                         hbm += times * inner.hbm_bytes
-                    flights.setdefault(channel, _Flight(inner, [])).places.append(index)
+                    flight = flights.setdefault(channel, _Flight(inner, []))
+                    flight.places.append(index)
+                    flight.begins |= begins
             flops += times * products
             if products or instruction.opcode == "while":
                 busy.append(index)
-        collectives += [_collective(x, times, mesh, busy) for x in flights.values()]
+        found.append((flights, times, busy))
+    # It may also go on beside a loop, and is listed in the loop then, where it does not begin.
+    begun = {channel for flights, *_ in found for channel, x in flights.items() if x.begins}
+    collectives = [
+        _collective(flight, times, mesh, busy)
+        for flights, times, busy in found
+        for channel, flight in flights.items()
+        if flight.begins or channel not in begun
+    ]
     return Work(flops=flops, hbm_bytes=hbm, collectives=tuple(collectives))
 
 
-class _Flight(NamedTuple):
+@dataclasses.dataclass
+class _Flight:
     """An exchange, and where in the schedule it starts, goes on and ends."""
 
     instruction: Instruction
     places: list[int]
+    begins: bool = False  # in a fusion that starts it, to be gone on with in others
 
 
 def _kind(instruction: Instruction) -> str:
@@ -122,10 +135,15 @@ def _kind(instruction: Instruction) -> str:
 
 
 def _channel(program: Program, instruction: Instruction) -> str:
-    """Returns what the start and the end of an exchange have in common."""
+    """Returns what the start, the steps in fusions and the end of one exchange have in common.
+
+    The channel alone does not tell exchanges apart: those of the source's own have channel 1.
+    """
     if instruction.opcode.endswith("-done"):
         instruction = program.operands(instruction)[0]
-    return instruction.attribute("channel_id") or instruction.name
+    if chain := re.search(r'chain_id="(\d+)"', instruction.rest):
+        return f"chain {chain[1]}"
+    return f"{instruction.home} {instruction.name}"
 
 
 # --- multiplications ------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ _ON_SPARSE_CORES = _ASYNC | {
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": "false",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter": "false",
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+    # And those over two dimensions of the torus, which older compilers leave out.
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
 }
