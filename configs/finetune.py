@@ -36,7 +36,9 @@ def get_config() -> TrainConfig:
         steps=500,
         seed=0,
         init="Qwen-VL-Chat",
-        model=dataclasses.replace(qwen_vl(), dtype="bfloat16", remat="full"),
+        model=dataclasses.replace(
+            qwen_vl(), dtype="bfloat16", attention_backend="auto", remat="full"
+        ),
         data=DataConfig(
             source="rows",
             path="my.json",
@@ -60,5 +62,5 @@ def get_config() -> TrainConfig:
         parameters=released_finetune(weight_decay=0.1),
         micro_batches=16,
         mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
-        checkpoint=CheckpointConfig(every_steps=1000, keep=10),
+        checkpoint=CheckpointConfig(every_steps=100, keep=3),
     )

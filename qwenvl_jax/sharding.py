@@ -91,7 +91,7 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
         ConfigError: they do not multiply to the number of devices.
     """
     sizes = [config.data, config.fsdp, config.tensor]
-    if sizes.count(-1) == 1:
+    if sizes.count(-1) == 1 and 0 not in sizes:
         sizes[sizes.index(-1)] = max(1, num_devices // -math.prod(sizes))
     if min(sizes) < 1 or math.prod(sizes) != num_devices:
         raise ConfigError(
@@ -127,13 +127,18 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(logical, x.shape, mesh))
 
 
+def is_split(logical: Sequence[str | None], shape: Sequence[int]) -> bool:
+    """Returns whether the mesh in context splits such an array over `fsdp`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return False
+    return "fsdp" in partition_spec(logical, shape, mesh)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(x: jax.Array, logical: tuple[str | None, ...]) -> jax.Array:
-    """Returns a weight with these axes whole over `fsdp`; its gradient stays where it is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    spec = partition_spec(logical, x.shape, mesh)
+    """Returns a weight that `is_split` whole over `fsdp`; its gradient stays where it is."""
+    spec = partition_spec(logical, x.shape, jax.sharding.get_abstract_mesh())
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(_but_fsdp, spec)))
 
 
@@ -163,10 +168,11 @@ def sum_over_rows(
     """
     mesh = jax.sharding.get_abstract_mesh()
     shape = jax.eval_shape(product, left, right).shape
-    is_split = not mesh.empty and mesh.shape["fsdp"] > 1
-    spec = partition_spec(logical, shape, mesh) if is_split else PartitionSpec()
-    if "fsdp" not in spec or left.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+    if not is_split(logical, shape):
         return product(left, right)
+    if left.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH_AXES):
+        return product(left, right)
+    spec = partition_spec(logical, shape, mesh)
     cut = tuple(spec).index("fsdp")
 
     def rows(x: jax.Array, kept: Sequence) -> PartitionSpec:

@@ -113,12 +113,12 @@ def test_an_exchange_that_goes_on_beside_a_loop_counts_where_it_begins():
     outside += "  %begun = bf16[8,16]{1,0} fusion(%w0), kind=kCustom, calls=%start\n"
     text = text.replace("  %one = bf16[8,16]{1,0} fusion(%w), kind=kCustom, calls=%start\n", "")
     text = text.replace("  %room = ", outside + "  %room = ")
-    gathers = [
-        (x.times, x.is_overlapped)
-        for x in measure(Program(text), MESH, causal_block=512).collectives
-        if x.kind == "all-gather"
-    ]
-    assert gathers == [(1, False)]
+    work = measure(Program(text), MESH, causal_block=512)
+    gathers = [x for x in work.collectives if x.kind == "all-gather"]
+    assert [(x.times, x.is_overlapped) for x in gathers] == [(1, False)]
+    once = measure(Program(PROGRAM), MESH, causal_block=512).hbm_bytes - work.hbm_bytes
+    moved, converted = 8 * 4 * 2 + 8 * 16 * 2, 6 * 8 * 4 + 8 * 4 * 2
+    assert once == 4 * moved - converted, "read and written where it begins"
 
 
 def test_exchanges_of_one_channel_are_told_apart():
@@ -144,7 +144,7 @@ def test_a_loop_without_a_bound_is_an_error(program):
 def test_a_slice_update_costs_its_slice(program):
     work = measure(program, MESH, causal_block=512)
     x, w, gathered, row = 6 * 8 * 4, 8 * 4 * 2, 8 * 16 * 2, 6 * 16 * 4
-    each = (x + w) + gathered + (x + gathered + row) + 2 * row  # in flight twice, written once
+    each = (x + w) + (w + gathered) + (x + gathered + row) + 2 * row  # in flight twice, moved once
     whole = 2 * x + 5 * 6 * 16 * 4  # the sum, and the room that is set aside
     assert work.hbm_bytes == pytest.approx(5 * each + whole, rel=0.01)
 
@@ -190,7 +190,7 @@ ENTRY %main (a: f32[6,8], b: f32[4,8]) -> f32[24,4] {
 
 def test_a_weight_that_is_only_looked_at_is_read_and_an_exchange_is_written_once():
     work = measure(Program(VIEWS), MESH, causal_block=512)
-    assert work.hbm_bytes == 4 * (6 * 8 + 4 * 8 + 6 * 4) + 4 * 24 * 4
+    assert work.hbm_bytes == 4 * (6 * 8 + 4 * 8 + 6 * 4) + 4 * (6 * 4 + 24 * 4)
     assert [x.is_overlapped for x in work.collectives] == [False]
 
 
@@ -221,7 +221,7 @@ def test_an_exchange_of_the_sparse_cores_crosses_beside_products_before_its_end(
     assert [(x.kind, x.times, x.is_overlapped) for x in work.collectives] == [
         ("all-gather", 1, is_overlapped)
     ]
-    assert work.hbm_bytes == 2 * 4 * (6 * 8 + 4 * 8 + 6 * 4) + 4 * 24 * 4
+    assert work.hbm_bytes == 2 * 4 * (6 * 8 + 4 * 8 + 6 * 4) + 4 * (6 * 4 + 24 * 4)
     alive = fullest_moment(program).arrays
     assert {x.maker.name for x in alive if x.shape.num_bytes} == {"part", "again"}
 
@@ -505,6 +505,16 @@ def test_the_nearest_setting_recomputes_before_it_splits_the_batch():
     ], "more recomputation is tried first"
     assert setting.apply(config).micro_batches == 2
     assert nearest_fit(config, pod, plan=plan_that_fits_from(99), tries=3) is None
+
+
+def test_what_is_suggested_never_keeps_more_than_what_was_refused():
+    options = ["--model.remat=full", "--model.vit-remat=dots", "--mesh.fsdp=-1"]
+    config = read_config(str(ROOT / "configs/stage3_chat.py"), [*options, "--micro-batches=8"])
+    said = []
+    pod = find_pod("v5e-16")
+    assert nearest_fit(config, pod, plan=plan_that_fits_from(999), tries=9, say=said.append) is None
+    assert said
+    assert all("--model.remat=full --model.vit-remat=full" in line for line in said)
 
 
 def test_at_full_size_half_a_micro_batch_is_nearer_than_computing_everything_again():

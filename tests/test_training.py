@@ -162,6 +162,16 @@ def test_layer_decay_of_the_tower_only():
         assert plan[path].rate == (1.0,)
 
 
+def test_layer_decay_slows_what_stands_before_the_blocks_not_what_follows():
+    plan = layout_of(
+        tiny.train_config(parameters=(ParameterRule("*", rate=2.0, layer_decay=0.5),))
+    ).plan
+    for path in ("decoder.ln_f.scale", "decoder.lm_head.kernel", "adapter.proj.kernel"):
+        assert plan[path].rate == (2.0,), path
+    num_layers = len(plan["decoder.blocks.ln_1.scale"].rate)
+    assert plan["decoder.embed.embedding"].rate == (2.0 * 0.5 ** (num_layers + 1),)
+
+
 def test_the_first_row_that_matches_decides():
     table = (
         ParameterRule("decoder.blocks.*.q_proj.*", rate=0.5, weight_decay=0.25),

@@ -106,7 +106,9 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _check(options: PlanOptions, mode: str) -> None:
-    """Raises ConfigError for an option that could have no effect."""
+    """Raises ConfigError for an option that could have no effect, and for no tries."""
+    if options.tries < 1:
+        raise ConfigError(f"--tries must be at least 1: got {options.tries}")
     given = [f"--{name}" for name in _WITHOUT.get(mode, ()) if getattr(options, name)]
     if given:
         raise ConfigError(f"{mode} and {' '.join(given)} do not go together: leave one out")

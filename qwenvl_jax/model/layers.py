@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import RematPolicy
-from qwenvl_jax.sharding import context_platform, gather, sum_over_rows
+from qwenvl_jax.sharding import context_platform, gather, is_split, sum_over_rows
 
 Carry = TypeVar("Carry")  # an array, or a tuple of them
 _GATHERED = "gathered weights"
@@ -227,10 +227,11 @@ def _gathered(state: nnx.State, dtype: jax.typing.DTypeLike) -> nnx.State:
     """Returns one layer with its matrices in `dtype`, gathered, under the name that is kept."""
 
     def whole(variable: nnx.Variable) -> nnx.Variable:
-        value = variable.get_value()
-        if value.ndim < 2:  # norms and biases: next to nothing, and norms compute in float32
+        value, logical = variable.get_value(), variable.axes[1:]
+        # Norms are next to nothing, and compute in float32.
+        if value.ndim < 2 or not is_split(logical, value.shape):
             return variable
-        kernel = gather(value.astype(dtype), variable.axes[1:])
+        kernel = gather(value.astype(dtype), logical)
         return variable.replace(checkpoint_name(kernel, _GATHERED))
 
     return jax.tree.map(whole, state, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -24,6 +24,7 @@ REMATS: tuple[tuple[RematPolicy, RematPolicy], ...] = (
     ("dots", "full"),
     ("full", "full"),
 )
+_DEPTH: dict[RematPolicy, int] = {"none": 0, "weights": 1, "dots": 2, "full": 3}
 # What is executed over what is useful, as compiled at full size (docs/pods.md).
 _EXECUTED = {
     ("none", "none"): 1.0,
@@ -60,12 +61,13 @@ class Setting:
 
     def keeps_as_much_as(self, other: "Setting") -> bool:
         """Returns whether it needs no less memory, and no more time, than another of its mesh."""
-        mine, theirs = (REMATS.index((x.remat, x.vit_remat)) for x in (self, other))
         # With few tokens a chip, whole weights are more than all activations.
         if {self.remat, other.remat} == {"none", "weights"}:
             return False
         return (
-            self.mesh == other.mesh and mine <= theirs and self.micro_batches <= other.micro_batches
+            self.mesh == other.mesh
+            and _recomputes_as_much(other, self)
+            and self.micro_batches <= other.micro_batches
         )
 
     def options(self) -> str:
@@ -78,10 +80,17 @@ class Setting:
         )
 
 
-def setting_of(config: TrainConfig) -> Setting:
-    """Returns what the config has chosen."""
+def _recomputes_as_much(one: Setting, other: Setting) -> bool:
+    """Returns whether both parts keep no more for the backward pass than those of another."""
+    mine = _DEPTH[one.remat], _DEPTH[one.vit_remat]
+    return mine[0] >= _DEPTH[other.remat] and mine[1] >= _DEPTH[other.vit_remat]
+
+
+def setting_of(config: TrainConfig, pod: Pod) -> Setting:
+    """Returns what the config has chosen, with the sizes of its mesh on the pod."""
+    data, fsdp, tensor = mesh_sizes(config.mesh, pod.num_chips)
     return Setting(
-        mesh=config.mesh,
+        mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
         micro_batches=config.micro_batches,
         remat=config.model.remat,
         vit_remat=config.model.vit_remat or config.model.remat,
@@ -101,8 +110,9 @@ def nearest_fit(
     Nearest is what the estimate calls the fastest of what takes less memory: more recomputed, more
     micro-batches, or a model that is split further.
     """
-    candidates = _smaller(config, pod)
-    for setting, found in itertools.islice(_tried(candidates, config, pod, plan, say), tries):
+    refused = [setting_of(config, pod)]
+    tried = _tried(_smaller(config, pod), config, pod, plan, say, refused)
+    for setting, found in itertools.islice(tried, tries):
         if found.fits:
             return setting, found
     return None
@@ -128,9 +138,10 @@ def _tried(
     pod: Pod,
     plan: Planner,
     say: Callable[[str], None],
+    refused: Sequence[Setting] = (),
 ) -> Iterator[tuple[Setting, Plan]]:
     """Yields candidates with their plans, but for those whose answer follows from others'."""
-    refused: list[Setting] = []
+    refused = list(refused)
     fitting: list[Setting] = []
     for setting in candidates:
         needs_more = any(setting.keeps_as_much_as(other) for other in refused)
@@ -144,11 +155,11 @@ def _tried(
 
 
 def _smaller(config: TrainConfig, pod: Pod) -> list[Setting]:
-    now = setting_of(config)
-    first = REMATS.index((now.remat, now.vit_remat)) if (now.remat, now.vit_remat) in REMATS else 0
+    now = setting_of(config, pod)
     meshes = (now.mesh, *(mesh for mesh in meshes_of(pod) if mesh.tensor > now.mesh.tensor))
     counts = [now.micro_batches * factor for factor in (1, 2, 4, 8)]
-    return [x for x in _ranked(config, pod, meshes, counts, REMATS[first:]) if x != now]
+    ranked = _ranked(config, pod, meshes, counts, REMATS)
+    return [x for x in ranked if x != now and _recomputes_as_much(x, now)]
 
 
 def _ranked(

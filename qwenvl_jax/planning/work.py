@@ -26,6 +26,7 @@ _COLLECTIVES = {
 # Products of one block of scores that each pass of the attention kernel makes.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _ASYNC_START = "AsyncCollectiveStart"
+_LISTS_BOTH_ENDS = ("copy-start", "all-gather-start", "collective-permute-start")
 _FREE = {
     "parameter",
     "constant",
@@ -101,9 +102,7 @@ def measure(program: Program, mesh: Mesh | AbstractMesh, *, causal_block: int) -
                 if _kind(inner) in _COLLECTIVES:
                     channel = _channel(program, inner)
                     # An exchange in flight is listed in every fusion that it goes on beside.
-                    if channel not in flights and inner is not instruction:
-                        hbm += times * inner.hbm_bytes
-                    flight = flights.setdefault(channel, _Flight(inner, []))
+                    flight = flights.setdefault(channel, _Flight(inner, inner is not instruction))
                     flight.places.append(index)
                     flight.begins |= begins
             flops += times * products
@@ -112,12 +111,12 @@ def measure(program: Program, mesh: Mesh | AbstractMesh, *, causal_block: int) -
         found.append((flights, times, busy))
     # It may also go on beside a loop, and is listed in the loop then, where it does not begin.
     begun = {channel for flights, *_ in found for channel, x in flights.items() if x.begins}
-    collectives = [
-        _collective(flight, times, mesh, busy)
-        for flights, times, busy in found
-        for channel, flight in flights.items()
-        if flight.begins or channel not in begun
-    ]
+    collectives = []
+    for flights, times, busy in found:
+        for channel, flight in flights.items():
+            if flight.begins or channel not in begun:
+                collectives.append(_collective(flight, times, mesh, busy))
+                hbm += times * _exchanged_bytes(program, flight)
     return Work(flops=flops, hbm_bytes=hbm, collectives=tuple(collectives))
 
 
@@ -126,7 +125,8 @@ class _Flight:
     """An exchange, and where in the schedule it starts, goes on and ends."""
 
     instruction: Instruction
-    places: list[int]
+    is_inside: bool  # of a fusion, or of what runs beside the others
+    places: list[int] = dataclasses.field(default_factory=list)
     begins: bool = False  # in a fusion that starts it, to be gone on with in others
 
 
@@ -217,20 +217,19 @@ def hbm_bytes(program: Program, instruction: Instruction) -> float:
     A slice of a large array, and an update in place, count with their own size, also inside of
     fusions.
     """
-    if instruction.opcode in (*_FREE, *UPDATES, "call-start") or instruction.opcode.endswith(
-        "-done"
-    ):
+    opcode = instruction.opcode
+    if opcode in (*_FREE, *UPDATES, "call-start", "async-start") or opcode.endswith("-done"):
         return 0.0
     operands = program.operands(instruction)
-    if instruction.opcode == "slice-start":  # lists the array, then the slice
+    if opcode == "slice-start":  # lists the array, then the slice
         return float(instruction.shapes[1].num_bytes)
-    if instruction.opcode == "copy-start":  # lists both ends, of which one may be on the chip
+    if opcode in _LISTS_BOTH_ENDS:  # of which one may be on the chip
         return float(instruction.hbm_bytes)
-    if instruction.opcode == "dynamic-slice":
+    if opcode == "dynamic-slice":
         return 2.0 * instruction.hbm_bytes
-    if instruction.opcode == "dynamic-update-slice":
+    if opcode == "dynamic-update-slice":
         return 2.0 * operands[1].hbm_bytes if len(operands) > 1 else 0.0
-    if instruction.opcode != "fusion":
+    if opcode != "fusion":
         return float(instruction.hbm_bytes + sum(operand.hbm_bytes for operand in operands))
     body = program.computations[instruction.called[0]]
     if any("AsyncCollective" in x.attribute("custom_call_target") for x in body.values()):
@@ -248,6 +247,16 @@ def hbm_bytes(program: Program, instruction: Instruction) -> float:
         elif array.opcode != "parameter" and array.opcode not in _COLLECTIVES:
             total += array.hbm_bytes  # what an exchange in flight brings is written but once
     return total
+
+
+def _exchanged_bytes(program: Program, flight: _Flight) -> float:
+    """Returns what an exchange reads and writes; 0 where `hbm_bytes` has counted it."""
+    if not flight.is_inside:
+        return 0.0
+    read = sum(operand.hbm_bytes for operand in program.operands(flight.instruction))
+    if "reduce-scatter" in flight.instruction.home:  # a sum of which each chip writes its slice
+        return float(read)
+    return float(read + flight.instruction.hbm_bytes)
 
 
 def _touched(program: Program, array: Instruction) -> int:

@@ -30,6 +30,8 @@ _ON_SPARSE_CORES = _ASYNC | {
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    # The scheduler takes the part that a chip keeps for what crosses, and would start too late.
+    "xla_tpu_sparse_core_reduce_scatter_latency_multiplier": "64",
 }
 _BY_KIND = {
     "TPU v4": _ASYNC,

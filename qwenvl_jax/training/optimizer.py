@@ -113,11 +113,17 @@ def _problems(
     return found
 
 
+# All that follows a part's blocks; the tower and the adapter have nothing there.
+_BEHIND_THE_BLOCKS = ("decoder.ln_f.", "decoder.lm_head.")
+
+
 def _rates(row: ParameterRule, path: str, num_layers: int) -> tuple[float, ...]:
     if row.layer_decay == 1.0:
         return (row.rate,)
     if _is_stacked(path):
         return tuple(row.rate * row.layer_decay ** (num_layers - i) for i in range(num_layers))
+    if not num_layers or path.startswith(_BEHIND_THE_BLOCKS):
+        return (row.rate,)
     return (row.rate * row.layer_decay ** (num_layers + 1),)
 
 
