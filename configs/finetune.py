@@ -4,7 +4,7 @@
 
 `my.json` is the original's format: a list of conversations with `<img>` and `<box>` tags in the
 text. Look at it first: qwenvl data lint my.json. The folder gives the vocabulary too; the result,
-`--run-dir`, is a model for `qwenvl chat` and `python convert.py export`.
+`--run-dir`, is a model for `qwenvl chat`; docs/conversion.md tells the way back to PyTorch.
 
 The values are those of `finetune_ds.sh`: rate 1e-5, cosine, weight decay 0.1, beta2 0.95, 2,048
 tokens, 128 sequences a step, bf16 with everything computed again in the backward pass, the tower
@@ -12,8 +12,10 @@ frozen. Differs: rows are packed, so a step holds more than 128 dialogues where 
 its length is in steps, not epochs. Five epochs of n dialogues are 5 n / 128 steps if none shares a
 row: `--steps=500 --optimizer.warmup-steps=5` is right for about 13,000.
 
-Cost: all of the decoder and most of the adapter are trained, 7.8 of 9.7 billion parameters: 125 GB
-of weights and moments in float32, over all devices together.
+Cost: all of the decoder and most of the adapter are trained, 7.8 of 9.7 billion parameters: 101 GB
+of weights and moments in float32, over all devices together, and gradients and activations beside
+them (`qwenvl plan configs/finetune.py --topology h100-8`). As it stands for up to 8 devices; on 16
+add --micro-batches=8 or --mesh.tensor=2.
 Expect: the loss of the first steps tells whether the prompt format is right: below 2 for ordinary
 dialogues.
 """

@@ -4,7 +4,7 @@
 
 As `configs/finetune.py`, with the values of `finetune_lora_ds.sh`: pairs of rank 64 beside the
 decoder's attention and the first two matrices of its MLP. What is frozen is kept in bfloat16. The
-result is a model as any other: `qwenvl chat`, `python convert.py export` and a later `--init` read
+result is a model as any other: `qwenvl chat`, `python convert.py import` and a later `--init` read
 the pairs folded into their kernels.
 Differs: no dropout on the pairs' input (0.05 there), and queries, keys and values have a pair each.
 

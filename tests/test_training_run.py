@@ -20,6 +20,7 @@ from qwenvl_jax.cli.plot import main as plot_main
 from qwenvl_jax.cli.train import main, read_config
 from qwenvl_jax.config import ConfigError, LoraConfig, OptimizerConfig, to_dict
 from qwenvl_jax.data.example import TASKS, DataError
+from qwenvl_jax.data.pipeline import check_config
 from qwenvl_jax.presets import stage_2
 from qwenvl_jax.sharding import batch_sharding, make_mesh
 from qwenvl_jax.training.faults import HostFaults
@@ -377,6 +378,14 @@ def test_overrides(config_file):
     rule = read_config(config_file, ["--parameters.5.weight-decay=0.5"]).parameters[5]
     assert (rule.pattern, rule.weight_decay) == ("*", 0.5)
     assert read_config(config_file, ["--data.rows=16"]).data.rows == 16
+
+
+@pytest.mark.parametrize("stage", ["stage1_pretrain", "stage2_multitask", "stage3_chat"])
+def test_rows_of_the_command_take_the_place_of_the_configs_own(stage):
+    path = str(Path(__file__).parents[1] / f"configs/{stage}.py")
+    data = read_config(path, ["--data.source=rows", "--data.path=my.json"]).data
+    assert (data.source, data.path, data.mixture, data.tasks) == ("rows", "my.json", {}, {})
+    check_config(data, slots=256)
 
 
 def test_the_vocabulary_comes_with_the_weights_where_none_is_named(config_file):

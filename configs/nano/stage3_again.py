@@ -1,4 +1,4 @@
-"""Stage 3 of the small model once more: what ships (paper 3.3).
+"""Stage 3 of the small model once more, the last on drawn scenes alone (paper 3.3).
 
 The other tasks stay in the mixture, so that what stage 2 learned is not lost.
 

@@ -71,8 +71,20 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(
             f"{path} has no get_config() that returns a TrainConfig: got {type(config).__name__}"
         )
+    config = _without_its_own_rows(config, overrides)
     config = parse_options(TrainConfig, overrides, prog=f"train.py {path}", default=config)
     return _with_tokenizer(config)
+
+
+def _without_its_own_rows(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """Returns the config without a mixture or drawn tasks that rows of the command's replace."""
+    names = {word.split("=")[0] for word in overrides}
+    data = config.data
+    if "--data.path" in names:
+        data = dataclasses.replace(data, mixture={})
+    if "--data.source=rows" in overrides:
+        data = dataclasses.replace(data, tasks={})
+    return dataclasses.replace(config, data=data)
 
 
 def _with_tokenizer(config: TrainConfig) -> TrainConfig:

@@ -26,7 +26,7 @@ def on_beam(options: Sequence[str]) -> Engine:
         )
     except ImportError as error:
         raise ConfigError(
-            "--beam needs Apache Beam, which is not installed: run pip install 'qwenvl-jax[beam]' "
+            "--beam needs Apache Beam, which is not installed: run pip install '.[beam]' "
             "in an environment of its own"
         ) from error
 

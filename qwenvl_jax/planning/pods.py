@@ -150,7 +150,7 @@ class Pod:
         except Exception as error:
             raise PlanError(
                 f"cannot compile for {self.name}: {_first_line(error)}; the TPU compiler comes "
-                "with pip install 'qwenvl-jax[tpu]', and its version must match jaxlib's"
+                "with pip install '.[tpu]', and its version must match jaxlib's"
             ) from error
         return list(found.devices)
 

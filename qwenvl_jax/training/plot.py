@@ -42,9 +42,7 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     try:
         import matplotlib
     except ImportError:
-        raise NoMatplotlib(
-            "matplotlib is not installed; run pip install 'qwenvl-jax[plot]'"
-        ) from None
+        raise NoMatplotlib("matplotlib is not installed; run pip install '.[plot]'") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -81,8 +81,7 @@ def emoji_names() -> list[tuple[str, Name]]:
         import emoji
     except ImportError as error:
         raise DataError(
-            "names of emoji need the package emoji: it is not installed; "
-            "pip install 'qwenvl-jax[generate]'"
+            "names of emoji need the package emoji: it is not installed; pip install '.[generate]'"
         ) from error
     emoji.config.load_language("zh")
     return [

@@ -149,7 +149,7 @@ def _grammar() -> Any:
     except ImportError as error:
         raise DataError(
             "plurals of emoji and of captions need the package inflect: it is not installed; "
-            "pip install 'qwenvl-jax[generate]'"
+            "pip install '.[generate]'"
         ) from error
     return inflect.engine()
 

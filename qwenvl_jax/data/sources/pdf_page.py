@@ -55,8 +55,7 @@ def pdfium() -> Any:
         import pypdfium2
     except ImportError as error:
         raise DataError(
-            "PDF pages need the package pypdfium2: it is not installed; "
-            "pip install 'qwenvl-jax[generate]'"
+            "PDF pages need the package pypdfium2: it is not installed; pip install '.[generate]'"
         ) from error
     return pypdfium2
 
