@@ -632,4 +632,5 @@ def test_bound_takes_the_slowest_clock_or_all_links_after_it():
     clocks = Bound(compute=3.0, hbm=2.0, links={"fsdp": 4.0, "tensor": 1.0})
     assert clocks.best == 4.0
     assert clocks.apart == 8.0
+    assert (clocks.scheduled, dataclasses.replace(clocks, waiting=2.5).scheduled) == (4.0, 5.5)
     assert json.dumps(dataclasses.asdict(clocks))

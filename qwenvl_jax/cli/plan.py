@@ -180,7 +180,7 @@ def _search(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
     print(TABLE_HEAD)
     for setting, plan in found:
         print(table_row(setting.options(), plan))
-    fitting = [(plan.bound.apart, s, plan) for s, plan in found if plan.bound is not None]
+    fitting = [(plan.bound.scheduled, s, plan) for s, plan in found if plan.bound is not None]
     _write(options.json, [to_dict(plan) for _, plan in found])
     if not fitting:
         print(f"\nnone of {len(found)} settings fits {pod.title}; try a larger pod")

@@ -2,8 +2,9 @@
 
 Three clocks run: matrix products at the peak rate, memory at its full bandwidth, and each mesh axis
 over the links of the torus dimensions that it takes, both ways around. `best` has all of them side
-by side, so the slowest one counts; `apart` has nothing beside anything. A real step lies between,
-above what kernels lose and what is no matrix product. No number here was measured on a TPU.
+by side, so the slowest one counts; `apart` has links wait for compute; `scheduled` has those
+exchanges wait that the compiler's schedule puts beside no product. A real step lies between, above
+what kernels lose and what is no matrix product. No number here was measured on a TPU.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qwenvl_jax.planning.pods import Chip, PlanError
-from qwenvl_jax.planning.work import Work
+from qwenvl_jax.planning.work import Collective, Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,10 +23,15 @@ class Bound:
     compute: float
     hbm: float
     links: dict[str, float]  # by mesh axis
+    waiting: float = 0.0  # of the links, for exchanges beside no compute
 
     @property
     def best(self) -> float:
         return max(self.compute, self.hbm, *self.links.values(), 0.0)
+
+    @property
+    def scheduled(self) -> float:
+        return max(self.best, max(self.compute, self.hbm) + self.waiting)
 
     @property
     def apart(self) -> float:
@@ -34,7 +40,13 @@ class Bound:
 
 def bound(work: Work, chip: Chip, mesh: Mesh) -> Bound:
     """Returns the bound of one step."""
+
+    def seconds(collective: Collective) -> float:
+        return collective.num_bytes / axis_bandwidth("+".join(collective.axes), chip, mesh)
+
+    exchanges = [x for x in work.collectives if x.axes]
     return Bound(
+        waiting=sum(seconds(x) for x in exchanges if not x.is_overlapped),
         compute=work.flops / chip.peak_flops,
         hbm=work.hbm_bytes / chip.hbm_bandwidth,
         links={

@@ -9,7 +9,8 @@ from qwenvl_jax.planning.pods import GB
 ASSUMPTIONS = (
     "every token and picture slot is counted as filled",
     "peak rates are the vendor's, and nothing but matrix products and attention takes compute time",
-    "best: compute, memory and each mesh axis run side by side; apart: links wait for compute",
+    "best: compute, memory and each mesh axis run side by side; apart: links wait for compute; "
+    "as scheduled: of the links, those exchanges wait that stand beside no product",
     "a mesh axis has both links of each torus dimension that it takes",
 )
 
@@ -45,6 +46,7 @@ def plan_text(plan: Plan) -> str:
         f"beside compute in the schedule: {work.overlapped_share:.0%} of what crosses links",
         f"compute {short(clocks.compute)} s, memory {short(clocks.hbm)} s",
         f"a step takes at least {short(clocks.best)} s (MFU {plan.mfu(clocks.best):.0%}), "
+        f"{short(clocks.scheduled)} s as scheduled, "
         f"{short(clocks.apart)} s with nothing overlapped (MFU {plan.mfu(clocks.apart):.0%})",
         *_replicated(plan),
         "assumed: " + "; ".join(ASSUMPTIONS),
