@@ -120,7 +120,7 @@ def test_one_mesh_axis_twice_is_an_error():
         partition_spec(("embd",), (8,), make_mesh())
 
 
-@pytest.mark.parametrize("sizes", [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_eight_devices_give_the_numbers_of_one(sizes):
     config = tiny.model_config()
     graphdef, state = init_state(config, jax.random.key(1), make_mesh())

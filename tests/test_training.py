@@ -342,9 +342,8 @@ def test_loss_starts_near_that_of_guessing(one_device):
     assert int(state.step) == 4
 
 
-@pytest.mark.parametrize("micro_batches", [2, 8])
-def test_micro_batches_change_nothing(one_device, micro_batches):
-    found, _ = run(tiny.train_config(micro_batches=micro_batches))
+def test_micro_batches_change_nothing(one_device):
+    found, _ = run(tiny.train_config(micro_batches=8))
     assert_same_run(found, one_device[0], rtol=2e-5)
 
 
