@@ -145,7 +145,10 @@ def test_state_is_given_up_and_counted(compiled, plan):
     new = sizes.results - sizes.shared
     assert new < 1e5, "only the metrics are new: the state takes the place of the old one"
     assert plan.memory.total == sizes.total
-    assert plan.memory.by_class["gradients"] > plan.memory.by_class["weights"] / 2
+    by_class = plan.memory.by_class
+    assert by_class["optimizer"] > 1.5 * by_class["weights"]
+    # Newer compilers keep gradients as small as these in the cores' own memory.
+    assert by_class["gradients"] == 0 or by_class["gradients"] > by_class["weights"] / 2
     assert plan.replicated == ()
 
 
