@@ -28,12 +28,11 @@ from qwenvl_jax.training.compiler import compiler_options
 from qwenvl_jax.training.state import Layout, make_layout
 from qwenvl_jax.training.step import make_train_step
 
-# Names, numbers and values, from glibc's malloc.h.
-_MALLOPT = {
-    "M_TRIM_THRESHOLD": (-1, 128 * 1024),
-    "M_MMAP_THRESHOLD": (-3, 128 * 1024),
-    "M_ARENA_MAX": (-8, 2),
-}
+_MALLOPT = (  # parameters by their numbers in glibc's malloc.h, and our values
+    (-1, 128 * 1024),  # M_TRIM_THRESHOLD
+    (-3, 128 * 1024),  # M_MMAP_THRESHOLD
+    (-8, 2),  # M_ARENA_MAX
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +138,7 @@ def give_freed_memory_back() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    for parameter, value in _MALLOPT.values():
+    for parameter, value in _MALLOPT:
         mallopt(parameter, value)
 
 

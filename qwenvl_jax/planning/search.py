@@ -33,9 +33,7 @@ _EXECUTED = {
     ("dots", "full"): 1.17,
     ("full", "full"): 1.25,
 }
-# In a micro-batch: gathered forward and, where it is not kept, backward, and its gradient summed.
-_EXCHANGES_OF_A_WEIGHT = {"weights": 2}
-_OTHERWISE = 3
+_EXCHANGES_OF_A_WEIGHT = 3  # in a micro-batch: gathered forward and backward, its gradient summed
 _SUMS_OF_A_LAYER = 8  # of activations over `tensor`, counted per decoder layer, the tower's too
 _WAITING = 0.5  # the share of exchanges that nothing hides
 HOPELESS = 1.5  # times the capacity, by the estimate: not worth compiling
@@ -193,7 +191,7 @@ def estimated_seconds(config: TrainConfig, pod: Pod, weight_bytes: int, useful: 
     executed = _EXECUTED[model.remat, model.vit_remat or model.remat]
     compute = executed * useful / pod.num_chips / pod.chip.peak_flops
     whole = weight_bytes / 2 * (fsdp - 1)  # in bfloat16, of the other chips
-    exchanges = _EXCHANGES_OF_A_WEIGHT.get(model.remat, _OTHERWISE)
+    exchanges = _EXCHANGES_OF_A_WEIGHT - (model.remat == "weights")
     weights = exchanges * config.micro_batches * whole
     tokens = config.data.rows / (data * fsdp) * config.data.length
     layers = model.decoder.num_layers * _SUMS_OF_A_LAYER
