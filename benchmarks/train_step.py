@@ -21,6 +21,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from qwenvl_jax.cli.host_memory import keep_freed_memory
+
 DTYPES = ("float32", "bfloat16")
 KINDS = ("jax", "torch", "compiled")
 
@@ -94,6 +96,7 @@ def torch_contestant(
 
 def contestant(kind: str, dtype: str) -> None:
     """Runs what each line on the standard input names, `forward` or `step`; prints seconds."""
+    keep_freed_memory()
     if kind == "jax":
         forward, train, count = jax_contestant(dtype)
     else:

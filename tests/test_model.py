@@ -15,7 +15,7 @@ from flax import nnx
 from qwenvl_jax import presets
 from qwenvl_jax.config import ConfigError, VisionConfig
 from qwenvl_jax.model.decoder import ntk_alpha, rotary_angles
-from qwenvl_jax.model.layers import matmul
+from qwenvl_jax.model.products import logits, matmul
 from qwenvl_jax.model.qwenvl import (
     NO_IMAGE,
     QwenVL,
@@ -151,8 +151,9 @@ def test_the_released_size_is_exact():
     assert num_parameters(state["decoder"]) == 7_721_324_544
 
 
-def test_remat_changes_no_gradient():
-    config = tiny.model_config()
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # with remat, layers of bf16 unroll
+def test_remat_changes_no_gradient(dtype):
+    config = tiny.model_config(dtype=dtype)
     graphdef, state = init_state(config, jax.random.key(0), make_mesh())
     image = pixels(1, 28)
 
@@ -166,11 +167,13 @@ def test_remat_changes_no_gradient():
 
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     plain = gradient(state, config)
-    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(plain)) > 1e-3
-    for remat in ("weights", "full"):
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(plain))
+    assert largest > 1e-3
+    near = {"float32": 1e-6, "bfloat16": 0.02 * largest}[dtype]
+    for remat in ("dots", "weights", "full"):
         again = gradient(state, dataclasses.replace(config, remat=remat))
         for want, got in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-            np.testing.assert_allclose(got, want, atol=1e-6, err_msg=remat)
+            np.testing.assert_allclose(got, want, atol=near, err_msg=remat)
 
 
 # --- merge --------------------------------------------------------------------------------------
@@ -293,19 +296,44 @@ def test_config_errors_name_field_and_numbers():
 @pytest.mark.parametrize("num_inputs", [1, 2])
 def test_a_bf16_product_and_its_gradients_are_summed_in_float32(num_inputs):
     inputs, outputs = (24, 4)[-num_inputs:], (3, 8)
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (2, 300, *inputs), jnp.bfloat16)
     kernel = jax.random.normal(keys[1], (*inputs, *outputs), jnp.bfloat16)
+    bias = jax.random.normal(keys[3], outputs, jnp.bfloat16)
     toward = jax.random.normal(keys[2], (2, 300, *outputs), jnp.bfloat16)
 
-    def wide(x, kernel):
-        return jnp.tensordot(x, kernel, axes=num_inputs)
+    def wide(x, kernel, bias):
+        return jnp.tensordot(x, kernel, axes=num_inputs) + bias
 
     names = ("embed", "mlp", "heads")[-kernel.ndim :]
-    out, back = jax.vjp(jax.jit(lambda x, kernel: matmul(x, kernel, num_inputs, names)), x, kernel)
-    f32 = [a.astype(jnp.float32) for a in (x, kernel, toward)]
-    expected, expected_back = jax.vjp(wide, *f32[:2])
-    for got, want in zip((out, *back(toward)), (expected, *expected_back(f32[2])), strict=True):
+    product = jax.jit(lambda x, kernel, bias: matmul(x, kernel, bias, num_inputs, names))
+    out, back = jax.vjp(product, x, kernel, bias)
+    *f32, wide_toward = (a.astype(jnp.float32) for a in (x, kernel, bias, toward))
+    expected, expected_back = jax.vjp(wide, *f32)
+    for got, want in zip(
+        (out, *back(toward)), (expected, *expected_back(wide_toward)), strict=True
+    ):
         assert got.dtype == jnp.bfloat16
         # One rounding of the result; a sum of bf16 numbers kept in bf16 would be far off.
         np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-8, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_are_float32_and_their_gradients_those_that_follow(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (2, 30, 24), dtype)
+    head = jax.random.normal(keys[1], (24, 50), dtype)
+    toward = jax.random.normal(keys[2], (2, 30, 50))
+
+    out, back = jax.vjp(jax.jit(logits), hidden, head)
+    expected, expected_back = jax.vjp(
+        lambda x, w: x @ w, *(a.astype("float32") for a in (hidden, head))
+    )
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    for got, want in zip(back(toward), expected_back(toward), strict=True):
+        assert got.dtype == dtype
+        rounding = (
+            {"rtol": 2**-7, "atol": 0.1} if dtype == jnp.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+        )
+        np.testing.assert_allclose(got.astype("float32"), want, **rounding)

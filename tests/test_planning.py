@@ -14,7 +14,6 @@ from qwenvl_jax.cli.plan import main, split_options
 from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import ConfigError, MeshConfig
 from qwenvl_jax.model.qwenvl import abstract_state
-from qwenvl_jax.planning import compile
 from qwenvl_jax.planning.bound import Bound
 from qwenvl_jax.planning.compile import read_refusal
 from qwenvl_jax.planning.estimate import estimate_memory
@@ -80,12 +79,6 @@ ENTRY %main (a: f32[6,8], n: s32[]) -> f32[5,6,16] {
 
 
 MESH = AbstractMesh((2, 3, 4), MESH_AXES)
-
-
-@pytest.fixture(autouse=True)
-def _keep_memory(monkeypatch):
-    """The command changes how its process allocates, which would slow the tests after it down."""
-    monkeypatch.setattr(compile, "give_freed_memory_back", lambda: None)
 
 
 @pytest.fixture

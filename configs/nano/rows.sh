@@ -4,6 +4,7 @@
 #
 #   configs/nano/rows.sh train       into runs/nano/rows/train
 #   configs/nano/rows.sh cells       into runs/nano/rows/cells: what lies in each cell of a collage
+#   configs/nano/rows.sh named       into runs/nano/rows/named: collages that must be named, most with boxes
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
 #
@@ -19,11 +20,16 @@ split=train
 case $1 in
   train) scenes=80000 animals=50000 food=40000 english=24000 chinese=16000 ;;
   cells) scenes=0 animals=26000 food=22000 english=0 chinese=0 collages_tasks=cells ;;
+  named)
+    scenes=0 animals=90000 food=70000 english=0 chinese=0
+    collages_tasks="grounded_caption grounded_caption grounded_caption grounded_caption
+      grounded_captioning grounded_captioning ref_grounding ref_grounding vqa vqa vqa caption
+      compare compare" ;;
   dialogue)
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|dialogue|heldout" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|dialogue|heldout" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1

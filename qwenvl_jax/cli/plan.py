@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.cli.host_memory import give_freed_memory_back
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
@@ -84,7 +85,6 @@ def _run(argv: Sequence[str]) -> int:
     config = read_config(argv[0], overrides)
     # The TPU compiler runs on the host; an accelerator of this machine would only be held.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from qwenvl_jax.planning.compile import give_freed_memory_back
     from qwenvl_jax.planning.gpus import find_gpus, gpu_text
     from qwenvl_jax.planning.pods import find_pod
 

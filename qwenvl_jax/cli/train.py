@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.cli.host_memory import computes_on_cpu, keep_freed_memory
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError, TrainConfig
 
@@ -39,6 +40,8 @@ def _run(argv: Sequence[str]) -> int:
         print(_USAGE, end="")
         return SUCCESS if argv and argv[0] in ("-h", "--help") else USAGE_ERROR
     config = read_config(argv[0], argv[1:])
+    if computes_on_cpu():
+        keep_freed_memory()
     join_cluster()
     from qwenvl_jax.evaluation.glance import AnswerPage
     from qwenvl_jax.training.loop import train

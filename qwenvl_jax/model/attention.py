@@ -16,10 +16,10 @@ from qwenvl_jax import axes
 from qwenvl_jax.config import AttentionBackend
 from qwenvl_jax.model.layers import Dense
 from qwenvl_jax.model.splash import splash_attention
+from qwenvl_jax.model.xla_attention import xla_attention
 from qwenvl_jax.sharding import constrain, context_platform
 
-MASKED = -1e30  # finite: minus infinity would make NaN of a row that may look at nothing
-CHUNK = 512  # keys that `xla_chunked` holds scores of at once
+CHUNK = 512  # keys whose scores `xla_chunked` holds at once
 CUDNN_BYTES = 2  # widest number that cuDNN's kernel takes
 CUDNN_HEAD_MULTIPLE = 8
 
@@ -102,9 +102,8 @@ def attention(
         )
     if name == "cudnn":
         return _cudnn(q_BTNH, k_BSNH, v_BSNH, mask)
-    if name == "xla_chunked":
-        return _chunked(q_BTNH, k_BSNH, v_BSNH, mask)
-    return _whole(q_BTNH, k_BSNH, v_BSNH, mask)
+    chunk = CHUNK if name == "xla_chunked" else k_BSNH.shape[1]
+    return xla_attention(q_BTNH, k_BSNH, v_BSNH, mask.keep_BTS(), chunk)
 
 
 def chosen(backend: AttentionBackend) -> AttentionBackend:
@@ -112,64 +111,6 @@ def chosen(backend: AttentionBackend) -> AttentionBackend:
     if backend != "auto":
         return backend
     return "splash" if context_platform() == "tpu" else "xla_chunked"
-
-
-def _scores(q_BTNH: jax.Array, k_BSNH: jax.Array, keep_BTS: jax.Array | None) -> jax.Array:
-    score_BNTS = jnp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32)
-    score_BNTS *= q_BTNH.shape[-1] ** -0.5
-    return score_BNTS if keep_BTS is None else jnp.where(keep_BTS[:, None], score_BNTS, MASKED)
-
-
-def _whole(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: AttentionMask):
-    keep_BTS = mask.keep_BTS()
-    weight_BNTS = jax.nn.softmax(_scores(q_BTNH, k_BSNH, keep_BTS), axis=-1)
-    if keep_BTS is not None:
-        weight_BNTS *= keep_BTS.any(axis=-1)[:, None, :, None]
-    return jnp.einsum("BNTS,BSNH->BTNH", weight_BNTS.astype(v_BSNH.dtype), v_BSNH)
-
-
-def _chunked(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: AttentionMask):
-    """The same sum walked in chunks of keys with a running maximum: memory T x CHUNK, not T x S.
-
-    Source: Rabe and Staats, arXiv 2112.05682.
-    """
-    B, T, N, H = q_BTNH.shape
-    S = k_BSNH.shape[1]
-    pad = -S % min(CHUNK, S)
-    num_chunks = (S + pad) // min(CHUNK, S)
-    keep_BTS = mask.keep_BTS()
-    if keep_BTS is None:
-        keep_BTS = jnp.ones((B, T, S), bool)
-
-    def split(x, axis):  # [.., S, ..] -> [chunk, .., S / chunks, ..]
-        widths = [(0, pad if i == axis else 0) for i in range(x.ndim)]
-        shape = (*x.shape[:axis], num_chunks, -1, *x.shape[axis + 1 :])
-        return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
-
-    @jax.checkpoint  # the backward pass recomputes a chunk's scores, so none is kept
-    def step(carry, chunk):
-        top_BNT, total_BNT, out_BTNH = carry
-        k, v, keep = chunk
-        score_BNTS = _scores(q_BTNH, k, keep)
-        new_top = jnp.maximum(top_BNT, score_BNTS.max(axis=-1))
-        weight_BNTS = jnp.exp(score_BNTS - new_top[..., None]) * keep[:, None]
-        shrink_BNT = jnp.exp(top_BNT - new_top)
-        part_BTNH = jnp.einsum(
-            "BNTS,BSNH->BTNH", weight_BNTS.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
-        out_BTNH = out_BTNH * jnp.swapaxes(shrink_BNT, 1, 2)[..., None] + part_BTNH
-        return (new_top, total_BNT * shrink_BNT + weight_BNTS.sum(axis=-1), out_BTNH), None
-
-    start = (
-        jnp.full((B, N, T), MASKED, jnp.float32),
-        jnp.zeros((B, N, T), jnp.float32),
-        jnp.zeros((B, T, N, H), jnp.float32),
-    )
-    chunks = (split(k_BSNH, 1), split(v_BSNH, 1), split(keep_BTS, 2))
-    (_, total_BNT, out_BTNH), _ = jax.lax.scan(step, start, chunks)
-    total_BTN1 = jnp.swapaxes(total_BNT, 1, 2)[..., None]
-    safe = jnp.where(total_BTN1 > 0, total_BTN1, 1.0)  # rows that look at nothing: 0 / 1
-    return (out_BTNH / safe).astype(q_BTNH.dtype)
 
 
 def _cudnn(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: AttentionMask):

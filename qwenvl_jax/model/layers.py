@@ -8,7 +8,6 @@ code starts well at any width (Differs: the release draws everything with std 0.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -18,10 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import RematPolicy
-from qwenvl_jax.sharding import context_platform, gather, is_split, sum_over_rows
+from qwenvl_jax.model.products import has_fast_path, matmul
+from qwenvl_jax.model.xla_attention import KEPT
+from qwenvl_jax.sharding import gather, is_split
 
 Carry = TypeVar("Carry")  # an array, or a tuple of them
 _GATHERED = "gathered weights"
+_UNROLLED_LAYERS = 16  # at most: compilation takes as many times longer
 
 
 class Buffer(nnx.Variable):
@@ -35,65 +37,6 @@ def param(
     assert len(shape) == len(logical)
     value = std * jax.random.normal(rngs.params(), tuple(shape), dtype)
     return nnx.Param(value.astype(dtype), axes=tuple(logical))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x: jax.Array, kernel: jax.Array, num_inputs: int, logical: tuple[str, ...]) -> jax.Array:
-    """Returns x [..., in dims] times kernel [in dims, out dims], whose axes are `logical`.
-
-    The gradient is written out because the derived one asks for the kernel's gradient transposed:
-    XLA then writes the large activations in transposed order first, which on a CPU costs more than
-    the product itself. And so that its sum over the batch is scattered over the devices.
-    """
-    return _matmul_forward(x, kernel, num_inputs, logical)[0]
-
-
-def _matmul_forward(x, kernel, num_inputs, logical):
-    inputs_of_x = tuple(range(x.ndim - num_inputs, x.ndim))
-    return _dot(x, kernel, inputs_of_x, tuple(range(num_inputs))), (x, kernel)
-
-
-def _matmul_backward(num_inputs, logical, residuals, grad):
-    x, kernel = residuals
-    outputs_of_grad = tuple(range(x.ndim - num_inputs, grad.ndim))
-    outputs_of_kernel = tuple(range(num_inputs, kernel.ndim))
-    grad_x = _dot(grad, kernel, outputs_of_grad, outputs_of_kernel)
-    product = partial(_kernel_gradient, num_inputs=num_inputs)
-    return grad_x, sum_over_rows(product, x, grad, logical, num_inputs)
-
-
-def _kernel_gradient(x: jax.Array, grad: jax.Array, num_inputs: int) -> jax.Array:
-    """Returns x [..., in dims] times grad [..., out dims], added up over `...`."""
-    batch = tuple(range(x.ndim - num_inputs))
-    if not _has_fast_path(x):
-        return _dot(x, grad, batch, batch)
-    # The fast path contracts the last axis of the left side. A row of zeros keeps XLA from taking
-    # the transposition into the product again, and goes away after it.
-    inputs, outputs = x.shape[len(batch) :], grad.shape[len(batch) :]
-    x_IB = jnp.pad(x.reshape(-1, math.prod(inputs)).T, ((0, 1), (0, 0)))
-    grad_kernel = _dot(x_IB, grad.reshape(-1, math.prod(outputs)), (1,), (0,))
-    return grad_kernel[:-1].reshape(*inputs, *outputs)
-
-
-def _dot(a, b, axes_of_a, axes_of_b):
-    """Returns the product over these axes, in the dtype of `a`."""
-    dims = ((axes_of_a, axes_of_b), ((), ()))
-    if not _has_fast_path(a):
-        return jax.lax.dot_general(a, b, dims)
-    wide = jax.lax.dot_general(a, b, dims, preferred_element_type=jnp.float32)
-    return wide.astype(a.dtype)
-
-
-def _has_fast_path(x: jax.Array) -> bool:
-    """Returns whether products of such arrays are faster when asked for float32 results.
-
-    They are for bfloat16 on a CPU, by a factor of three; elsewhere it would sum up parts of a
-    split product in float32, and exchange twice the bytes.
-    """
-    return x.dtype == jnp.bfloat16 and context_platform() == "cpu"
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Dense(nnx.Module):
@@ -122,12 +65,10 @@ class Dense(nnx.Module):
         self.lora: Callable | None = None  # what `model.lora` adds to the product
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y: Any = matmul(x, self.kernel[...].astype(x.dtype), self.num_inputs, self.logical)
-        if self.lora is not None:
-            y = y + self.lora(x)
-        if self.bias is not None:
-            y = y + self.bias[...].astype(x.dtype)
-        return y
+        bias = None if self.bias is None else self.bias[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
+        y: Any = matmul(x, kernel, bias, self.num_inputs, self.logical)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class LayerNorm(nnx.Module):
@@ -208,7 +149,9 @@ def scan_layers(
 
     if remat != "none":
         policies = jax.checkpoint_policies
-        dots = policies.dots_with_no_batch_dims_saveable
+        dots = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
+        )
         policy = {
             "dots": dots,
             "weights": policies.save_from_both_policies(
@@ -219,8 +162,31 @@ def scan_layers(
         # Inside a scan the compiler cannot merge the recomputation away, so the barrier that
         # prevent_cse would add only costs.
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    carry, _ = jax.lax.scan(body, carry, (states, per_layer))
+    stacks = (states, per_layer)
+    if remat != "none" and _is_better_unrolled(carry, stacks):
+        for slice_k in _slices(stacks):
+            carry, _ = body(carry, slice_k)
+        return carry
+    carry, _ = jax.lax.scan(body, carry, stacks)
     return carry
+
+
+def _is_better_unrolled(carry: object, stacks: tuple) -> bool:
+    """Returns whether a training pass is faster without a loop, and still compiles fast.
+
+    For the backward pass a loop stacks what the layers leave behind. On CPUs XLA keeps such stacks
+    of bfloat16 in float32, and fills them with zeros first.
+    """
+    depth = jax.tree.leaves(stacks)[0].shape[0]
+    return depth <= _UNROLLED_LAYERS and has_fast_path(jax.tree.leaves(carry)[0])
+
+
+def _slices(stacks: tuple) -> list[tuple]:
+    """Returns every layer's slice; their gradients are joined at once, not added up in zeros."""
+    leaves, structure = jax.tree.flatten(stacks)
+    depth = leaves[0].shape[0]
+    layers = zip(*(jax.lax.split(leaf, [1] * depth) for leaf in leaves), strict=True)
+    return [structure.unflatten([x.squeeze(0) for x in layer]) for layer in layers]
 
 
 def _gathered(state: nnx.State, dtype: jax.typing.DTypeLike) -> nnx.State:

@@ -21,7 +21,8 @@ from flax import nnx
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import ConfigError, LoraConfig
-from qwenvl_jax.model.layers import Dense, matmul, param
+from qwenvl_jax.model.layers import Dense, param
+from qwenvl_jax.model.products import matmul
 from qwenvl_jax.sharding import select
 
 _READ_WITHOUT_CALL = "decoder.lm_head"  # its kernel goes into the chunked loss
@@ -48,8 +49,8 @@ class LowRank(nnx.Module):
         self.up = nnx.Param(jnp.zeros(up_shape, dtype), axes=up_axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        low: Any = matmul(x, self.down[...].astype(x.dtype), self.num_inputs, self.down_axes)
-        return matmul(low * self.scale, self.up[...].astype(x.dtype), 1, self.up_axes)
+        low: Any = matmul(x, self.down[...].astype(x.dtype), None, self.num_inputs, self.down_axes)
+        return matmul(low * self.scale, self.up[...].astype(x.dtype), None, 1, self.up_axes)
 
 
 def add_lora(model: nnx.Module, config: LoraConfig, dtype: str, rngs: nnx.Rngs) -> None:

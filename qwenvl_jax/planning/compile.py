@@ -1,6 +1,5 @@
 """The train step that `train.py` runs, compiled for a pod that is not there."""
 
-import ctypes
 import dataclasses
 import pickle
 import re
@@ -27,12 +26,6 @@ from qwenvl_jax.sharding import batch_sharding, make_mesh
 from qwenvl_jax.training.compiler import compiler_options
 from qwenvl_jax.training.state import Layout, make_layout
 from qwenvl_jax.training.step import make_train_step
-
-_MALLOPT = (  # parameters by their numbers in glibc's malloc.h, and our values
-    (-1, 128 * 1024),  # M_TRIM_THRESHOLD
-    (-3, 128 * 1024),  # M_MMAP_THRESHOLD
-    (-8, 2),  # M_ARENA_MAX
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,20 +119,6 @@ def _compile(lowered: Any, begin: tuple[float, float]) -> tuple[CompiledProgram,
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     return program, executable
-
-
-def give_freed_memory_back() -> None:
-    """Has the C library return what a compilation frees to the system, where it is glibc.
-
-    Left alone it keeps freed blocks for later, scattered over the pools of the compiler's threads:
-    half a gigabyte of the largest programs. For a process that only compiles: for others it is
-    slow, every large array being mapped anew.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return
-    for parameter, value in _MALLOPT:
-        mallopt(parameter, value)
 
 
 def save_executable(compiled: CompiledStep, path: str | Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from qwenvl_jax import axes
 from qwenvl_jax.data.example import NO_TASK, TASKS, Batch
+from qwenvl_jax.model.products import logits
 from qwenvl_jax.sharding import constrain
 
 
@@ -60,10 +61,7 @@ def _chunk_loss(
     hidden_BLD: jax.Array, lm_head_DV: jax.Array, targets_BL: jax.Array, weight_BL: jax.Array
 ) -> jax.Array:
     """Returns the weighted cross-entropies of one chunk of positions."""
-    logits_BLV = jnp.einsum(
-        "BLD,DV->BLV", hidden_BLD, lm_head_DV, preferred_element_type=jnp.float32
-    )
-    logits_BLV = constrain(logits_BLV, axes.BATCH, None, axes.VOCAB)
+    logits_BLV = constrain(logits(hidden_BLD, lm_head_DV), axes.BATCH, None, axes.VOCAB)
     # A comparison instead of a gather: its backward pass is no scatter, and it stays local when
     # the vocabulary is split over devices.
     is_target = targets_BL[..., None] == jnp.arange(logits_BLV.shape[-1])

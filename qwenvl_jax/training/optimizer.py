@@ -137,25 +137,36 @@ def learning_rate(step: jax.Array, config: OptimizerConfig, num_steps: int) -> j
     return jnp.where(step < config.warmup_steps, warm, decayed)
 
 
-def make_optimizer(
-    config: OptimizerConfig, plan: dict[str, ParameterPlan]
-) -> optax.GradientTransformation:
-    """Returns AdamW without its learning rate, over a dict of the trained parameters.
-
-    The rate is not inside, because it follows the run's step and not the number of updates made:
-    a step whose update was dropped must not shift the schedule.
-    """
-
-    def decay_and_scale(updates: Any, parameters: Any) -> dict[str, jax.Array]:
-        return {
-            name: (u + plan[name].weight_decay * parameters[name]) * plan[name].rate_for(u.shape)
-            for name, u in updates.items()
-        }
-
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Returns what keeps AdamW's moments, of a dict of the trained parameters."""
     return optax.chain(
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
-        optax.stateless(decay_and_scale),
+        optax.identity(),  # so that the state is what it was when runs of before were saved
     )
+
+
+def stepped(
+    parameters: dict[str, jax.Array],
+    moments: Any,
+    rate: jax.Array,
+    config: OptimizerConfig,
+    plan: dict[str, ParameterPlan],
+) -> dict[str, jax.Array]:
+    """Returns the parameters after AdamW's step, from moments that have seen its gradients.
+
+    The learning rate is an argument, because it follows the run's step and not the number of
+    updates made: a step whose update was dropped must not shift the schedule.
+    """
+    adam = moments[0]
+    means = optax.tree.bias_correction(adam.mu, config.beta1, adam.count)
+    squares = optax.tree.bias_correction(adam.nu, config.beta2, adam.count)
+
+    def of(name: str, p: jax.Array) -> jax.Array:
+        scaled = means[name] / (jnp.sqrt(squares[name]) + config.eps)
+        step = (scaled + plan[name].weight_decay * p) * plan[name].rate_for(p.shape)
+        return p - (rate * step).astype(p.dtype)
+
+    return {name: of(name, p) for name, p in parameters.items()}
 
 
 def clip_by_norm(

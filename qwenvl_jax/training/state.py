@@ -57,7 +57,7 @@ def make_layout(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Layout:
     state = _with_frozen_dtype(state, plan, config.frozen_dtype or config.model.param_dtype)
     weights = {path: v.get_value() for path, v in named_variables(state).items()}
     trainable, frozen = split_weights(weights, plan)
-    moments = jax.eval_shape(make_optimizer(config.optimizer, plan).init, trainable)
+    moments = jax.eval_shape(make_optimizer(config.optimizer).init, trainable)
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -112,7 +112,7 @@ def random_weights(
 def start_state(config: TrainConfig, layout: Layout, weights: Weights) -> TrainState:
     """Returns the state before the first step: given weights, empty optimizer."""
     trainable, frozen = split_weights(weights, layout.plan)
-    optimizer = make_optimizer(config.optimizer, layout.plan)
+    optimizer = make_optimizer(config.optimizer)
 
     shardings = layout.shardings
 

@@ -21,7 +21,7 @@ from qwenvl_jax.training.compiler import compiler_options
 from qwenvl_jax.training.faults import disturb, parse_faults
 from qwenvl_jax.training.guard import HELD, judge
 from qwenvl_jax.training.loss import Sums, next_token_loss, no_sums, sum_up
-from qwenvl_jax.training.optimizer import clip_by_norm, learning_rate, make_optimizer
+from qwenvl_jax.training.optimizer import clip_by_norm, learning_rate, make_optimizer, stepped
 from qwenvl_jax.training.state import Layout, TrainState, Weights, merge_model
 
 Metrics = dict[str, jax.Array]
@@ -41,7 +41,7 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
         ConfigError: the rows of a micro-batch do not divide over the devices.
     """
     num_shards = check_rows(config, layout.mesh)
-    optimizer = make_optimizer(config.optimizer, layout.plan)
+    optimizer = make_optimizer(config.optimizer)
     faults = parse_faults(config.simulate_fault)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -54,19 +54,18 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
         clipped, norm = clip_by_norm(gradients, config.optimizer.clip_norm)
 
         lr = learning_rate(state.step, config.optimizer, config.steps)
-        updates: Any
-        updates, moments = optimizer.update(clipped, state.optimizer, state.trainable)
-        trainable = {n: p - (lr * updates[n]).astype(p.dtype) for n, p in state.trainable.items()}
-
         is_applied, verdict, score, guard = judge(
             state.guard, loss, norm, sums.weight, config.guard
         )
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(is_applied, a, b), new, old)  # noqa: E731
+        # Dropped, where they are, before they are used: XLA copies the old moments otherwise.
+        moments = keep(optimizer.update(clipped, state.optimizer)[1], state.optimizer)
+        trainable = stepped(state.trainable, moments, lr, config.optimizer, layout.plan)
         new_state = TrainState(
             step=state.step + jnp.where(verdict == HELD, 0, 1),
             trainable=keep(trainable, state.trainable),
             frozen=state.frozen,
-            optimizer=keep(moments, state.optimizer),
+            optimizer=moments,
             guard=guard,
         )
         metrics = _counts(batch, sums) | {

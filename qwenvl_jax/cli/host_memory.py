@@ -1,0 +1,49 @@
+"""What the C library does with memory that is freed, where it is glibc.
+
+By default it keeps small blocks and gives large ones back at once; neither suits a process that
+does one thing only. Elsewhere these functions do nothing.
+"""
+
+import ctypes
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8  # glibc's malloc.h
+_NEVER = -1
+_ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # device files: TPU, GPU
+
+
+def keep_freed_memory() -> None:
+    """Has freed memory kept for the next step, in a process that trains on a CPU.
+
+    XLA asks for a step's working memory in one piece and frees it afterwards. Mapped anew, every
+    page of it costs an interrupt in every step. Call it before JAX starts its threads: those that
+    run already have pools of their own, which hold no large pieces.
+    """
+    _set({_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER})
+
+
+def give_freed_memory_back() -> None:
+    """Has what a compilation frees returned to the system.
+
+    Left alone glibc keeps freed blocks for later, scattered over the pools of the compiler's
+    threads: half a gigabyte of the largest programs. For a process that only compiles: for others
+    it is slow, every large array being mapped anew.
+    """
+    _set({_ARENA_MAX: 2, _MMAP_THRESHOLD: 128 * 1024, _TRIM_THRESHOLD: 128 * 1024})
+
+
+def computes_on_cpu() -> bool:
+    """Returns whether JAX will compute on the CPU, without starting it."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    return not any(file for pattern in _ACCELERATORS for file in Path("/dev").glob(pattern))
+
+
+def _set(parameters: Mapping[int, int]) -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in parameters.items():
+            mallopt(parameter, value)

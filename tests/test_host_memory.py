@@ -1,0 +1,54 @@
+"""Whether freed memory stays or goes, seen in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from qwenvl_jax.cli.host_memory import computes_on_cpu
+
+_PROGRAM = """
+import ctypes, threading
+from qwenvl_jax.cli import host_memory
+c = ctypes.CDLL(None)
+c.malloc.restype = ctypes.c_void_p
+host_memory.{function}()
+def work():  # in a thread, as XLA does
+    piece = ctypes.c_void_p(c.malloc(ctypes.c_size_t(100 << 20)))
+    ctypes.memset(piece, 1, 100 << 20)
+    c.free(piece)
+thread = threading.Thread(target=work)
+thread.start(); thread.join()
+with open("/proc/self/statm") as file:
+    print(int(file.read().split()[1]) * 4096 >> 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_kept_or_given_back():
+    left = {
+        function: int(
+            subprocess.run(
+                [sys.executable, "-c", _PROGRAM.format(function=function)],
+                capture_output=True, text=True, check=True,
+            ).stdout
+        )
+        for function in ("keep_freed_memory", "give_freed_memory_back")
+    }  # fmt: skip
+    assert left["keep_freed_memory"] > 100 > left["give_freed_memory_back"], left
+
+
+@pytest.mark.parametrize(("platforms", "expected"), [("cpu", True), ("cuda,cpu", False)])
+def test_what_computes_is_read_from_the_environment(monkeypatch, platforms, expected):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert computes_on_cpu() is expected
+
+
+def test_without_a_word_it_is_the_cpu_where_there_is_no_accelerator(monkeypatch, tmp_path):
+    from qwenvl_jax.cli import host_memory
+
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(host_memory, "Path", lambda _: tmp_path)
+    assert computes_on_cpu()
+    (tmp_path / "nvidia0").touch()
+    assert not computes_on_cpu()
