@@ -12,7 +12,7 @@ import numpy as np
 from qwenvl_jax import axes
 from qwenvl_jax.data.example import NO_TASK, TASKS, Batch
 from qwenvl_jax.model.products import logits
-from qwenvl_jax.sharding import constrain
+from qwenvl_jax.sharding import constrain, context_platform
 
 
 def next_token_loss(
@@ -62,12 +62,33 @@ def _chunk_loss(
 ) -> jax.Array:
     """Returns the weighted cross-entropies of one chunk of positions."""
     logits_BLV = constrain(logits(hidden_BLD, lm_head_DV), axes.BATCH, None, axes.VOCAB)
-    # A comparison instead of a gather: its backward pass is no scatter, and it stays local when
-    # the vocabulary is split over devices.
-    is_target = targets_BL[..., None] == jnp.arange(logits_BLV.shape[-1])
-    target_logit_BL = jnp.where(is_target, logits_BLV, 0.0).sum(axis=-1)
-    loss_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - target_logit_BL
+    loss_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - _logit_of(logits_BLV, targets_BL)
     return loss_BL * weight_BL
+
+
+@jax.custom_vjp
+def _logit_of(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
+    """Returns each target's logit [B, L]."""
+    if context_platform() == "cpu":
+        return jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    # A comparison stays local when the vocabulary is split over devices.
+    return jnp.where(_is_target(logits_BLV, targets_BL), logits_BLV, 0.0).sum(axis=-1)
+
+
+def _logit_of_forward(logits_BLV, targets_BL):
+    return _logit_of(logits_BLV, targets_BL), (logits_BLV, targets_BL)
+
+
+def _logit_of_backward(residuals, grad_BL):
+    # A comparison on every platform: that of a gather would be a scatter.
+    return jnp.where(_is_target(*residuals), grad_BL[..., None], 0.0), None
+
+
+_logit_of.defvjp(_logit_of_forward, _logit_of_backward)
+
+
+def _is_target(logits_BLV: jax.Array, targets_BL: jax.Array) -> jax.Array:
+    return targets_BL[..., None] == jnp.arange(logits_BLV.shape[-1])
 
 
 class Sums(NamedTuple):

@@ -169,13 +169,16 @@ def stepped(
     return {name: of(name, p) for name, p in parameters.items()}
 
 
-def clip_by_norm(
-    gradients: dict[str, jax.Array], limit: float
+def clipped_mean(
+    sums: dict[str, jax.Array], count: jax.Array, limit: float
 ) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Returns (gradients scaled to a global norm of at most `limit`, the norm before)."""
-    norm = optax.tree.norm(gradients)
-    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
-    return {name: g * scale for name, g in gradients.items()}, norm
+    """Returns (sums over count, scaled to a global norm of at most `limit`; the norm before).
+
+    In one multiplication: the mean by itself is never written to memory.
+    """
+    norm = optax.tree.norm(sums) / count
+    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12)) / count
+    return {name: g * scale for name, g in sums.items()}, norm
 
 
 def describe_plan(abstract: nnx.State, plan: dict[str, ParameterPlan]) -> str:

@@ -21,7 +21,7 @@ from qwenvl_jax.training.compiler import compiler_options
 from qwenvl_jax.training.faults import disturb, parse_faults
 from qwenvl_jax.training.guard import HELD, judge
 from qwenvl_jax.training.loss import Sums, next_token_loss, no_sums, sum_up
-from qwenvl_jax.training.optimizer import clip_by_norm, learning_rate, make_optimizer, stepped
+from qwenvl_jax.training.optimizer import clipped_mean, learning_rate, make_optimizer, stepped
 from qwenvl_jax.training.state import Layout, TrainState, Weights, merge_model
 
 Metrics = dict[str, jax.Array]
@@ -50,8 +50,7 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
         gradients, loss_sum = disturb(gradients, sums.loss, state.step + 1, faults)
         scored = jnp.where(sums.weight > 0, sums.weight, 1.0)
         loss = loss_sum / scored
-        gradients = {name: g / scored for name, g in gradients.items()}
-        clipped, norm = clip_by_norm(gradients, config.optimizer.clip_norm)
+        clipped, norm = clipped_mean(gradients, scored, config.optimizer.clip_norm)
 
         lr = learning_rate(state.step, config.optimizer, config.steps)
         is_applied, verdict, score, guard = judge(
