@@ -31,8 +31,7 @@ faults: $(VENV)/.installed-test
 	$(BIN)/python tests/faults.py $(ARGS)
 
 # Trains the small model again, into runs/nano, and scores it: docs/nano.md says how long it takes, and
-# which two Debian packages it needs. The malloc settings keep freed pages: on a CPU, steps that ask for
-# fresh ones are slower.
+# which two Debian packages it needs. The malloc settings ask for large pages, which a step needs fewer of.
 nano: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
 nano: export PYTHON := $(BIN)/python
 nano: $(VENV)/.installed-generate
@@ -42,11 +41,12 @@ nano: $(VENV)/.installed-generate
 	test -d runs/nano/drawn || $(BIN)/python convert.py import runs/nano/stage3_again runs/nano/drawn
 	test -d runs/nano/wide_start || $(BIN)/python convert.py vocabulary \
 	  runs/nano/drawn configs/nano/wide.tiktoken runs/nano/wide_start
-	for rows in train cells dialogue heldout; do configs/nano/rows.sh $$rows || exit 1; done
-	@for stage in stage2_wide stage2_cells stage3_wide stage2_longer_cells stage2_last_cells; do \
+	for rows in train cells named dialogue heldout; do configs/nano/rows.sh $$rows || exit 1; done
+	@for stage in stage2_wide stage2_cells stage3_wide stage2_longer_cells stage2_last_cells \
+	  stage2_named; do \
 	  $(BIN)/python train.py configs/nano/$$stage.py || exit 1; done
-	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last_cells
-	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last_cells \
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_named
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_named \
 	  --rows $(addprefix runs/nano/rows/heldout/,scenes animals food english chinese)
 
 clean:

@@ -1,4 +1,4 @@
-"""Stage 2 of the small model on wider data, last part: longer, with more dialogue. What ships.
+"""Stage 2 of the small model on wider data, fifth part: longer, with more dialogue.
 
 The loss of `stage2_longer_cells` was still falling, and two pictures were the hardest to compare.
 

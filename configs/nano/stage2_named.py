@@ -1,4 +1,6 @@
-"""Stage 2 of the small model on wider data, once more: what is in a collage, named with its box.
+"""Stage 2 of the small model on wider data, last part: what is in a collage, named with its box.
+
+What ships.
 
 The hardest questions of `stage2_last_cells` were names: of things in a box, and in captions with
 boxes. 160,000 rows of new collages ask for little else, and are two fifths of the samples.

@@ -163,7 +163,7 @@ def scan_layers(
         # prevent_cse would add only costs.
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     stacks = (states, per_layer)
-    if remat != "none" and _is_better_unrolled(carry, stacks):
+    if remat in ("dots", "weights") and _is_better_unrolled(carry, stacks):
         for slice_k in _slices(stacks):
             carry, _ = body(carry, slice_k)
         return carry
@@ -175,7 +175,7 @@ def _is_better_unrolled(carry: object, stacks: tuple) -> bool:
     """Returns whether a training pass is faster without a loop, and still compiles fast.
 
     For the backward pass a loop stacks what the layers leave behind. On CPUs XLA keeps such stacks
-    of bfloat16 in float32, and fills them with zeros first.
+    of bfloat16 in float32, and fills them with zeros first. Without a loop it may keep more.
     """
     depth = jax.tree.leaves(stacks)[0].shape[0]
     return depth <= _UNROLLED_LAYERS and has_fast_path(jax.tree.leaves(carry)[0])

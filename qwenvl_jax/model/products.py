@@ -23,6 +23,7 @@ def matmul(
     """Returns x [..., in dims] times kernel [in dims, out dims] plus bias [out dims].
 
     `logical` names the axes of the kernel.
+
     The gradient is written out because the derived one asks for the kernel's gradient transposed:
     XLA then writes the large activations in transposed order first, which on a CPU costs more than
     the product itself. And so that its sum over the batch is scattered over the devices.

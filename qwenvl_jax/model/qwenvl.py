@@ -23,6 +23,7 @@ from qwenvl_jax.model.adapter import Adapter
 from qwenvl_jax.model.attention import Kernel
 from qwenvl_jax.model.decoder import Decoder, KVCache
 from qwenvl_jax.model.lora import add_lora
+from qwenvl_jax.model.products import logits
 from qwenvl_jax.model.vit import ViT
 from qwenvl_jax.sharding import fill, named_variables, with_shardings
 
@@ -117,7 +118,7 @@ class QwenVL(nnx.Module):
     def logits(self, hidden_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Returns float32 scores of every vocabulary row."""
         kernel_DV = self.decoder.lm_head.kernel[...].astype(hidden_BLD.dtype)
-        return jnp.matmul(hidden_BLD, kernel_DV, preferred_element_type=jnp.float32)
+        return logits(hidden_BLD, kernel_DV)
 
 
 def abstract_state(config: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, nnx.State]:
