@@ -151,8 +151,11 @@ def test_the_released_size_is_exact():
     assert num_parameters(state["decoder"]) == 7_721_324_544
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # with remat, layers of bf16 unroll
-def test_remat_changes_no_gradient(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "policies"),
+    [("float32", ("weights", "full")), ("bfloat16", ("dots",))],  # on CPUs the latter unrolls
+)
+def test_remat_changes_no_gradient(dtype, policies):
     config = tiny.model_config(dtype=dtype)
     graphdef, state = init_state(config, jax.random.key(0), make_mesh())
     image = pixels(1, 28)
@@ -170,7 +173,7 @@ def test_remat_changes_no_gradient(dtype):
     largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(plain))
     assert largest > 1e-3
     near = {"float32": 1e-6, "bfloat16": 0.02 * largest}[dtype]
-    for remat in ("dots", "weights", "full"):
+    for remat in policies:
         again = gradient(state, dataclasses.replace(config, remat=remat))
         for want, got in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
             np.testing.assert_allclose(got, want, atol=near, err_msg=remat)
