@@ -24,6 +24,7 @@ from pathlib import Path
 import jax
 
 from qwenvl_jax.checkpoint.store import CheckpointStore
+from qwenvl_jax.cli.host_memory import computes_on_cpu, keep_freed_memory
 from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.data.pipeline import batches
@@ -147,6 +148,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    if computes_on_cpu():
+        keep_freed_memory()  # as train.py does
     config = read_config(options.config)
     stepper = Stepper(config)
     tell_operations(stepper)
