@@ -6,6 +6,7 @@ does one thing only. Elsewhere these functions do nothing.
 
 import ctypes
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def computes_on_cpu() -> bool:
 
 
 def _set(parameters: Mapping[int, int]) -> None:
+    if sys.platform != "linux":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter, value in parameters.items():

@@ -32,9 +32,10 @@ def matmul(
 
 
 def _matmul_forward(x, kernel, bias, num_inputs, logical):
-    inputs_of_x = tuple(range(x.ndim - num_inputs, x.ndim))
-    y = _dot(x, kernel, inputs_of_x, tuple(range(num_inputs)))
-    return y if bias is None else y + bias, (x, kernel, bias)
+    inputs_of_x, inputs_of_kernel = tuple(range(x.ndim - num_inputs, x.ndim)), range(num_inputs)
+    product = _wide_dot if has_fast_path(x) else _dot  # of wide ones only the sum is rounded
+    y = product(x, kernel, inputs_of_x, tuple(inputs_of_kernel))
+    return (y if bias is None else y + bias).astype(x.dtype), (x, kernel, bias)
 
 
 def _matmul_backward(num_inputs, logical, residuals, grad):
