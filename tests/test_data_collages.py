@@ -189,6 +189,24 @@ def test_two_pictures_are_compared_truly():
     assert set(same.values()) <= {"一样多", "没有", "是"} or "<box>" in str(same)
 
 
+def test_turns_about_either_picture_are_true():
+    one = compose(
+        [Group(kind("red star"), 2), Group(kind("blue heart"), 1)], SIDE, random.Random(1)
+    )
+    two = compose([Group(kind("red star"), 1)], SIDE, random.Random(2))
+    turns = {}
+    for seed in range(60):
+        turns |= dict(collage_chat.either(one, two, "en", random.Random(seed)))
+    assert turns["How many red stars are in Picture 2?"] == "1"
+    assert turns["How many red stars are in each picture?"] == "2 and 1"
+    assert turns["How many blue hearts are in each picture?"] == "1 and 0"
+    assert turns["Is there a blue heart in Picture 1?"] == "yes"
+    assert turns["Is there a blue heart in Picture 2?"] == "no"
+    assert turns["What is in Picture 2?"] == "a red star"
+    chinese = dict(collage_chat.either(two, two, "zh", random.Random(3)))
+    assert set(chinese.values()) == {"一个红色的星形", "1和1"}
+
+
 # --- words --------------------------------------------------------------------------------------
 
 

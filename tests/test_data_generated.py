@@ -1,5 +1,6 @@
 """Generated sources as commands open them."""
 
+import dataclasses
 import pickle
 
 import pytest
@@ -83,6 +84,23 @@ def test_a_picture_shows_no_more_kinds_than_asked():
     assert max(len(more[i].fields["phrases"]) for i in range(60)) > 3
     with pytest.raises(DataError, match=r"1 to 6 kinds in a picture: got .* most_kinds 7"):
         Collages(1, "train", most_kinds=7)
+
+
+def test_only_the_kinds_of_questions_asked_for_are_asked_where_they_can_be():
+    options = GeneratedOptions(tasks=("vqa",), side=112, questions=("count", "where"))
+    rows = open_generated("collages", 40, options)
+    assert {rows[i].fields["kind"] for i in range(40)} == {"count", "where"}
+    chosen = dataclasses.replace(options, questions=("relation",), side=None)
+    times = []
+    for asked in ((), ("relation",)):  # of one thing alone other things are asked
+        scenes = open_generated("scenes", 80, dataclasses.replace(chosen, questions=asked))
+        times.append([scenes[i].fields["kind"] for i in range(80)].count("relation"))
+    assert times[1] > 2 * times[0] > 0, times
+    for name in ("collages", "scenes"):
+        usual = open_generated(name, 40, dataclasses.replace(options, questions=()))
+        assert usual.fingerprint != open_generated(name, 40, chosen).fingerprint
+        with pytest.raises(DataError, match=f"questions of {name} must be of .*, relation, .* got"):
+            open_generated(name, 40, dataclasses.replace(options, questions=("why",)))
 
 
 def test_a_corpus_is_written_without_senseless_signs(tmp_path):

@@ -1,4 +1,4 @@
-"""Dialogues about collages: questions, boxes both ways, and two pictures compared.
+"""Dialogues about collages: questions, boxes both ways, one or the other of two, two compared.
 
 Everything an answer says is true of the pictures. Places are live tags, as in the released chat.
 """
@@ -49,16 +49,22 @@ def dialogue(
     pool: Sequence[Kind],
     rng: random.Random,
     about: Thing | None = None,
+    questions: Sequence[str] = collage_facts.QUESTION_KINDS,
 ) -> list[Turn]:
     """Returns one to four turns about one picture; the first is about one thing where that can be.
 
-    No question comes twice.
+    `questions` are the kinds that it may ask. No question comes twice.
     """
     words = WORDS[language]
     turns: dict[str, str] = {}
     for _ in range(rng.choice((1, 2, 2, 3, 4))):
         kind = rng.choice(("ask", "ask", "find", "find", "name", "describe", "boxes"))
-        question, answer = _turn(kind, collage, words, pool, rng, None if turns else about)
+        first = None if turns else about
+        if kind == "ask":
+            asked = collage_facts.ask(collage, pool, rng, first, questions)
+            question, answer = words.question(asked, rng), words.answer(asked)
+        else:
+            question, answer = _turn(kind, collage, words, rng, first)
         turns.setdefault(question, answer)
     return list(turns.items())
 
@@ -67,13 +73,9 @@ def _turn(
     kind: str,
     collage: Collage,
     words: ModuleType,
-    pool: Sequence[Kind],
     rng: random.Random,
     about: Thing | None,
 ) -> Turn:
-    if kind == "ask":
-        asked = collage_facts.ask(collage, pool, rng, about)
-        return words.question(asked, rng), words.answer(asked)
     if kind == "describe":
         return rng.choice(words.DESCRIBE), caption(collage, words, rng)
     if kind == "boxes":
@@ -120,6 +122,35 @@ def comparison(
         name = about if about and about in names and not turns else rng.choice(names)
         kind = rng.choice(("only", "only", "more", "more", "common", "both", "find"))
         question, answer = _compared(kind, (one, two), words, name, rng)
+        turns.setdefault(question, answer)
+    return list(turns.items())
+
+
+def either(one: Collage, two: Collage, language: str, rng: random.Random) -> list[Turn]:
+    """Returns two to four turns about one or the other picture, which no comparison goes without.
+
+    What is asked for is in one of them at least.
+    """
+    words = WORDS[language]
+    names = [name for shown in (one, two) for name, _ in collage_facts.groups(shown)]
+    turns: dict[str, str] = {}
+    for _ in range(rng.choice((2, 3, 3, 4))):
+        name, at = rng.choice(names), rng.randrange(2)
+        shown = (one, two)[at]
+        counts = [len(collage_facts.things_of(picture, name)) for picture in (one, two)]
+        match rng.choice(("count", "counts", "counts", "exists", "describe")):
+            case "count":
+                question = words.COUNT_IN.format(words.plural(name), at + 1)
+                answer = str(counts[at])
+            case "counts":
+                question = words.COUNT_EACH.format(words.plural(name))
+                answer = words.EACH.format(*counts)
+            case "exists":
+                question = words.EXISTS_IN.format(words.counted(name, 1), at + 1)
+                answer = words.YES if counts[at] else words.NO
+            case _:
+                question = words.DESCRIBE_ONE.format(at + 1)
+                answer = "".join(piece.text for piece in caption_pieces(shown, words))
         turns.setdefault(question, answer)
     return list(turns.items())
 

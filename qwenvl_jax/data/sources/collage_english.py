@@ -50,6 +50,10 @@ ONLY_IN = (
 )
 COMMON = ("What is in both pictures?", "What do the two pictures have in common?")
 IN_BOTH = "Is there {} in both pictures?"
+COUNT_IN = "How many {} are in Picture {}?"
+COUNT_EACH, EACH = "How many {} are in each picture?", "{} and {}"
+EXISTS_IN = "Is there {} in Picture {}?"
+DESCRIBE_ONE = "What is in Picture {}?"
 
 
 def singular(name: Name) -> str:

@@ -5,6 +5,7 @@ cats clearly apart, "the cat to the left of the dog" that no other cat is. The m
 `collage_english` and `collage_chinese` put it into words.
 """
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -19,6 +20,19 @@ CLEARLY_BIGGER = 1.4  # times as long and as wide
 Link = Literal["left", "right", "above", "below"]
 _OPPOSITE: dict[Link, Link] = {"left": "right", "right": "left", "above": "below", "below": "above"}
 _AXES: tuple[tuple[int, Link, Link], ...] = ((0, "left", "right"), (1, "above", "below"))
+
+
+QUESTION_KINDS = (
+    "count",
+    "exists",
+    "exists",  # twice as likely
+    "colour",
+    "relation",
+    "neighbour",
+    "where",
+    "more",
+    "total",
+)
 
 
 class Reference(NamedTuple):
@@ -171,14 +185,21 @@ def reference(collage: Collage, thing: Thing, rng: random.Random) -> Reference |
 
 
 def ask(
-    collage: Collage, pool: Sequence[Kind], rng: random.Random, about: Thing | None = None
+    collage: Collage,
+    pool: Sequence[Kind],
+    rng: random.Random,
+    about: Thing | None = None,
+    kinds: Sequence[str] = QUESTION_KINDS,
 ) -> Asked:
-    """Returns a question that the picture answers; `about` one thing where that can be."""
+    """Returns a question that the picture answers; `about` one thing where that can be.
+
+    Its kind is one of `kinds`, or any where the picture allows none of them.
+    """
     thing = about or rng.choice(collage.things)
-    askers = [_count, _exists, _exists, _colour, _relation, _neighbour, _where, _more, _total]
-    rng.shuffle(askers)
-    for asker in askers:
-        asked = asker(collage, thing, pool, rng)
+    order = list(kinds)
+    rng.shuffle(order)
+    for kind in itertools.chain(order, QUESTION_KINDS):
+        asked = _ASKERS[kind](collage, thing, pool, rng)
         if asked is not None:
             return asked
     raise AssertionError("every thing can be counted")
@@ -290,3 +311,15 @@ def _more(collage: Collage, thing: Thing, pool: Sequence[Kind], rng: random.Rand
         one, other = other, one
     counts = [len(things_of(collage, name)) for name in (one, other)]
     return None if counts[0] == counts[1] else Asked("more", counts[0] > counts[1], (), one, other)
+
+
+_ASKERS = {
+    "count": _count,
+    "exists": _exists,
+    "colour": _colour,
+    "relation": _relation,
+    "neighbour": _neighbour,
+    "where": _where,
+    "more": _more,
+    "total": _total,
+}

@@ -83,8 +83,11 @@ def fields_of(
     pool: Sequence[Kind],
     rng: random.Random,
     about: Thing | None = None,
+    questions: Sequence[str] = collage_facts.QUESTION_KINDS,
 ) -> dict[str, Any]:
     """Returns the fields of a row about one collage; `about` is the thing it asks for, if any.
+
+    `questions` are the kinds that vqa asks.
 
     Raises: ValueError for a task that is not made here.
     """
@@ -93,7 +96,7 @@ def fields_of(
         case "caption":
             return {"text": caption(collage, words, rng)}
         case "vqa":
-            asked = collage_facts.ask(collage, pool, rng, about)
+            asked = collage_facts.ask(collage, pool, rng, about, questions)
             text = words.question(asked, rng)
             return {"question": text, "answer": words.answer(asked), "kind": asked.kind}
         case "grounded_caption":

@@ -41,7 +41,9 @@ TASKS = (
     "chat",
     "compare",  # rows of the task chat with two pictures
 )
-CELLS = "cells"  # only where it is asked for: rows of vqa that list what lies in each cell
+# Only where they are asked for:
+CELLS = "cells"  # rows of vqa that list what lies in each cell
+EITHER = "either"  # rows of the task chat about one or the other of two pictures
 _VERSION = 1  # raise it when the same settings give other rows
 _QUALITY = (80, 95)  # of the JPEG
 
@@ -52,8 +54,9 @@ class Collages:
 
     `tasks` and `languages` ("en", "zh") are equally likely. `emoji` and a `folder` of cut-outs with
     captions add objects to the drawn shapes; `photos` is a folder of backgrounds. A picture shows
-    up to `most_kinds` kinds of objects. Objects whose Chinese name is not known appear in English
-    rows only.
+    up to `most_kinds` kinds of objects. `questions` are the kinds asked for in vqa and chat,
+    equally likely; a picture that allows none of them is asked another. Objects whose Chinese name
+    is not known appear in English rows only.
 
     Raises: DataError for settings that cannot be, and material that is missing.
     """
@@ -68,10 +71,12 @@ class Collages:
     emoji_font: Path | None = None
     folder: Path | None = None
     photos: Path | None = None
+    questions: tuple[str, ...] = collage_facts.QUESTION_KINDS
 
     def __post_init__(self) -> None:
         _check_choice("languages", self.languages, ("en", "zh"))
-        _check_choice("tasks", self.tasks, (*TASKS, CELLS))
+        _check_choice("tasks", self.tasks, (*TASKS, CELLS, EITHER))
+        _check_choice("questions", self.questions, collage_facts.QUESTION_KINDS)
         _check_choice("split", (self.split,), ("train", "heldout"))
         if self.num < 0 or self.side < 64 or not 1 <= self.most_kinds <= MOST_KINDS:
             raise DataError(
@@ -106,6 +111,8 @@ class Collages:
         settings = (self.num, self.split, self.side, self.languages, self.tasks)
         if self.most_kinds != Collages.most_kinds:  # so that older digests stay
             settings = (*settings, self.most_kinds)
+        if self.questions != Collages.questions:
+            settings = (*settings, self.questions)
         digest.update(repr((_VERSION, *settings)).encode())
         files = [Path(path) for k in self.kinds if k.origin == "folder" for path in k.pictures]
         for path in (*files, *photo_files(self.photos)):
@@ -135,8 +142,8 @@ class Collages:
             pool = [kind for kind in pool if not kind.is_held_out]
         objects = {"language": language, "objects": "seen" if first is None else "unseen"}
         key = f"collages/{self.split}/{index}"
-        if task == "compare":
-            shown, fields = self._compared(language, pool, rng, first)
+        if task in ("compare", EITHER):
+            shown, fields = self._of_two(task, language, pool, rng, first)
             return Record(key, "chat", fields | objects, tuple(_jpeg(c.image, rng) for c in shown))
         collage = self._composed(pool, rng, first)
         about = _first_of(collage, first)
@@ -144,10 +151,10 @@ class Collages:
             task, said = "vqa", collage_cells.cell_list(collage)
             fields = {"question": collage_cells.QUESTION, "answer": said, "kind": CELLS}
         elif task == "chat":
-            turns = collage_chat.dialogue(collage, language, pool, rng, about)
+            turns = collage_chat.dialogue(collage, language, pool, rng, about, self.questions)
             fields = {"conversations": collage_chat.as_conversations(turns, 1)}
         else:
-            fields = fields_of(task, collage, language, pool, rng, about)
+            fields = fields_of(task, collage, language, pool, rng, about, self.questions)
         return Record(key, task, fields | objects, (_jpeg(collage.image, rng),))
 
     @functools.cached_property
@@ -163,13 +170,16 @@ class Collages:
             if first is None or _first_of(collage, first) is not None:
                 return collage
 
-    def _compared(
-        self, language: str, pool: list[Kind], rng: random.Random, first: Kind | None
+    def _of_two(
+        self, task: str, language: str, pool: list[Kind], rng: random.Random, first: Kind | None
     ) -> tuple[tuple[Collage, Collage], dict[str, Any]]:
         one = self._composed(pool, rng, first)
         groups = collage_chat.second_groups(collage_facts.shown(one), pool, rng)
         two = compose(groups, self.side, rng, photo_files(self.photos))
-        turns = collage_chat.comparison(one, two, language, rng, first.name if first else None)
+        if task == EITHER:
+            turns = collage_chat.either(one, two, language, rng)
+        else:
+            turns = collage_chat.comparison(one, two, language, rng, first.name if first else None)
         return (one, two), {"conversations": collage_chat.as_conversations(turns, 2)}
 
 

@@ -28,6 +28,8 @@ class GeneratedOptions:
     """Equally likely; scenes are English."""
     tasks: tuple[str, ...] = ()
     """Equally likely, one named twice twice as likely; none given: all that the source has."""
+    questions: tuple[str, ...] = ()
+    """Collages and scenes: kinds of questions, equally likely; none given: all, as they come."""
     photos: Path | None = None
     """Collages and documents: a folder of pictures for backgrounds."""
     side: int | None = None
@@ -50,9 +52,9 @@ class GeneratedOptions:
 
 _PICTURED = ("languages", "photos")
 _OPTIONS = {
-    "collages": (*_PICTURED, "side", "most_kinds", "emoji", "emoji_font", "objects"),
+    "collages": (*_PICTURED, "questions", "side", "most_kinds", "emoji", "emoji_font", "objects"),
     "documents": (*_PICTURED, "corpus", "fonts", "page"),
-    "scenes": ("side",),
+    "scenes": ("questions", "side"),
 }
 
 
@@ -80,8 +82,9 @@ def open_generated(
     own: dict[str, Any] = {option: getattr(chosen, option) for option in _OPTIONS[name]}
     if chosen.tasks:
         own["tasks"] = chosen.tasks
-    if own.get("side", 0) is None:
-        del own["side"]
+    for option, unset in (("side", None), ("questions", ())):
+        if own.get(option, 0) == unset:
+            del own[option]
     if name == "documents":
         return Documents(num, chosen.split, **own)
     if name == "scenes":

@@ -5,7 +5,9 @@ half of the time. Sentences are short and regular: the shipped model learns them
 train split no sentence pairs a shape with a colour of `HELD_OUT_PAIRS`, not even to deny it.
 """
 
+import itertools
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from qwenvl_jax.data.sources.drawing import SHAPES, letter_places
@@ -266,8 +268,18 @@ def reading_question(scene: Scene, rng: random.Random) -> Question | None:
     return Question(kind, text, scene.writing.text)
 
 
-_ASKERS = (_colour, _colour, _shape, _shape, _count, _exists, _exists, _relation, _relation)
-_ASKERS += (_where, _size)
+_ASKERS = {
+    "colour": _colour,
+    "shape": _shape,
+    "count": _count,
+    "exists": _exists,
+    "relation": _relation,
+    "where": _where,
+    "size": _size,
+}
+# As they are asked: those named twice are twice as likely.
+ASKED_KINDS = ("colour", "colour", "shape", "shape", "count", "exists", "exists", "relation")
+ASKED_KINDS += ("relation", "where", "size")
 QUESTION_KINDS = (
     "colour",
     "shape",
@@ -281,16 +293,21 @@ QUESTION_KINDS = (
 )
 
 
-def question(scene: Scene, split: Split, rng: random.Random) -> Question:
-    """Returns one question that the scene answers without doubt."""
+def question(
+    scene: Scene, split: Split, rng: random.Random, kinds: Sequence[str] = ASKED_KINDS
+) -> Question:
+    """Returns one question that the scene answers without doubt.
+
+    Its kind is one of `kinds`, or any where the scene allows none of them.
+    """
     if scene.writing is not None and (not scene.things or rng.random() < 0.4):
         asked = reading_question(scene, rng)
         assert asked is not None
         return asked
-    askers = list(_ASKERS)
-    rng.shuffle(askers)
-    for asker in askers:
-        asked = asker(scene, split, rng)
+    order = list(kinds)
+    rng.shuffle(order)
+    for kind in itertools.chain(order, ASKED_KINDS):
+        asked = _ASKERS[kind](scene, split, rng)
         if asked is not None:
             return asked
     raise AssertionError("a scene with a thing can always be asked about its size")

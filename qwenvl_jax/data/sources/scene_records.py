@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -36,7 +37,7 @@ _VERSION = 1  # raise it when the same settings give other rows
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """A Source of `num` rows in English; `tasks` are equally likely.
+    """A Source of `num` rows in English; `tasks` are equally likely, and kinds of `questions`.
 
     Raises: DataError for settings that cannot be.
     """
@@ -45,11 +46,17 @@ class Scenes:
     split: Split
     side: int = 112
     tasks: tuple[str, ...] = TASKS
+    questions: tuple[str, ...] = language.ASKED_KINDS
 
     def __post_init__(self) -> None:
         if not self.tasks or not set(self.tasks) <= set(TASKS):
             raise DataError(
                 f"tasks of scenes must be of {', '.join(TASKS)}: got {self.tasks or 'none'}"
+            )
+        if not self.questions or not set(self.questions) <= set(language.ASKED_KINDS):
+            raise DataError(
+                f"questions of scenes must be of {', '.join(dict.fromkeys(language.ASKED_KINDS))}: "
+                f"got {self.questions or 'none'}"
             )
         if self.num < 0 or self.side < 56:
             raise DataError(
@@ -61,6 +68,8 @@ class Scenes:
     def fingerprint(self) -> str:
         """Digest of the settings."""
         settings = (_VERSION, self.num, self.split, self.side, self.tasks)
+        if self.questions != Scenes.questions:  # so that older digests stay
+            settings = (*settings, self.questions)
         return hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
@@ -71,10 +80,17 @@ class Scenes:
         if not 0 <= index < self.num:
             raise IndexError(f"row {index} of {self.num} scenes")
         rng = random.Random(f"scenes/{self.split}/{index}")
-        return scene_record(rng.choice(self.tasks), rng.getrandbits(48), self.split, self.side)
+        task, key = rng.choice(self.tasks), rng.getrandbits(48)
+        return scene_record(task, key, self.split, self.side, self.questions)
 
 
-def scene_record(task: str, key: int, split: Split, side: int) -> Record:
+def scene_record(
+    task: str,
+    key: int,
+    split: Split,
+    side: int,
+    questions: Sequence[str] = language.ASKED_KINDS,
+) -> Record:
     """Returns the row of a task about the scene of a key; its picture is PNG, which loses nothing.
 
     Raises: ValueError for a task that is not in `TASKS`.
@@ -83,16 +99,18 @@ def scene_record(task: str, key: int, split: Split, side: int) -> Record:
     rng = random.Random(f"words/{split}/{key}/{task}")  # as `scene_rows.scene_example`
     picture = io.BytesIO()
     Image.fromarray(shown.image).save(picture, "PNG")
-    fields = _fields(task, shown, split, rng)
+    fields = _fields(task, shown, split, rng, questions)
     return Record(f"{shown.key}/{task}", task, fields, (picture.getvalue(),))
 
 
-def _fields(task: str, shown: Scene, split: Split, rng: random.Random) -> dict[str, Any]:
+def _fields(
+    task: str, shown: Scene, split: Split, rng: random.Random, questions: Sequence[str]
+) -> dict[str, Any]:
     match task:
         case "caption":
             return {"text": language.caption(shown, rng), "language": "en"}
         case "vqa":
-            asked = language.question(shown, split, rng)
+            asked = language.question(shown, split, rng, questions)
             return {"question": asked.text, "answer": asked.answer, "kind": asked.kind}
         case "grounded_caption":
             phrases = scene_rows.grounded_phrases(shown)
@@ -106,7 +124,7 @@ def _fields(task: str, shown: Scene, split: Split, rng: random.Random) -> dict[s
             box = list(scene_rows.thing_box(shown, thing))
             return {"box": box, "text": language.describe(thing)}
         case "chat":
-            turns = scene_rows.dialogue(shown, split, rng)
+            turns = scene_rows.dialogue(shown, split, rng, questions)
             marks = [f"Picture 1: {PICTURE}\n", *[""] * (len(turns) - 1)]
             said = zip(marks, turns, strict=True)
             return {

@@ -6,6 +6,7 @@ can learn the language, the formats and looking things up before it ever sees.
 """
 
 import random
+from collections.abc import Sequence
 
 from qwenvl_jax.data import tasks
 from qwenvl_jax.data.example import TASKS, Example
@@ -169,8 +170,16 @@ def story(shown: Scene, split: Split, rng: random.Random) -> str:
     return f"{caption}. {asked.text} {asked.answer}"
 
 
-def dialogue(shown: Scene, split: Split, rng: random.Random) -> list[tuple[str, str]]:
-    """Returns one to three turns about a scene: questions, a caption, things found and read."""
+def dialogue(
+    shown: Scene,
+    split: Split,
+    rng: random.Random,
+    questions: Sequence[str] = language.ASKED_KINDS,
+) -> list[tuple[str, str]]:
+    """Returns one to three turns about a scene: questions, a caption, things found and read.
+
+    `questions` are the kinds that it may ask.
+    """
     kinds = rng.sample(("ask", "ask", "ask", "describe"), rng.choice((1, 2, 2, 3)))
     if rng.random() < 0.5:  # one place, at most one other turn with it: places are long
         places = ["find", "find", "name"] if shown.things else []
@@ -178,14 +187,16 @@ def dialogue(shown: Scene, split: Split, rng: random.Random) -> list[tuple[str, 
             places += ["read", "read"]
         kinds = [*kinds[:1], rng.choice(places)] if rng.random() < 0.5 else [rng.choice(places)]
         rng.shuffle(kinds)
-    return [_turn(kind, shown, split, rng) for kind in kinds]
+    return [_turn(kind, shown, split, rng, questions) for kind in kinds]
 
 
-def _turn(kind: str, shown: Scene, split: Split, rng: random.Random) -> tuple[str, str]:
+def _turn(
+    kind: str, shown: Scene, split: Split, rng: random.Random, questions: Sequence[str]
+) -> tuple[str, str]:
     if kind == "describe":
         return rng.choice(language.CAPTION_REQUESTS), language.caption(shown, rng)
     if kind == "ask":
-        asked = language.question(shown, split, rng)
+        asked = language.question(shown, split, rng, questions)
         return asked.text, asked.answer
     if kind == "read":
         assert shown.writing is not None
