@@ -52,7 +52,7 @@ class Pairs:
 
 
 def plan(folder: Path, source: Pairs, **settings) -> Plan:
-    stream = InRanges(source, rows_per_shard=10, num_rows=len(source))
+    stream = InRanges(source, rows_per_shard=10, end=len(source))
     return Plan(stream=stream, folder=folder, **settings)
 
 

@@ -57,10 +57,18 @@ def test_generated_rows_are_prepared_by_name(tmp_path, capsys):
     assert "ocr_vqa 3" in capsys.readouterr().out
 
 
+def test_rows_after_those_of_another_folder_are_made(tmp_path):
+    words = ["scenes", "--limit", "3", "--skip", "2", "--num-workers", "1"]
+    assert data_prepare.main([*words, str(tmp_path / "more"), "--rows-per-shard", "2"]) == 0
+    prepared, made = Prepared(tmp_path / "more"), open_generated("scenes", 5)
+    assert [prepared[i] for i in range(3)] == [made[i] for i in (2, 3, 4)]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["documents", "out"], "--limit is missing"),
+        (["scenes", "out", "--limit", "3", "--skip", "-1"], "--skip must not be negative: got -1"),
         ([".", "../out", "--generated.emoji"], "--generated.* has no effect on ."),
     ],
 )

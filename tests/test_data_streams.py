@@ -433,6 +433,7 @@ def test_a_folder_of_tars_is_prepared_by_the_command(tmp_path, capsys):
         (["--rules", "wbe"], "unknown cleaning rules: got wbe"),
         (["--tokenizer", "nowhere"], "nowhere"),
         (["--limit", "0"], "--limit must be positive"),
+        (["--skip", "1"], "--skip needs rows that can be read in any order: got 1"),
         (["--limtis.min-side", "9"], "--limits.min-side"),
     ],
 )

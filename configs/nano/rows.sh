@@ -5,6 +5,9 @@
 #   configs/nano/rows.sh train       into runs/nano/rows/train
 #   configs/nano/rows.sh cells       into runs/nano/rows/cells: what lies in each cell of a collage
 #   configs/nano/rows.sh named       into runs/nano/rows/named: collages that must be named, most with boxes
+#   configs/nano/rows.sh more        into runs/nano/rows/more: new ones of the same kind
+#   configs/nano/rows.sh asked       into runs/nano/rows/asked: questions on places and numbers
+#   configs/nano/rows.sh pairs       into runs/nano/rows/pairs: dialogues about two collages
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
 #
@@ -16,20 +19,27 @@ scenes_tasks="vqa vqa vqa ref_grounding ref_grounding grounded_caption grounded_
 collages_tasks="vqa vqa vqa ref_grounding ref_grounding grounded_caption grounded_caption compare
   compare chat chat caption grounded_captioning"
 documents_tasks="ocr_vqa ocr_vqa vqa ocr chat"
-split=train
+named_tasks="grounded_caption grounded_caption grounded_caption grounded_caption
+  grounded_captioning grounded_captioning ref_grounding ref_grounding vqa vqa vqa caption
+  compare compare"
+split=train skip=0
 case $1 in
   train) scenes=80000 animals=50000 food=40000 english=24000 chinese=16000 ;;
   cells) scenes=0 animals=26000 food=22000 english=0 chinese=0 collages_tasks=cells ;;
-  named)
-    scenes=0 animals=90000 food=70000 english=0 chinese=0
-    collages_tasks="grounded_caption grounded_caption grounded_caption grounded_caption
-      grounded_captioning grounded_captioning ref_grounding ref_grounding vqa vqa vqa caption
-      compare compare" ;;
+  named) scenes=0 animals=90000 food=70000 english=0 chinese=0 collages_tasks=$named_tasks ;;
+  more) scenes=0 animals=45000 food=35000 english=0 chinese=0 collages_tasks=$named_tasks skip=90000 ;;
+  asked)
+    scenes=30000 animals=14000 food=10000 english=0 chinese=0 skip=140000
+    scenes_tasks="vqa chat" scenes_questions="relation relation exists where count"
+    collages_tasks=vqa collages_questions="count count total more relation neighbour" ;;
+  pairs)
+    scenes=0 animals=25000 food=25000 english=0 chinese=0 skip=160000
+    collages_tasks="compare either" ;;
   dialogue)
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|dialogue|heldout" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|pairs|dialogue|heldout" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1
@@ -44,11 +54,13 @@ fonts=/usr/share/fonts/truetype/liberation  # without Chinese signs: for those t
 
 [ -d runs/nano/corpus ] || "$python" -m qwenvl_jax.data.sources.written_text runs/nano/corpus
 # shellcheck disable=SC2086
-[ $scenes = 0 ] || prepare scenes "$rows/scenes" --limit $scenes --generated.tasks $scenes_tasks
+[ $scenes = 0 ] || prepare scenes "$rows/scenes" --limit $scenes --skip $skip \
+  --generated.tasks $scenes_tasks ${scenes_questions:+--generated.questions $scenes_questions}
 for kind in animals food; do
   eval "limit=\$$kind"
   # shellcheck disable=SC2086
-  prepare collages "$rows/$kind" --limit "$limit" --generated.tasks $collages_tasks \
+  prepare collages "$rows/$kind" --limit "$limit" --skip $skip --generated.tasks $collages_tasks \
+    ${collages_questions:+--generated.questions $collages_questions} \
     --generated.side 112 --generated.most-kinds 2 --generated.objects "$stamps/$kind"
 done
 for language in english:en chinese:zh; do

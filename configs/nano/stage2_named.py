@@ -1,6 +1,4 @@
-"""Stage 2 of the small model on wider data, last part: what is in a collage, named with its box.
-
-What ships.
+"""Stage 2 of the small model on wider data, sixth part: what is in a collage, named with its box.
 
 The hardest questions of `stage2_last_cells` were names: of things in a box, and in captions with
 boxes. 160,000 rows of new collages ask for little else, and are two fifths of the samples.

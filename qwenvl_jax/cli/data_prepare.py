@@ -49,6 +49,8 @@ class PrepareOptions:
     """Processes; the number changes no byte of the result."""
     limit: int | None = None
     """Only the first rows, for a look; of what is made, how many."""
+    skip: int = 0
+    """Rows to leave out before those; of what is made, for others than a folder has already."""
     rows_per_shard: int = 10_000
     """Of sources read in any order; other sources have one file for each of theirs."""
     tokenizer: Path | None = None
@@ -112,6 +114,8 @@ def _check(options: PrepareOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be positive: got {value}")
+    if options.skip < 0:
+        raise ConfigError(f"--skip must not be negative: got {options.skip}")
     if not options.rules and options.limits != Limits():
         raise ConfigError(
             "--limits.* has no effect without rules: got no --rules; add --rules web, or the names "
@@ -143,19 +147,29 @@ def _stream(options: PrepareOptions) -> "Stream":
                 f"--limit is missing: {options.source} has as many rows as are asked for; "
                 "e.g. --limit 100000"
             )
-        made = open_generated(str(options.source), options.limit, options.generated)
-        return InRanges(made, options.rows_per_shard, options.limit)
+        end = options.skip + options.limit
+        made = open_generated(str(options.source), end, options.generated)
+        return InRanges(made, options.rows_per_shard, end, options.skip)
 
     place = options.source.absolute()
     stream = open_stream(place, options.pictures)
     if stream is not None:
+        if options.skip:
+            raise ConfigError(
+                f"--skip needs rows that can be read in any order: got {options.skip} for "
+                f"{options.source}, which is read from front to back; leave it out"
+            )
         return stream if options.limit is None else First(stream, options.limit)
 
     from qwenvl_jax.data.sources.open import open_source
 
     source = open_source(place, options.pictures)
-    num_rows = len(source) if options.limit is None else min(options.limit, len(source))
-    return InRanges(source, options.rows_per_shard, num_rows)
+    if options.skip >= len(source):
+        raise ConfigError(
+            f"--skip leaves nothing: got {options.skip}, {options.source} has {len(source)} rows"
+        )
+    end = len(source) if options.limit is None else options.skip + options.limit
+    return InRanges(source, options.rows_per_shard, min(end, len(source)), options.skip)
 
 
 def _summary(out: Path, index: Mapping[str, Any]) -> str:

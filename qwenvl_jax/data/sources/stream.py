@@ -50,19 +50,24 @@ class Stream(Protocol):
 
 
 class InRanges(NamedTuple):
-    """A Source as a Stream, cut into index ranges; shard "0:100" holds its first hundred rows."""
+    """Rows `start` to `end` of a Source as a Stream, cut into index ranges.
+
+    Shard "0:100" holds the first hundred rows of the source.
+    """
 
     source: Source
     rows_per_shard: int
-    num_rows: int
+    end: int
+    start: int = 0
 
     @property
     def fingerprint(self) -> str:
-        return self.source.fingerprint
+        digest = self.source.fingerprint
+        return f"{digest} from row {self.start}" if self.start else digest
 
     def shards(self) -> list[str]:
-        starts = range(0, self.num_rows, self.rows_per_shard)
-        return [f"{i}:{min(i + self.rows_per_shard, self.num_rows)}" for i in starts]
+        starts = range(self.start, self.end, self.rows_per_shard)
+        return [f"{i}:{min(i + self.rows_per_shard, self.end)}" for i in starts]
 
     def read(self, shard: str) -> Iterator[Record | DataError]:
         start, end = map(int, shard.split(":"))
