@@ -1,6 +1,6 @@
 """What a step spends outside of matrix products, and a run outside of its steps: ratios.
 
-    python benchmarks/step_shares.py            about three minutes on two cores
+    python benchmarks/step_shares.py            about four minutes on two cores
     python benchmarks/step_shares.py --steps 20 --rounds 1
 
 Measured with the package's small model on its own generated data:
@@ -116,11 +116,14 @@ def tell_data_wait(config: TrainConfig, steps: int) -> None:
 
 
 def tell_saves(stepper: Stepper, steps: int, rounds: int) -> None:
-    """Prints what a save costs, as shares of the time of so many steps as lie between two."""
+    """Prints what a save costs, as shares of the time of so many steps as lie between two.
+
+    The first one of a process is told apart: it compiles the digests.
+    """
     still, slower, usual = [], [], []
     with tempfile.TemporaryDirectory() as folder:
         store = CheckpointStore(folder, keep=1)
-        for number in range(rounds):
+        for number in range(rounds + 1):
             without = stepper.run(steps)
             begin = time.perf_counter()
             store.save(number + 1, to_items(stepper.state))
@@ -132,10 +135,13 @@ def tell_saves(stepper: Stepper, steps: int, rounds: int) -> None:
             usual.append(without / steps)
         store.close()
     between = EVERY * statistics.median(usual)
+    first, *still = still
+    costs = [a + b for a, b in zip(still, slower[1:], strict=True)]
     print(
-        f"a save every {EVERY} steps: {statistics.median(still) / between:.2%} standing still, "
-        f"{statistics.median(slower) / between:+.2%} slower steps beside it "
-        f"(a step takes {between / EVERY:.3f} s)",
+        f"a save every {EVERY} steps: {statistics.median(costs) / between:.2%} of them, medians of "
+        f"{rounds}: {statistics.median(still) / between:.2%} standing still, "
+        f"{statistics.median(slower[1:]) / between:+.2%} slower steps beside it (a step takes "
+        f"{between / EVERY:.3f} s; once a run {first:.1f} s, as the first compiles the digests)",
         flush=True,
     )
 
@@ -146,7 +152,7 @@ def main() -> None:
     )
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
     if computes_on_cpu():
         keep_freed_memory()  # as train.py does

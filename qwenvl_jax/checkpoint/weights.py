@@ -261,13 +261,13 @@ def load_weights_folder(path: str | Path, abstract: nnx.State, *, verify: bool =
     if verify:
         verify_weights(path)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    target = {name: _placed(array) for name, array in wanted.items()}
+    target = {name: placed(array) for name, array in wanted.items()}
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore((path / WEIGHTS).resolve(), target)
     return fill(abstract, arrays)
 
 
-def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Returns the same with a sharding: the first device's where none is asked for."""
     sharding = array.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
