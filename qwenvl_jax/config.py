@@ -128,9 +128,12 @@ class LoraConfig:
     rank: int = 0  # 0: there are none
     alpha: float = 16.0  # their product counts alpha / rank
     targets: tuple[str, ...] = ()  # shell patterns over matrices: "decoder.blocks.attn.*"
+    dropout: float = 0.0  # share of a pair's input that a training step leaves out
 
     def __post_init__(self):
         _positive(self, "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"LoraConfig.dropout must be in [0, 1): got {self.dropout}")
         if self.rank < 0 or (self.rank > 0 and not self.targets):
             raise ConfigError(
                 "LoraConfig must have a rank of 0, or a positive one and targets: got "

@@ -75,6 +75,7 @@ def released_lora() -> LoraConfig:
     return LoraConfig(
         rank=64,
         alpha=16.0,
+        dropout=0.05,
         targets=(
             "decoder.blocks.attn.*",
             "decoder.blocks.mlp.gate_proj",

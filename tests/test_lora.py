@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import ConfigError, LoraConfig, MeshConfig, ParameterRule
 from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.conversion.load import read_config as read_model
 from qwenvl_jax.conversion.run import export_released, import_run
+from qwenvl_jax.model.layers import scan_layers, stack_layers
 from qwenvl_jax.model.lora import fold, is_lora, kernel_of
+from qwenvl_jax.model.noise import dropout, noise
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import lora_only, qwen_vl, released_lora
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
@@ -25,7 +28,9 @@ from qwenvl_jax.training.state import make_layout, random_weights, start_state
 from qwenvl_jax.training.step import batch_loss, make_train_step
 
 # Every kind of matrix: stacked and not, one and two dimensions on either side.
-EVERYWHERE = LoraConfig(rank=3, alpha=6.0, targets=("vit.*", "adapter.*", "decoder.blocks.*"))
+EVERYWHERE = LoraConfig(
+    rank=3, alpha=6.0, targets=("vit.*", "adapter.*", "decoder.blocks.*"), dropout=0.3
+)
 
 
 def lora_config(run_dir="unused", lora=EVERYWHERE, **changes):
@@ -131,6 +136,9 @@ def test_pairs_train_alone_and_alike_on_one_device_and_on_eight():
     assert losses[2] != losses[0]
     found, *_ = steps(lora_config(lora=released_lora(), mesh=MeshConfig(data=2, fsdp=2, tensor=2)))
     np.testing.assert_allclose(found, losses, rtol=1e-5)
+    plain, *_ = steps(lora_config(lora=dataclasses.replace(released_lora(), dropout=0.0)))
+    assert plain[0] == losses[0], "pairs that are zero lose nothing by dropout"
+    assert plain[2] != losses[2]
 
 
 def test_frozen_weights_in_bfloat16_give_what_a_bfloat16_step_gives():
@@ -242,3 +250,47 @@ def test_the_released_sizes_at_full_size():
     full = step_flops(qwen_vl(), plain, everything, 448)
     pairs = 6.0 * 1000 * sum(trained.values())
     assert count(record) == pytest.approx(full(record) * 2 / 3 + pairs, rel=1e-6)
+
+
+# --- dropout ------------------------------------------------------------------------------------
+
+
+def test_dropout_leaves_out_a_share_and_keeps_the_mean():
+    x = jnp.ones((400, 50))
+    assert dropout(x, 0.3, 0) is x, "no key was lent"
+    with noise(jax.random.key(0)):
+        assert dropout(x, 0.0, 0) is x
+        one, again, other = dropout(x, 0.3, 0), dropout(x, 0.3, 0), dropout(x, 0.3, 1)
+    np.testing.assert_array_equal(one, again)
+    assert set(np.unique(one)) == {0.0, np.float32(1 / 0.7)}
+    assert abs(np.mean(one) - 1) < 0.02
+    assert 0.3 < np.mean(np.asarray(one) != other) < 0.54  # 2 x 0.3 x 0.7 of them
+
+
+def test_layers_drop_differently_with_and_without_a_loop():
+    """Equal layers that only drop: what is left of a one after two of them says what each did."""
+
+    class Dropper(nnx.Module):
+        def __init__(self):
+            self.weight = nnx.Param(jnp.ones(()), axes=())
+
+    layers = stack_layers(lambda rngs: Dropper(), 2, nnx.Rngs(0))
+
+    def left(dtype, remat):
+        @jax.jit
+        def run(x):
+            with noise(jax.random.key(1)):
+                step = lambda layer, x: x + dropout(jnp.ones_like(x), 0.5, 0) * layer.weight[...]  # noqa: E731
+                return scan_layers(layers, step, x, remat=remat)
+
+        return np.asarray(run(jnp.zeros(1000, dtype)), np.float32)
+
+    looped = left("float32", "none")
+    shares = [np.mean(looped == value) for value in (0.0, 2.0, 4.0)]
+    np.testing.assert_allclose(shares, (0.25, 0.5, 0.25), atol=0.06)
+    np.testing.assert_array_equal(left("bfloat16", "dots"), looped)  # unrolled on a CPU
+
+
+def test_a_share_that_cannot_be_is_told():
+    with pytest.raises(ConfigError, match=r"LoraConfig\.dropout must be in \[0, 1\): got 1\.5"):
+        dataclasses.replace(EVERYWHERE, dropout=1.5)

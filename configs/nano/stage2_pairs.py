@@ -42,7 +42,7 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         base,
         run_dir="runs/nano/stage2_pairs",
-        steps=18000,
+        steps=16000,
         seed=15,
         init="runs/nano/stage2_named",
         data=dataclasses.replace(base.data, mixture=mixture),

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import RematPolicy
+from qwenvl_jax.model.noise import layer_keys, noise
 from qwenvl_jax.model.products import has_fast_path, matmul
 from qwenvl_jax.model.xla_attention import KEPT
 from qwenvl_jax.sharding import gather, is_split
@@ -135,6 +136,7 @@ def scan_layers(
 ) -> Carry:
     """Returns the carry after `step(layer, carry, *per_layer[k])` for every stacked layer k.
 
+    Where a training step lent a key, every layer has one of its own.
     `remat` says what the backward pass finds stored: `none` everything, `dots` the results of
     matrix products, `weights` these and the matrices that were gathered over `fsdp`, `full` only
     the carry between layers.
@@ -142,10 +144,11 @@ def scan_layers(
     graphdef, states = nnx.split(stacked)
 
     def body(carry, slice_k):
-        state, extra = slice_k
+        state, extra, key = slice_k
         if remat == "weights":
             state = _gathered(state, jax.tree.leaves(carry)[0].dtype)
-        return step(nnx.merge(graphdef, state), carry, *extra), None
+        with noise(key):
+            return step(nnx.merge(graphdef, state), carry, *extra), None
 
     if remat != "none":
         policies = jax.checkpoint_policies
@@ -162,7 +165,7 @@ def scan_layers(
         # Inside a scan the compiler cannot merge the recomputation away, so the barrier that
         # prevent_cse would add only costs.
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    stacks = (states, per_layer)
+    stacks = (states, per_layer, layer_keys(jax.tree.leaves(states)[0].shape[0]))
     if remat in ("dots", "weights") and _is_better_unrolled(carry, stacks):
         for slice_k in _slices(stacks):
             carry, _ = body(carry, slice_k)

@@ -6,8 +6,8 @@ the parameter table, saved and sharded as any other parameter, and folded into t
 the weights leave the run: whoever reads a run sees an ordinary model.
 
 Source: arXiv 2106.09685. Differs from the original `finetune.py`: queries, keys and values have
-separate kernels here, so each has its own `down` (the release has one for the three); there is no
-dropout, which the original puts before `down`.
+separate kernels here, so each has its own `down` and its own dropout before it (the release has one
+for the three).
 """
 
 import fnmatch
@@ -22,6 +22,7 @@ from flax import nnx
 from qwenvl_jax import axes
 from qwenvl_jax.config import ConfigError, LoraConfig
 from qwenvl_jax.model.layers import Dense, param
+from qwenvl_jax.model.noise import dropout
 from qwenvl_jax.model.products import matmul
 from qwenvl_jax.sharding import select
 
@@ -32,7 +33,9 @@ _DOWN, _UP = ".lora.down", ".lora.up"
 class LowRank(nnx.Module):
     """x [..., in dims] -> [..., out dims] through `rank` numbers."""
 
-    def __init__(self, dense: Dense, config: LoraConfig, dtype: str, rngs: nnx.Rngs):
+    def __init__(self, dense: Dense, number: int, config: LoraConfig, dtype: str, rngs: nnx.Rngs):
+        """`number` tells the pairs of a layer apart."""
+        self.number, self.dropout = number, config.dropout
         kernel, rank = dense.kernel, config.rank
         shape, logical = kernel.get_value().shape, kernel.axes
         split = int(logical[0] == axes.LAYERS) + dense.num_inputs
@@ -49,6 +52,7 @@ class LowRank(nnx.Module):
         self.up = nnx.Param(jnp.zeros(up_shape, dtype), axes=up_axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = dropout(x, self.dropout, self.number)
         low: Any = matmul(x, self.down[...].astype(x.dtype), None, self.num_inputs, self.down_axes)
         return matmul(low * self.scale, self.up[...].astype(x.dtype), None, 1, self.up_axes)
 
@@ -73,9 +77,9 @@ def add_lora(model: nnx.Module, config: LoraConfig, dtype: str, rngs: nnx.Rngs) 
                 f"model.lora.targets has {target!r}, which matches no matrix; these can have a "
                 f"pair: {', '.join(sorted(found))}"
             )
-    for path, dense in sorted(found.items()):
+    for number, (path, dense) in enumerate(sorted(found.items())):
         if any(fnmatch.fnmatchcase(path, target) for target in config.targets):
-            dense.lora = nnx.data(LowRank(dense, config, dtype, rngs))
+            dense.lora = nnx.data(LowRank(dense, number, config, dtype, rngs))
 
 
 def is_lora(path: str) -> bool:

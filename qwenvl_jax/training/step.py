@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwenvl_jax import axes
 from qwenvl_jax.config import ConfigError, TrainConfig
 from qwenvl_jax.data.example import Batch
+from qwenvl_jax.model.noise import noise
 from qwenvl_jax.model.qwenvl import NO_IMAGE
 from qwenvl_jax.sharding import AXIS_TABLE, batch_sharding
 from qwenvl_jax.training.compiler import compiler_options
@@ -118,14 +119,19 @@ def _gradients(
 ) -> tuple[Weights, Sums]:
     """Returns (gradients of the summed loss, the sums)."""
 
-    def loss_sum(trainable: Weights, part: Batch) -> tuple[jax.Array, Sums]:
+    def loss_sum(trainable: Weights, part: Batch, key: jax.Array | None) -> tuple[jax.Array, Sums]:
         weights = trainable | state.frozen
-        sums = sum_up(batch_loss(layout.graphdef, weights, part, chunk), part)
+        with noise(key):
+            sums = sum_up(batch_loss(layout.graphdef, weights, part, chunk), part)
         return sums.loss, sums
 
     differentiate = jax.grad(loss_sum, has_aux=True)
+    # Of the step alone: a run that goes on, and a step that is made again, draw what was drawn.
+    key = None
+    if config.model.lora.dropout:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     if config.micro_batches == 1:
-        return differentiate(state.trainable, batch)
+        return differentiate(state.trainable, batch, key)
 
     spread = NamedSharding(layout.mesh, PartitionSpec(None, AXIS_TABLE[axes.BATCH]))
 
@@ -134,18 +140,19 @@ def _gradients(
         parts = x.reshape(-1, config.micro_batches, *x.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(parts, spread)
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, differentiate(state.trainable, part)), None
+    def add(total, dealt):
+        return jax.tree.map(jnp.add, total, differentiate(state.trainable, *dealt)), None
 
     start = (jax.tree.map(jnp.zeros_like, state.trainable), no_sums())
-    total, _ = jax.lax.scan(add, start, jax.tree.map(deal, batch))
+    keys = None if key is None else jax.random.split(key, config.micro_batches)
+    total, _ = jax.lax.scan(add, start, (jax.tree.map(deal, batch), keys))
     return total
 
 
 def batch_loss(graphdef: nnx.GraphDef, weights: Weights, batch: Batch, chunk: int) -> jax.Array:
     """Returns the weighted loss of every target of a batch, float32 [B, L].
 
-    In training mode: no NTK, no log-n.
+    In training mode: no NTK, no log-n. Dropout, where `noise` lends a key.
     """
     model = merge_model(graphdef, weights)
     arrays: Any = jax.tree.map(jnp.asarray, batch)
