@@ -13,9 +13,9 @@ MAX_BOXES = 300
 _MAX_LABEL = 60  # characters
 
 # Strong, apart from each other, and neither black nor white; then they repeat.
-_PALETTE = (
-    *((230, 25, 75), (0, 130, 200), (60, 160, 60), (245, 130, 48), (145, 30, 180)),
-    *((0, 165, 165), (240, 50, 230), (150, 110, 0), (90, 90, 230), (200, 200, 0)),
+_PALETTE = (  # red and green last: on a sheet of answers they say wrong and right
+    *((0, 130, 200), (245, 130, 48), (145, 30, 180), (0, 165, 165), (240, 50, 230)),
+    *((150, 110, 0), (90, 90, 230), (200, 200, 0), (230, 25, 75), (60, 160, 60)),
 )
 _RIM = (255, 255, 255)
 _BACKGROUND = (40, 40, 40)  # of the note about boxes that were left out
