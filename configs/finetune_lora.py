@@ -6,7 +6,7 @@ As `configs/finetune.py`, with the values of `finetune_lora_ds.sh`: pairs of ran
 decoder's attention and the first two matrices of its MLP. What is frozen is kept in bfloat16. The
 result is a model as any other: `qwenvl chat`, `python convert.py import` and a later `--init` read
 the pairs folded into their kernels.
-Differs: queries, keys and values have a pair each, and each pair its own dropout of 0.05.
+Differs: queries, keys and values have a pair each. Dropout is 0.05, as there.
 
 For the base model, Qwen-VL, train the embeddings and the head too, as the original does: the
 tokens that a dialogue is written with are new to it: `lora_only(with_embeddings=True)`, another

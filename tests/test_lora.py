@@ -16,9 +16,9 @@ from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.conversion.load import read_config as read_model
 from qwenvl_jax.conversion.run import export_released, import_run
 from qwenvl_jax.model.layers import scan_layers, stack_layers
-from qwenvl_jax.model.lora import fold, is_lora, kernel_of
+from qwenvl_jax.model.lora import LowRank, fold, is_lora, kernel_of
 from qwenvl_jax.model.noise import dropout, noise
-from qwenvl_jax.model.qwenvl import abstract_state
+from qwenvl_jax.model.qwenvl import QwenVL, abstract_state
 from qwenvl_jax.presets import lora_only, qwen_vl, released_lora
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training.flops import step_flops
@@ -294,3 +294,17 @@ def test_layers_drop_differently_with_and_without_a_loop():
 def test_a_share_that_cannot_be_is_told():
     with pytest.raises(ConfigError, match=r"LoraConfig\.dropout must be in \[0, 1\): got 1\.5"):
         dataclasses.replace(EVERYWHERE, dropout=1.5)
+
+
+def test_queries_keys_and_values_drop_the_same():
+    config = lora_config().model
+    model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0)))
+    numbers = {
+        ".".join(map(str, path[:-1])): pair.number
+        for path, pair in nnx.iter_modules(model)
+        if isinstance(pair, LowRank)
+    }
+    blocks = {path.rpartition(".")[2]: n for path, n in numbers.items() if "decoder" in path}
+    assert blocks["q_proj"] == blocks["k_proj"] == blocks["v_proj"]
+    assert len(set(blocks.values())) == len(blocks) - 2
+    assert set(blocks.values()).isdisjoint(n for p, n in numbers.items() if "decoder" not in p)

@@ -6,12 +6,13 @@ the parameter table, saved and sharded as any other parameter, and folded into t
 the weights leave the run: whoever reads a run sees an ordinary model.
 
 Source: arXiv 2106.09685. Differs from the original `finetune.py`: queries, keys and values have
-separate kernels here, so each has its own `down` and its own dropout before it (the release has one
-for the three).
+separate kernels here, so each has its own `down` (the release has one for the three). They drop the
+same numbers, as there.
 """
 
 import fnmatch
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,13 +29,14 @@ from qwenvl_jax.sharding import select
 
 _READ_WITHOUT_CALL = "decoder.lm_head"  # its kernel goes into the chunked loss
 _DOWN, _UP = ".lora.down", ".lora.up"
+_QKV = re.compile(r"[qkv]_proj$")  # these read the same, and drop the same
 
 
 class LowRank(nnx.Module):
     """x [..., in dims] -> [..., out dims] through `rank` numbers."""
 
     def __init__(self, dense: Dense, number: int, config: LoraConfig, dtype: str, rngs: nnx.Rngs):
-        """`number` tells the pairs of a layer apart."""
+        """`number` tells apart which pairs of a layer drop different numbers."""
         self.number, self.dropout = number, config.dropout
         kernel, rank = dense.kernel, config.rank
         shape, logical = kernel.get_value().shape, kernel.axes
@@ -77,7 +79,9 @@ def add_lora(model: nnx.Module, config: LoraConfig, dtype: str, rngs: nnx.Rngs) 
                 f"model.lora.targets has {target!r}, which matches no matrix; these can have a "
                 f"pair: {', '.join(sorted(found))}"
             )
-    for number, (path, dense) in enumerate(sorted(found.items())):
+    inputs = sorted({_QKV.sub("qkv", path) for path in found})
+    for path, dense in sorted(found.items()):
+        number = inputs.index(_QKV.sub("qkv", path))
         if any(fnmatch.fnmatchcase(path, target) for target in config.targets):
             dense.lora = nnx.data(LowRank(dense, number, config, dtype, rngs))
 
