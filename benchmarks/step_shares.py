@@ -136,11 +136,12 @@ def tell_saves(stepper: Stepper, steps: int, rounds: int) -> None:
         store.close()
     between = EVERY * statistics.median(usual)
     first, *still = still
-    costs = [a + b for a, b in zip(still, slower[1:], strict=True)]
+    _, *slower = slower
+    costs = [a + b for a, b in zip(still, slower, strict=True)]
     print(
         f"a save every {EVERY} steps: {statistics.median(costs) / between:.2%} of them, medians of "
         f"{rounds}: {statistics.median(still) / between:.2%} standing still, "
-        f"{statistics.median(slower[1:]) / between:+.2%} slower steps beside it (a step takes "
+        f"{statistics.median(slower) / between:+.2%} slower steps beside it (a step takes "
         f"{between / EVERY:.3f} s; once a run {first:.1f} s, as the first compiles the digests)",
         flush=True,
     )

@@ -24,8 +24,8 @@ Item = dict[str, Any]  # dotted name -> array, or ShapeDtypeStruct with a shardi
 
 FORMAT = 1  # of the digest record; raised when an older one can no longer be read
 _DIGEST = "digest"
-_PARTS = (_DIGEST, "weights", "optimizer", "_CHECKPOINT_METADATA")  # of a checkpoint's folder
 _ITEMS = ("weights", "optimizer", "guard")
+_PARTS = (_DIGEST, *_ITEMS, "_CHECKPOINT_METADATA")  # of a checkpoint's folder
 
 
 class CheckpointError(RuntimeError):
@@ -51,7 +51,7 @@ class CheckpointStore:
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._manager = ocp.CheckpointManager(
             self._directory,
-            # Weights hardly compress: a twelfth less to write costs a fifth more time to do it.
+            # Weights and moments hardly compress, and the step waits for the cores that try.
             item_handlers={
                 _DIGEST: ocp.JsonCheckpointHandler(),
                 **{name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in _ITEMS},
