@@ -39,10 +39,11 @@ def qwen_vl() -> ModelConfig:
     )
 
 
-def nano(*, num_ranks: int = 1763) -> ModelConfig:
+def nano(*, num_ranks: int = 1763, num_queries: int = 36) -> ModelConfig:
     """Returns the model that ships with the package: the same parts, 112-pixel pictures.
 
-    `num_ranks` are those of its vocabulary; the special tokens stand behind them.
+    `num_ranks` are those of its vocabulary; the special tokens stand behind them. All its stages
+    but the last had 16 queries.
     """
     return ModelConfig(
         vision=VisionConfig(
@@ -53,7 +54,7 @@ def nano(*, num_ranks: int = 1763) -> ModelConfig:
             patch_size=14,
             table_side=16,  # fixed by the released layout, so that export and import hold it
         ),
-        adapter=AdapterConfig(num_queries=16, num_heads=2),
+        adapter=AdapterConfig(num_queries=num_queries, num_heads=2),
         decoder=DecoderConfig(
             width=256,
             num_layers=4,

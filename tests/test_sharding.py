@@ -107,7 +107,7 @@ def test_full_model_on_a_pod_replicates_nothing_large():
 def test_a_dimension_that_does_not_divide_is_replicated_and_said():
     mesh = make_mesh(MeshConfig(tensor=8, fsdp=1))
     assert partition_spec(("vocab", "embed"), (739, 256), mesh) == P(None, "fsdp")
-    text = describe(abstract_state(presets.nano(num_ranks=522))[1], mesh)
+    text = describe(abstract_state(presets.nano(num_ranks=522, num_queries=16))[1], mesh)
     assert "decoder.lm_head.kernel" in text
     assert "vocab=739 over tensor" in text
     assert "total" in text.splitlines()[-1]

@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
         steps=1000,
         seed=4,
         init="runs/nano/stage0",
-        model=nano(num_ranks=522),
+        model=nano(num_ranks=522, num_queries=16),
         data=DataConfig(
             source="scenes",
             tasks={"map": 3.0, "grounded_captioning": 1.0, "text": 0.5},

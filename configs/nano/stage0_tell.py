@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
         steps=700,
         seed=5,
         init="runs/nano/stage0_sight",
-        model=nano(num_ranks=522),
+        model=nano(num_ranks=522, num_queries=16),
         data=DataConfig(
             source="scenes",
             tasks={

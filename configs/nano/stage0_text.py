@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
         steps=1000,
         seed=0,
         init=None,
-        model=nano(num_ranks=522),
+        model=nano(num_ranks=522, num_queries=16),
         data=DataConfig(
             source="text",
             tasks={

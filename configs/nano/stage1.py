@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
         steps=250,
         seed=1,
         init="runs/nano/stage0_tell",
-        model=nano(num_ranks=522),
+        model=nano(num_ranks=522, num_queries=16),
         data=DataConfig(
             source="scenes",
             tasks={"caption": 1.0, "grounded_caption": 1.0},

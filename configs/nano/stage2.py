@@ -17,7 +17,7 @@ def get_config() -> TrainConfig:
         steps=4800,
         seed=2,
         init="runs/nano/stage1",
-        model=nano(num_ranks=522),
+        model=nano(num_ranks=522, num_queries=16),
         data=DataConfig(
             source="scenes",
             tasks={

@@ -16,7 +16,7 @@ def get_config() -> TrainConfig:
         steps=11000,
         seed=7,
         init="runs/nano/stage3",
-        model=nano(num_ranks=522),
+        model=nano(num_ranks=522, num_queries=16),
         data=DataConfig(
             source="scenes",
             tasks={

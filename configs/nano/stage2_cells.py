@@ -20,7 +20,7 @@ def get_config() -> TrainConfig:
         steps=4800,
         seed=11,
         init="runs/nano/stage2_wide",
-        model=nano(),
+        model=nano(num_queries=16),
         data=DataConfig(
             source="rows",
             mixture={

@@ -16,7 +16,7 @@ def get_config() -> TrainConfig:
         steps=2000,
         seed=6,
         init="runs/nano/stage2",
-        model=nano(num_ranks=522),
+        model=nano(num_ranks=522, num_queries=16),
         data=DataConfig(
             source="scenes",
             tasks={

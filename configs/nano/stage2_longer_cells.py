@@ -18,7 +18,7 @@ def get_config() -> TrainConfig:
         steps=2000,
         seed=12,
         init="runs/nano/stage3_wide",
-        model=nano(),
+        model=nano(num_queries=16),
         data=DataConfig(
             source="rows",
             mixture={

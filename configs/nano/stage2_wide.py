@@ -20,7 +20,7 @@ def get_config() -> TrainConfig:
         steps=9200,
         seed=9,
         init="runs/nano/wide_start",
-        model=nano(),
+        model=nano(num_queries=16),
         data=DataConfig(
             source="rows",
             mixture={

@@ -15,7 +15,7 @@ def get_config() -> TrainConfig:
         steps=950,
         seed=8,
         init="runs/nano/stage2_again",
-        model=nano(num_ranks=522),
+        model=nano(num_ranks=522, num_queries=16),
         data=DataConfig(
             source="scenes",
             tasks={

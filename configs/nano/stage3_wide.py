@@ -19,7 +19,7 @@ def get_config() -> TrainConfig:
         steps=1200,
         seed=10,
         init="runs/nano/stage2_cells",
-        model=nano(),
+        model=nano(num_queries=16),
         data=DataConfig(
             source="rows",
             mixture={

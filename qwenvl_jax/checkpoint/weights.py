@@ -61,6 +61,15 @@ def is_weights_folder(path: str | Path) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
+def check_ours(source: Path) -> None:
+    """Raises WeightsError where a folder is not one of our weights folders."""
+    if not is_weights_folder(source):
+        raise WeightsError(
+            f"{source} is no weights folder of ours: make one of it with "
+            "'python convert.py import SRC DST'"
+        )
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""`python convert.py import|export|vocabulary ...`: released folders to ours, and back."""
+"""`python convert.py import|export|vocabulary|queries ...`: released folders to ours, and back."""
 
 import os
 import signal
@@ -22,17 +22,20 @@ from rich.progress import (
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
 from qwenvl_jax.config import ConfigError
 
-_USAGE = """usage: python convert.py import SRC DST
+_USAGE = """usage: python convert.py import SRC DST [--lora ADAPTER]
        python convert.py import --vit OPENCLIP --llm QWEN_7B DST [--num-queries N] [--seed N]
        python convert.py export SRC DST [--shard-size 2GB] [--dtype keep]
        python convert.py vocabulary SRC TIKTOKEN DST
+       python convert.py queries SRC NUMBER DST
 
 import writes our weights folder DST from SRC: a released Qwen-VL or Qwen-VL-Chat folder (.bin or
 safetensors files, read without PyTorch and without running what is in them), or the directory of a
-training run, whose newest checkpoint it takes. With --vit and --llm it joins the two models that
-stage 1 starts from. export writes a folder that the released PyTorch code loads. vocabulary writes
+training run, whose newest checkpoint it takes. With --lora a PEFT adapter that was trained on the
+released model is added to it. With --vit and --llm it joins the two models that stage 1 starts
+from. export writes a folder that the released PyTorch code loads. vocabulary writes
 a weights folder once more for another qwen.tiktoken file: tokens keep their rows, new ones start
-as the mean of those that spelled them.
+as the mean of those that spelled them. queries writes it once more with another number of picture
+embeddings, to be trained on: the adapter's grid is resized.
 
 Neither needs more memory than one layer (a run: the whole model). DST must be new; it appears
 when it is complete, and a conversion that fails leaves nothing behind.
@@ -61,7 +64,12 @@ def _run(argv: Sequence[str]) -> int:
     # A terminated conversion cleans up as an interrupted one does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        commands = {"import": import_, "export": export, "vocabulary": vocabulary}
+        commands = {
+            "import": import_,
+            "export": export,
+            "vocabulary": vocabulary,
+            "queries": queries,
+        }
         tyro.extras.subcommand_cli_from_dict(commands, prog="convert.py", args=list(argv))
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -73,6 +81,7 @@ def import_(
     /,
     vit: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
     llm: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
+    lora: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
     num_queries: int = 256,
     seed: int = 0,
 ) -> None:
@@ -82,6 +91,7 @@ def import_(
         folders: the source and the new folder; with --vit and --llm the new folder alone
         vit: an OpenCLIP folder with its tower (ViT-bigG-14) and open_clip_config.json
         llm: a Qwen-7B folder
+        lora: a PEFT adapter trained on SRC (adapter_config.json, adapter_model.*), to be added
         num_queries: picture embeddings of the new adapter, a square number
         seed: of the new adapter's random weights
     """
@@ -98,6 +108,8 @@ def import_(
             f"got {len(folders)} folders"
         )
     target = folders[-1]
+    if lora is not None and (vit is not None or is_run(folders[0])):
+        raise ConfigError("--lora is added to a released folder: got parts or a run to import")
     if vit is not None and llm is not None:
         config = import_parts(
             vit,
@@ -111,7 +123,7 @@ def import_(
     elif is_run(folders[0]):
         config = import_run(folders[0], target)
     else:
-        config = import_released(folders[0], target, watch)
+        config = import_released(folders[0], target, watch, lora=lora)
     print(f"{target}: {config.vision.num_layers} + {config.decoder.num_layers} layers, ready")
 
 
@@ -151,8 +163,8 @@ def vocabulary(
         tiktoken: the new vocabulary: a qwen.tiktoken file, or a folder that holds one
         target: the new folder
     """
-    from qwenvl_jax.checkpoint.weights import read_weights_config
-    from qwenvl_jax.conversion.vocabulary import change_vocabulary, check_ours
+    from qwenvl_jax.checkpoint.weights import check_ours, read_weights_config
+    from qwenvl_jax.conversion.vocabulary import change_vocabulary
     from qwenvl_jax.prompt.respelling import respelled
     from qwenvl_jax.prompt.tokenizer import load_tokenizer
     from qwenvl_jax.prompt.vocabulary import find_vocabulary
@@ -169,6 +181,25 @@ def vocabulary(
         vocabulary=find_vocabulary(tiktoken),
     )
     print(f"{target}: {config.decoder.vocab_size} rows, ready")
+
+
+def queries(
+    source: Annotated[Path, tyro.conf.arg(metavar="SRC")],
+    number: Annotated[int, tyro.conf.arg(metavar="NUMBER")],
+    target: Annotated[Path, tyro.conf.arg(metavar="DST")],
+    /,
+) -> None:
+    """Writes weights with another number of queries. Example: convert.py queries weights/a 64 b
+
+    Args:
+        source: a weights folder of ours
+        number: picture embeddings of a picture, a square number
+        target: the new folder
+    """
+    from qwenvl_jax.conversion.queries import change_queries
+
+    config = change_queries(source, target, number)
+    print(f"{target}: {config.adapter.num_queries} queries, ready")
 
 
 def num_bytes(text: str) -> int:

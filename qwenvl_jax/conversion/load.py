@@ -24,6 +24,7 @@ from qwenvl_jax.checkpoint.weights import (
 )
 from qwenvl_jax.config import LoraConfig, ModelConfig
 from qwenvl_jax.conversion.config import model_config_from_released
+from qwenvl_jax.conversion.peft import is_adapter
 from qwenvl_jax.conversion.placement import check_released, released_leaves
 from qwenvl_jax.conversion.reader import ReleasedFolder, read_json
 from qwenvl_jax.conversion.rules import qwen_vl_rules
@@ -48,6 +49,14 @@ def read_config(path: str | Path) -> ModelConfig:
         return read_weights_config(path)
     if is_run(path):
         return dataclasses.replace(_run_config(path), lora=LoraConfig())
+    if is_adapter(path):
+        raise ConversionError(
+            path,
+            [
+                "holds a LoRA adapter and no model; join them: "
+                f"python convert.py import MODEL DST --lora {path}"
+            ],
+        )
     return model_config_from_released(read_json(path / "config.json"), path / "config.json")
 
 

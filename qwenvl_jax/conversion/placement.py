@@ -35,7 +35,7 @@ def check_released(
     if values:
         for name in sorted({name for rule in rules for name in rule.names()} & set(shapes)):
             slot = folder.slots[name]
-            if slot.dtype in FLOAT_DTYPES and not _all_finite(folder.tensor(name), on_bytes):
+            if slot.dtype in FLOAT_DTYPES and not all_finite(folder.tensor(name), on_bytes):
                 problems.append(f"{name} holds NaN or infinity")
     if problems:
         raise ConversionError(folder.path, problems)
@@ -110,7 +110,7 @@ def _dtype_problems(folder: ReleasedFolder, rules: tuple[Rule, ...]) -> list[str
     return problems
 
 
-def _all_finite(tensor: np.ndarray, on_bytes: OnBytes) -> bool:
+def all_finite(tensor: np.ndarray, on_bytes: OnBytes = unwatched) -> bool:
     """Returns whether the tensor is free of NaN and infinity, looking at a part at a time."""
     tensor = np.atleast_1d(tensor)
     rows = max(1, SCAN_BYTES // max(1, tensor.nbytes // max(1, len(tensor))))

@@ -39,6 +39,7 @@ from qwenvl_jax.conversion.config import (
     released_config,
 )
 from qwenvl_jax.conversion.load import load_weights, read_config
+from qwenvl_jax.conversion.peft import AdaptedFolder
 from qwenvl_jax.conversion.placement import (
     check_released,
     in_released_order,
@@ -72,18 +73,28 @@ def no_watch(stage: str, num_bytes: int) -> AbstractContextManager[OnBytes]:
     return nullcontext(unwatched)
 
 
-def import_released(source: str | Path, target: str | Path, watch: Watch = no_watch) -> ModelConfig:
+def import_released(
+    source: str | Path,
+    target: str | Path,
+    watch: Watch = no_watch,
+    *,
+    lora: str | Path | None = None,
+) -> ModelConfig:
     """Writes our folder from a released Qwen-VL one; every array keeps its bits and its dtype.
+
+    `lora` is the folder of a PEFT adapter that was trained on the model: its pairs are added.
 
     Raises:
         ConversionError: naming everything that is wrong with the source; nothing is written.
     """
     source = Path(source)
     if is_weights_folder(source):
-        raise ConversionError(source, ["is a folder of ours already: load it as it is"])
+        way_out = "load it as it is" if lora is None else "an adapter is added to a released folder"
+        raise ConversionError(source, [f"is a folder of ours already: {way_out}"])
     config = model_config_from_released(read_json(source / "config.json"), source / "config.json")
     rules = qwen_vl_rules(config)
-    with new_folder(target) as folder, ReleasedFolder(source) as released:
+    opened = ReleasedFolder(source) if lora is None else AdaptedFolder(source, lora)
+    with new_folder(target) as folder, opened as released:
         size = _num_bytes(released, rules)
         with watch("check", size) as on_bytes:
             check_released(released, rules, on_bytes=on_bytes)

@@ -17,8 +17,7 @@ import numpy as np
 from qwenvl_jax.checkpoint.leaves import Leaf
 from qwenvl_jax.checkpoint.weights import (
     TOKENIZER,
-    WeightsError,
-    is_weights_folder,
+    check_ours,
     new_folder,
     open_weights,
     read_weights_config,
@@ -62,15 +61,6 @@ def change_vocabulary(
         write_weights(folder, config, leaves)
         shutil.copyfile(vocabulary, folder / TOKENIZER)
     return config
-
-
-def check_ours(source: Path) -> None:
-    """Raises WeightsError where a folder is not one of our weights folders."""
-    if not is_weights_folder(source):
-        raise WeightsError(
-            f"{source} is no weights folder of ours: make one of it with "
-            "'python convert.py import SRC DST'"
-        )
 
 
 def moved_rows(table_VD: np.ndarray, spelled: Sequence[Spelling]) -> np.ndarray:

@@ -1,0 +1,155 @@
+"""A LoRA adapter in PEFT's format, added to the released tensors that it was trained beside.
+
+A folder of it has `adapter_config.json` and `adapter_model.safetensors` or `.bin`. For each matrix
+W [out, in] that it targets there are A [rank, in] and B [out, rank], and the model uses
+W + scale B A; modules that were trained whole (`modules_to_save`) lie there as they are. The
+original `finetune.py` writes such folders with `--use_lora`. Names and shapes are those of the
+released code, so pairs are added before anything is rearranged: `c_attn` has one pair for queries,
+keys and values.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qwenvl_jax.conversion.placement import all_finite
+from qwenvl_jax.conversion.reader import ReleasedFolder, read_json
+from qwenvl_jax.conversion.slots import FLOAT_DTYPES, ConversionError
+
+CONFIG = "adapter_config.json"
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_HALF = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+_WHOLE = re.compile(r"base_model\.model\.(.+?)(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)")
+# Settings that change what the pairs mean, and the only values under which they mean W + scale B A.
+_PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "lora_bias": (False, None),
+    # Others begin by changing the model itself.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None),
+    "alpha_pattern": ({}, None),
+    "layer_replication": (None,),
+}
+
+
+class _Pair(NamedTuple):
+    down: str  # name of A [rank, in] in the adapter
+    up: str  # name of B [out, rank]
+
+
+class AdaptedFolder(ReleasedFolder):
+    """A released folder whose tensors have an adapter's pairs added, each when it is read.
+
+    What is wrong with the adapter, or does not fit this folder, is among `problems`.
+    """
+
+    def __init__(self, path: str | Path, adapter: str | Path):
+        """Raises a ConversionError where `adapter` is no folder of a LoRA adapter."""
+        super().__init__(path)
+        self._last: tuple[str, np.ndarray] | None = None  # a tensor is read in many parts
+        adapter = Path(adapter)
+        self._alpha, self._is_rs = _read_settings(adapter)
+        file = next((adapter / name for name in FILES if (adapter / name).is_file()), None)
+        if file is None:
+            raise ConversionError(adapter, [f"holds none of {', '.join(FILES)}"])
+        self._adapter = ReleasedFolder(file)
+        self.problems += [f"adapter: {problem}" for problem in self._adapter.problems]
+        self._pairs, self._whole, problems = _sorted_names(self._adapter)
+        for name in [*self._pairs, *self._whole]:
+            if not self.may_hold(name) and (problem := self._misfit(name)):
+                problems.append(problem)
+                self._pairs.pop(name, None)  # and the check goes on without it
+        self.problems += [f"adapter: {problem}" for problem in problems]
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Returns a released tensor with its pair added in float32, in its own dtype."""
+        if name not in self._pairs and name not in self._whole:
+            return super().tensor(name)
+        if self._last is None or self._last[0] != name:
+            self._last = (name, self._adapted(name))
+        return self._last[1]
+
+    def close(self) -> None:
+        self._last = None
+        self._adapter.close()
+        super().close()
+
+    def _adapted(self, name: str) -> np.ndarray:
+        kept = self.slots[name].dtype
+        if name in self._whole:
+            return self._adapter.tensor(self._whole[name]).astype(kept, copy=False)
+        pair = self._pairs[name]
+        down, up = (self._adapter.tensor(half).astype(np.float32) for half in pair)
+        added = up @ down
+        added *= self._alpha / (len(down) ** 0.5 if self._is_rs else len(down))
+        added += super().tensor(name)
+        return added.astype(kept)
+
+    def _misfit(self, name: str) -> str | None:
+        """Returns why what the adapter has for a tensor cannot be added to it, if it cannot."""
+        slots = self._adapter.slots
+        if name not in self.slots:
+            return f"{name} is trained, but the model has no such tensor"
+        if name in self._whole:
+            got: tuple[int, ...] = slots[self._whole[name]].shape
+        else:
+            down, up = (slots[half].shape for half in self._pairs[name])
+            if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+                return f"{name}: A is {down} and B {up}, expected [rank, in] and [out, rank]"
+            got = (up[0], down[1])
+        wanted = self.slots[name].shape
+        return None if got == wanted else f"{name}: got shape {got}, expected {wanted}"
+
+
+def is_adapter(folder: Path) -> bool:
+    """Returns whether a folder holds a PEFT adapter and no model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def _read_settings(folder: Path) -> tuple[float, bool]:
+    """Returns (alpha, whether it is divided by the root of the rank instead of the rank)."""
+    settings = read_json(folder / CONFIG)
+    problems = [
+        f"{name} is {settings.get(name)!r}, expected {values[0]!r}: other adapters cannot be added"
+        for name, values in _PLAIN.items()
+        if settings.get(name) not in values
+    ]
+    alpha: Any = settings.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        problems.append(f"lora_alpha is {alpha!r}, expected a number")
+    if problems:
+        raise ConversionError(folder / CONFIG, problems)
+    return float(alpha), bool(settings.get("use_rslora"))
+
+
+def _sorted_names(adapter: ReleasedFolder) -> tuple[dict[str, _Pair], dict[str, str], list[str]]:
+    """Returns pairs and whole tensors by the released name that each is for, and what is odd."""
+    halves: dict[str, dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    problems = []
+    for name, slot in adapter.slots.items():
+        if slot.dtype not in FLOAT_DTYPES:
+            problems.append(f"{name} has dtype {slot.dtype.name}, expected a float")
+        elif not all_finite(adapter.tensor(name)):
+            problems.append(f"{name} holds NaN or infinity")
+        elif half := _HALF.fullmatch(name):
+            halves.setdefault(f"{half[1]}.weight", {})[half[2]] = name
+        elif ".lora_" not in name and (found := _WHOLE.fullmatch(name)):
+            whole[f"{found[1]}.{found[2]}"] = name
+        else:
+            problems.append(f"{name} is unknown")
+    problems += [
+        f"{name}: lora_{'B' if 'A' in found else 'A'} is missing"
+        for name, found in halves.items()
+        if len(found) < 2
+    ]
+    pairs = {name: _Pair(x["A"], x["B"]) for name, x in halves.items() if len(x) == 2}
+    if not adapter.slots and not adapter.problems:
+        problems.append("holds no tensors")
+    return pairs, whole, problems
