@@ -45,8 +45,11 @@ nano: $(VENV)/.installed-generate
 	@for stage in stage2_wide stage2_cells stage3_wide stage2_longer_cells stage2_last_cells \
 	  stage2_named stage2_pairs; do \
 	  $(BIN)/python train.py configs/nano/$$stage.py || exit 1; done
-	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_pairs
-	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_pairs \
+	test -d runs/nano/paired || $(BIN)/python convert.py import runs/nano/stage2_pairs runs/nano/paired
+	test -d runs/nano/finer_start || $(BIN)/python convert.py queries runs/nano/paired 36 runs/nano/finer_start
+	$(BIN)/python train.py configs/nano/stage2_finer.py
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_finer
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_finer \
 	  --rows $(addprefix runs/nano/rows/heldout/,scenes animals food english chinese)
 
 clean:

@@ -2,14 +2,16 @@
 
     python benchmarks/step_shares.py            about four minutes on two cores
     python benchmarks/step_shares.py --steps 20 --rounds 1
+    python benchmarks/step_shares.py --config benchmarks/train_race/mid_size.py --steps 16
 
-Measured with the package's small model on its own generated data:
+Measured with the package's small model on its own generated data, or with another config:
 
 - the share of a step that is no matrix product, from XLA's trace of a few steps. The times of all
   operations are added up over threads; fusions with a product inside count as products;
 - how long the loop waits for batches: the run's `data_wait` column, first steps left out;
 - what a save costs where there is one every 100 steps: how long the loop stands still for it, and
   by how much the steps are slower that run while it is written, against 100 steps of usual length.
+  Beside it stands how long the system takes to accept as many bytes in one file, idle otherwise.
 """
 
 import argparse
@@ -120,7 +122,8 @@ def tell_saves(stepper: Stepper, steps: int, rounds: int) -> None:
 
     The first one of a process is told apart: it compiles the digests.
     """
-    still, slower, usual = [], [], []
+    still, slower, usual, plain = [], [], [], []
+    num_bytes = sum(x.nbytes for item in to_items(stepper.state).values() for x in item.values())
     with tempfile.TemporaryDirectory() as folder:
         store = CheckpointStore(folder, keep=1)
         for number in range(rounds + 1):
@@ -130,6 +133,7 @@ def tell_saves(stepper: Stepper, steps: int, rounds: int) -> None:
             stood = time.perf_counter() - begin
             beside = stepper.run(steps)
             store.wait()
+            plain.append(plain_write(Path(folder) / "plain", num_bytes))
             still.append(stood)
             slower.append(beside - without)
             usual.append(without / steps)
@@ -142,9 +146,23 @@ def tell_saves(stepper: Stepper, steps: int, rounds: int) -> None:
         f"a save every {EVERY} steps: {statistics.median(costs) / between:.2%} of them, medians of "
         f"{rounds}: {statistics.median(still) / between:.2%} standing still, "
         f"{statistics.median(slower) / between:+.2%} slower steps beside it (a step takes "
-        f"{between / EVERY:.3f} s; once a run {first:.1f} s, as the first compiles the digests)",
+        f"{between / EVERY:.3f} s; once a run {first:.1f} s, as the first compiles the digests); "
+        f"a plain write of the same {num_bytes / 1e6:.0f} MB: "
+        f"{statistics.median(plain) / between:.2%}",
         flush=True,
     )
+
+
+def plain_write(file: Path, num_bytes: int) -> float:
+    """Returns the seconds that a write of so many bytes takes, the file new and then removed."""
+    block = bytes(1 << 20)
+    begin = time.perf_counter()
+    with file.open("wb", buffering=0) as out:
+        for start in range(0, num_bytes, len(block)):
+            out.write(block[: num_bytes - start])
+    seconds = time.perf_counter() - begin
+    file.unlink()
+    return seconds
 
 
 def main() -> None:

@@ -66,6 +66,11 @@ def train_config(dtype: DType, run_dir: str = "build/bench") -> TrainConfig:
     )
 
 
+def get_config() -> TrainConfig:
+    """Returns the config under which benchmarks that take a config file measure this model."""
+    return train_config("float32")
+
+
 def batch() -> Batch:
     """Returns rows that are one sample each: a picture, and text up to the end."""
     random = np.random.default_rng(0)

@@ -1,6 +1,4 @@
-"""Stage 2 of the small model on wider data, last part: new collages, and two pictures at once.
-
-What ships.
+"""Stage 2 of the small model on wider data, new collages, and two pictures at once.
 
 The loss of `stage2_named` was still falling. What it knew least were numbers of things, how one
 lies to another, and two pictures. A fifth of the samples are now dialogues about two pictures:
