@@ -1,8 +1,9 @@
-"""What a step spends outside of matrix products, and a run outside of its steps: ratios.
+r"""What a step spends outside of matrix products, and a run outside of its steps: ratios.
 
     python benchmarks/step_shares.py            about four minutes on two cores
     python benchmarks/step_shares.py --steps 20 --rounds 1
-    python benchmarks/step_shares.py --config benchmarks/train_race/mid_size.py --steps 16
+    python benchmarks/step_shares.py --config benchmarks/train_race/mid_size.py --steps 16 \
+      --parts products saves
 
 Measured with the package's small model on its own generated data, or with another config:
 
@@ -37,6 +38,7 @@ from qwenvl_jax.training.state import make_layout, random_weights, start_state, 
 from qwenvl_jax.training.step import make_train_step
 
 CONFIG = "configs/nano/stage2.py"
+PARTS = ("products", "saves", "data")
 EVERY = 100  # steps between saves that the cost is told for
 WARM = 5  # steps before anything is measured
 TRACED = 3  # steps
@@ -172,15 +174,19 @@ def main() -> None:
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     if computes_on_cpu():
         keep_freed_memory()  # as train.py does
     config = read_config(options.config)
     stepper = Stepper(config)
-    tell_operations(stepper)
-    tell_saves(stepper, options.steps // 2, options.rounds)
-    warm_up = dataclasses.replace(config.optimizer, warmup_steps=1)
-    tell_data_wait(dataclasses.replace(config, optimizer=warm_up), options.steps + WARM)
+    if "products" in options.parts:
+        tell_operations(stepper)
+    if "saves" in options.parts:
+        tell_saves(stepper, options.steps // 2, options.rounds)
+    if "data" in options.parts:
+        warm_up = dataclasses.replace(config.optimizer, warmup_steps=1)
+        tell_data_wait(dataclasses.replace(config, optimizer=warm_up), options.steps + WARM)
 
 
 if __name__ == "__main__":
