@@ -101,9 +101,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_series(panel: Any, records: list[dict[str, Any]], name: str) -> None:
-    """Draws one quantity: its values in grey, and their running mean."""
+    """Draws one quantity: its values in grey, and their running mean; the rate as it is."""
     points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
     steps, values = [step for step, _ in points], [value for _, value in points]
+    if name == "lr":  # a schedule has no noise, and a mean would trail behind it
+        panel.plot(steps, values, linewidth=1.2)
+        return
     width = max(1, len(values) // 50)
     panel.plot(steps, values, color="0.8", linewidth=0.8)
     panel.plot(steps, running_mean(values, width), linewidth=1.2, label=f"{name}, mean of {width}")
