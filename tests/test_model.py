@@ -321,6 +321,27 @@ def test_a_bf16_product_and_its_gradients_are_summed_in_float32(num_inputs):
         np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=2**-8, atol=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), [((96,), (8,)), ((8,), (96,)), ((4, 24), (8,)), ((8,), (3, 4, 8))]
+)
+def test_the_wide_side_of_a_product_is_never_transposed_for_its_gradient(inputs, outputs):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 300, *inputs))
+    kernel = jax.random.normal(keys[1], (*inputs, *outputs))
+    toward = jax.random.normal(keys[2], (2, 300, *outputs))
+    names = (*"abcd",)[: kernel.ndim]
+
+    @jax.jit
+    def gradient(x, kernel, toward):
+        return jax.vjp(lambda w: matmul(x * x, w, None, len(inputs), names), kernel)[1](toward)[0]
+
+    expected = jnp.tensordot(x * x, toward, axes=((0, 1), (0, 1)))
+    np.testing.assert_allclose(gradient(x, kernel, toward), expected, rtol=1e-4, atol=1e-4)
+    compiled = gradient.lower(x, kernel, toward).compile().as_text()
+    assert "f32[96,600]{1,0}" not in compiled
+    assert "f32[600,96]{0,1}" not in compiled
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_logits_are_float32_and_their_gradients_those_that_follow(dtype):
     keys = jax.random.split(jax.random.key(0), 3)

@@ -8,6 +8,9 @@
 #   configs/nano/rows.sh more        into runs/nano/rows/more: new ones of the same kind
 #   configs/nano/rows.sh asked       into runs/nano/rows/asked: questions on places and numbers
 #   configs/nano/rows.sh pairs       into runs/nano/rows/pairs: dialogues about two collages
+#   configs/nano/rows.sh fresh       into runs/nano/rows/fresh: new scenes and collages, and pages that are mostly read aloud
+#   configs/nano/rows.sh fresh_pairs into runs/nano/rows/fresh_pairs: new dialogues about two collages
+#   configs/nano/rows.sh fresh_chat  into runs/nano/rows/fresh_chat: and about one
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
 #
@@ -35,11 +38,19 @@ case $1 in
   pairs)
     scenes=0 animals=25000 food=25000 english=0 chinese=0 skip=160000
     collages_tasks="compare either" ;;
+  fresh)
+    scenes=40000 animals=80000 food=60000 english=50000 chinese=0 skip=210000
+    collages_tasks=$named_tasks documents_tasks="ocr_vqa vqa vqa ocr chat chat" ;;
+  fresh_pairs)
+    scenes=0 animals=20000 food=20000 english=0 chinese=0 skip=300000
+    collages_tasks="compare either" ;;
+  fresh_chat)
+    scenes=0 animals=10000 food=10000 english=0 chinese=0 skip=330000 collages_tasks=chat ;;
   dialogue)
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|pairs|dialogue|heldout" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|pairs|fresh|fresh_pairs|fresh_chat|dialogue|heldout" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1
@@ -66,7 +77,8 @@ done
 for language in english:en chinese:zh; do
   eval "limit=\$${language%:*}"
   # shellcheck disable=SC2086
-  [ "$limit" = 0 ] || prepare documents "$rows/${language%:*}" --limit "$limit" --generated.tasks $documents_tasks \
+  [ "$limit" = 0 ] || prepare documents "$rows/${language%:*}" --limit "$limit" --skip $skip \
+    --generated.tasks $documents_tasks \
     --generated.languages "${language#*:}" --generated.corpus runs/nano/corpus \
     --generated.fonts "$fonts" --generated.page.short-side 112 112 --generated.page.aspect 1 1 \
     --generated.page.text-scale 0.22 0.34 --generated.page.max-lines 2
