@@ -22,21 +22,10 @@ from qwenvl_jax.training.heldout import held_out
 from qwenvl_jax.training.loop import train
 from qwenvl_jax.training.state import make_layout
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 STEPS = 5
 TASKS = {"caption": 1.0, "ref_grounding": 1.0, "vqa": 1.0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Lets the runs of this file share what they have compiled."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    if before[names[0]] is None:
-        jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-        jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def config_of(run_dir, **evaluation):

@@ -20,20 +20,10 @@ from qwenvl_jax.training.loop import restore, train
 from qwenvl_jax.training.skips import joined, last_skipped, parse_skips
 from qwenvl_jax.training.state import make_layout
 
-pytestmark = pytest.mark.timeout(900)  # whole runs; a machine with other work compiles slowly
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Lets the runs of this file share what they have compiled."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    if before[names[0]] is None:
-        jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
-        jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+pytestmark = [
+    pytest.mark.timeout(900),  # whole runs; a machine with other work compiles slowly
+    pytest.mark.usefixtures("quick_compiles"),
+]
 
 
 def run(run_dir, steps=6, **changes):
