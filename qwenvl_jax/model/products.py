@@ -83,7 +83,7 @@ def _kernel_gradient(x: jax.Array, grad: jax.Array, num_inputs: int) -> jax.Arra
     """Returns x [..., in dims] times grad [..., out dims], added up over `...`."""
     batch = tuple(range(x.ndim - num_inputs))
     inputs, outputs = x.shape[len(batch) :], grad.shape[len(batch) :]
-    if context_platform() != "cpu" or not has_fast_path(x) and x.size <= grad.size:
+    if context_platform() != "cpu" or (not has_fast_path(x) and x.size <= grad.size):
         return _dot(x, grad, batch, batch)
     if not has_fast_path(x):
         # XLA's product on a CPU transposes the left side, together with what made it, an activation
