@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -280,3 +281,45 @@ def test_questions_are_settled_by_the_picture():
             assert answer == texts[0 if "first" in question else -1]
         kinds.add(question.split()[0] + question.split()[-1][:4])
     assert len(kinds) >= 3
+
+
+def test_the_middle_of_each_character_lies_in_its_ink():
+    checked = 0
+    for key in range(12):
+        for line in document(key).page.lines:
+            xs = [x for x, _ in line.middles()]
+            assert xs == sorted(xs)
+            for n, char in enumerate(line.text):
+                if char not in "HMNOSWZ":  # letters whose ink is centred in their advance
+                    continue
+                x1, _, x2, _ = line.font.getbbox(char)
+                alone = line.font.getlength(line.text[:n]) + (x1 + x2) / 2
+                start = line.box[0] - line.font.getbbox(line.text)[0]
+                assert xs[n] == pytest.approx(start + alone, abs=0.1 * line.font.size)
+                checked += 1
+    assert checked > 8
+
+
+def test_letters_are_one_token_a_cell_and_those_of_the_page():
+    large = PageSettings((112, 112), (1, 1), (0.22, 0.34), 2)
+    rows = Documents(
+        20, "train", languages=("en",), tasks=("letters",), page=large, fonts=FONTS[0].parent
+    )
+    tokenizer = load_tokenizer(NANO)
+    told, written = 0, 0
+    for index in range(20):
+        row, (made, *_) = rows[index], rows.document(index)
+        if row.task == "ocr":
+            assert made.unlabelled
+            continue
+        firsts, seconds = row.fields["firsts"], row.fields["seconds"]
+        assert len(firsts) == len(seconds) == page_rows.CELLS**2
+        text = "".join(line.text for line in made.page.lines).replace(" ", "")
+        found = "".join(firsts + seconds).replace(page_rows.BLANK, "")
+        assert not Counter(found) - Counter(text)
+        told, written = told + len(found), written + len(text.replace(".", ""))
+        top = min(line.quad[:, 1].min() for line in made.lines) / made.image.size[1]
+        first_row = next(i for i, char in enumerate(firsts) if char != ".") // page_rows.CELLS
+        assert first_row + 1 > top * page_rows.CELLS
+        assert tasks.example_of(row, tokenizer).is_target.sum() == 2 * page_rows.CELLS**2 + 1
+    assert told > 0.9 * written, "three characters in one cell are rare at this size"

@@ -11,6 +11,7 @@
 #   configs/nano/rows.sh fresh       into runs/nano/rows/fresh: new scenes and collages, and pages that are mostly read aloud
 #   configs/nano/rows.sh fresh_pairs into runs/nano/rows/fresh_pairs: new dialogues about two collages
 #   configs/nano/rows.sh fresh_chat  into runs/nano/rows/fresh_chat: and about one
+#   configs/nano/rows.sh letters     into runs/nano/rows/letters: which letters stand in each cell of a page
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
 #
@@ -46,11 +47,13 @@ case $1 in
     collages_tasks="compare either" ;;
   fresh_chat)
     scenes=0 animals=10000 food=10000 english=0 chinese=0 skip=330000 collages_tasks=chat ;;
+  letters)
+    scenes=0 animals=0 food=0 english=36000 chinese=0 skip=270000 documents_tasks=letters ;;
   dialogue)
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|pairs|fresh|fresh_pairs|fresh_chat|dialogue|heldout" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|pairs|fresh|fresh_pairs|fresh_chat|letters|dialogue|heldout" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1
@@ -70,7 +73,7 @@ fonts=/usr/share/fonts/truetype/liberation  # without Chinese signs: for those t
 for kind in animals food; do
   eval "limit=\$$kind"
   # shellcheck disable=SC2086
-  prepare collages "$rows/$kind" --limit "$limit" --skip $skip --generated.tasks $collages_tasks \
+  [ "$limit" = 0 ] || prepare collages "$rows/$kind" --limit "$limit" --skip $skip --generated.tasks $collages_tasks \
     ${collages_questions:+--generated.questions $collages_questions} \
     --generated.side 112 --generated.most-kinds 2 --generated.objects "$stamps/$kind"
 done

@@ -15,19 +15,20 @@ ROWS = "runs/nano/rows"
 def get_config() -> TrainConfig:
     base = read_config(str(Path(__file__).with_name("stage2_finer.py")))
     mixture = {
-        f"{ROWS}/fresh/scenes": 0.14,
-        f"{ROWS}/fresh/animals": 0.27,
-        f"{ROWS}/fresh/food": 0.15,
-        f"{ROWS}/fresh/english": 0.22,
-        f"{ROWS}/fresh_pairs/animals": 0.08,
-        f"{ROWS}/fresh_pairs/food": 0.07,
+        f"{ROWS}/fresh/scenes": 0.12,
+        f"{ROWS}/fresh/animals": 0.24,
+        f"{ROWS}/fresh/food": 0.12,
+        f"{ROWS}/fresh/english": 0.16,
+        f"{ROWS}/letters/english": 0.16,
+        f"{ROWS}/fresh_pairs/animals": 0.07,
+        f"{ROWS}/fresh_pairs/food": 0.06,
         f"{ROWS}/fresh_chat/animals": 0.04,
         f"{ROWS}/fresh_chat/food": 0.03,
     }
     return dataclasses.replace(
         base,
         run_dir="runs/nano/stage2_read",
-        steps=7300,
+        steps=6700,
         seed=17,
         init="runs/nano/stage2_finer",
         data=dataclasses.replace(base.data, mixture=mixture, max_images=4),

@@ -36,6 +36,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "ocr": ("lines",),
     "text": ("text",),
     "chat": ("conversations",),
+    "letters": ("firsts", "seconds"),  # a character for each cell of the picture, row by row
 }
 _FORMAT = 1  # of the bytes that `encode_record` writes
 

@@ -146,13 +146,15 @@ def cell_map(words: Sequence[tuple[str, str]], picture: str = PICTURE) -> list[S
 def cell_characters(title: str, firsts: str, seconds: str, picture: str = PICTURE) -> list[Segment]:
     """Returns the first and then the second character in all cells, as `cell_map` (ours).
 
-    The title says of what: `Letters`, or `Left` for the left edge's coordinate.
+    The title says of what: `Letters`, or `Left` for the left edge's coordinate. Each character is a
+    segment, so that two of them never become one token.
     """
     return [
         Segment((picture, f"{title}:"), False),
-        Segment((firsts,), True),
+        *(Segment((char,), True) for char in firsts),
         Segment((" Next:",), False),
-        Segment((seconds, EOS), True),
+        *(Segment((char,), True) for char in seconds),
+        Segment((EOS,), True),
     ]
 
 
@@ -226,6 +228,9 @@ def _segments(record: Record, picture: str) -> list[Segment]:
             case "ocr":
                 lines = _full(fields, "lines")
                 return ocr([(_text({"line": text}, "line"), quad) for text, quad in lines], picture)
+            case "letters":
+                firsts, seconds = _text(fields, "firsts"), _text(fields, "seconds")
+                return cell_characters("Letters", firsts, seconds, picture)
             case _:
                 return plain_text(_text(fields, "text"))
     except (TypeError, ValueError) as error:

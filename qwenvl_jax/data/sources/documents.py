@@ -24,6 +24,7 @@ from qwenvl_jax.data.sources.font_files import fonts_of
 from qwenvl_jax.data.sources.page_photo import Document, PageSettings, photograph
 
 TASKS = ("ocr", "ocr_vqa", "vqa", "chat")
+LETTERS = "letters"  # one more, only where it is named: what stands in each cell of the picture
 LANGUAGES = ("en", "zh")
 _VERSION = 2  # raise it when the same settings give other rows
 _QUALITY = (50, 95)  # of the JPEG, as published
@@ -34,7 +35,7 @@ class Documents:
     """A Source of `num` rows.
 
     `tasks` and `languages` are equally likely; a document that settles no question becomes a row
-    of ocr. `fonts` is a folder of font files (None: those of this machine, so pages differ between
+    of ocr, as does one of letters with a line that is not labelled. `fonts` is a folder of font files (None: those of this machine, so pages differ between
     machines), `corpus` one of text files (None: built-in sentences), `photos` one of backgrounds.
 
     Raises: DataError for settings that cannot be, and material that is missing.
@@ -52,7 +53,7 @@ class Documents:
     def __post_init__(self) -> None:
         for setting, chosen, possible in (
             ("languages", self.languages, LANGUAGES),
-            ("tasks", self.tasks, TASKS),
+            ("tasks", self.tasks, (*TASKS, LETTERS)),
             ("split", (self.split,), ("train", "heldout")),
         ):
             if not chosen or not set(chosen) <= set(possible):

@@ -41,6 +41,17 @@ class PageLine:
     colour: Colour
     column: int
     ink: Image.Image  # "L", of the size of the box
+    font: ImageFont.FreeTypeFont
+
+    def middles(self) -> list[tuple[float, float]]:
+        """Returns the page's x and y of the middle of each character, spaces included."""
+        left, top, _, bottom = self.box
+        start = left - self.font.getbbox(self.text)[0]  # where its first advance begins
+        ends = [self.font.getlength(self.text[: n + 1]) for n in range(len(self.text))]
+        return [
+            (start + (before + after) / 2, (top + bottom) / 2)
+            for before, after in zip([0.0, *ends], ends, strict=False)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,4 +215,4 @@ class _Block:
         left = round(x + self.align * max(0.0, width - (ink[2] - ink[0])))
         top = round(y) + y1 + ink[1] - 2
         box = (left, top, left + ink[2] - ink[0], top + ink[3] - ink[1])
-        return PageLine(text, box, self.colour, column, tile.crop(ink))
+        return PageLine(text, box, self.colour, column, tile.crop(ink), self.font)

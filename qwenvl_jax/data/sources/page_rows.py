@@ -10,7 +10,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from qwenvl_jax.data.sources.page_photo import Document, Line
+from qwenvl_jax.data.sources.scene_language import BLANK
 from qwenvl_jax.data.tasks import PICTURE
 from qwenvl_jax.prompt.boxes import Quad, format_quad, quad_from_pixels
 
@@ -36,6 +39,8 @@ _ALL = {
     "en": ("Read all the text and give the places.", "Read the page with the places of the lines."),
     "zh": ("读出所有文字，并给出位置。", "识别图中的文字和位置。"),
 }
+
+CELLS = 6  # on a side of the list of letters: one cell for each query of the small model
 
 Asked = tuple[str, str]
 
@@ -72,9 +77,24 @@ def fields_of(
         if asked is not None:
             kind = "count" if asked[0] == _COUNT[language] else "line"
             return task, {"question": asked[0], "answer": asked[1], "kind": kind}
+    elif task == "letters":
+        if not document.unlabelled:
+            return task, _letters(document)
     elif task != "ocr":
         raise ValueError(f"unknown task of the documents: got {task!r}")
     return "ocr", {"lines": [[line.text, _points(document, line)] for line in document.lines]}
+
+
+def _letters(document: Document) -> dict[str, str]:
+    """Returns the first and the second character whose middle lies in each cell, row by row."""
+    found: list[list[str]] = [[] for _ in range(CELLS**2)]
+    for line in document.page.lines:
+        middles = document.warp.to_picture(np.array(line.middles()))
+        places = (middles / np.array(document.image.size) * CELLS).astype(int).clip(0, CELLS - 1)
+        for char, (column, row) in zip(line.text, places.tolist(), strict=True):
+            found[row * CELLS + column] += [] if char.isspace() else [char]
+    firsts, seconds = zip(*((chars + [BLANK] * 2)[:2] for chars in found), strict=True)
+    return {"firsts": "".join(firsts), "seconds": "".join(seconds)}
 
 
 def _points(document: Document, line: Line) -> list[list[int]]:
