@@ -301,7 +301,7 @@ def test_the_middle_of_each_character_lies_in_its_ink():
 
 
 def test_letters_are_one_token_a_cell_and_those_of_the_page():
-    large = PageSettings((112, 112), (1, 1), (0.22, 0.34), 2)
+    large = PageSettings((112, 112), (1.0, 1.0), (0.22, 0.34), 2)
     rows = Documents(
         20, "train", languages=("en",), tasks=("letters",), page=large, fonts=FONTS[0].parent
     )

@@ -35,8 +35,9 @@ class Documents:
     """A Source of `num` rows.
 
     `tasks` and `languages` are equally likely; a document that settles no question becomes a row
-    of ocr, as does one of letters with a line that is not labelled. `fonts` is a folder of font files (None: those of this machine, so pages differ between
-    machines), `corpus` one of text files (None: built-in sentences), `photos` one of backgrounds.
+    of ocr, as does one of letters with a line that is not labelled. `fonts` is a folder of font
+    files (None: those of this machine, so pages differ between machines), `corpus` one of text
+    files (None: built-in sentences), `photos` one of backgrounds.
 
     Raises: DataError for settings that cannot be, and material that is missing.
     """
