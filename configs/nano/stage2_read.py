@@ -15,15 +15,15 @@ ROWS = "runs/nano/rows"
 def get_config() -> TrainConfig:
     base = read_config(str(Path(__file__).with_name("stage2_finer.py")))
     mixture = {
-        f"{ROWS}/fresh/scenes": 0.12,
+        f"{ROWS}/fresh/scenes": 0.11,
         f"{ROWS}/fresh/animals": 0.24,
-        f"{ROWS}/fresh/food": 0.12,
-        f"{ROWS}/fresh/english": 0.16,
-        f"{ROWS}/letters/english": 0.16,
-        f"{ROWS}/fresh_pairs/animals": 0.07,
-        f"{ROWS}/fresh_pairs/food": 0.06,
-        f"{ROWS}/fresh_chat/animals": 0.04,
-        f"{ROWS}/fresh_chat/food": 0.03,
+        f"{ROWS}/fresh/food": 0.11,
+        f"{ROWS}/fresh/english": 0.12,
+        f"{ROWS}/letters/english": 0.26,
+        f"{ROWS}/fresh_pairs/animals": 0.06,
+        f"{ROWS}/fresh_pairs/food": 0.05,
+        f"{ROWS}/fresh_chat/animals": 0.03,
+        f"{ROWS}/fresh_chat/food": 0.02,
     }
     return dataclasses.replace(
         base,
