@@ -1,8 +1,8 @@
 """Stage 2 of the small model on new collages and on pages: names again, and how to read.
 
 A try that does not ship: it began to read pages, and lost some of what it knew (docs/nano.md). Of
-the rows 38 in 100 are pages, most of them lists of the letters that stand in each cell: from answers
-alone the words on pages were not learned in 1,150 steps.
+100 rows 38 are pages, most of them lists of the letters that stand in each cell: from answers alone
+the words on pages were not learned in 1,150 steps.
 
     configs/nano/rows.sh fresh
     configs/nano/rows.sh fresh_pairs
