@@ -28,6 +28,7 @@ ROWS = {
     "ocr": {"lines": [["CAT", QUAD]]},
     "text": {"text": "a red star"},
     "chat": {"conversations": [{"from": "user", "value": "Picture 1: <img>a</img>\nWhat?"}]},
+    "letters": {"firsts": "C.A.", "seconds": "...T"},
 }
 
 
