@@ -55,6 +55,14 @@ def boxes(*places):
     return "".join(f"<box>({a},{b}),({c},{d})</box>" for a, b, c, d in places)
 
 
+def test_letters_are_right_in_all_cells_or_not(tokenizer):
+    row = record("letters", firsts="C.A.", seconds="...T")
+    (measure,) = marked(row, "C.A.", tokenizer)
+    assert measure == "letters of all cells: exact, en"
+    assert marked(row, "C.A.", tokenizer) == {measure: 1.0}
+    assert marked(row, "C.O.", tokenizer) == {measure: 0.0}
+
+
 class ModelThatKnows:
     """Stands in for the loaded model: looks answers up by prompt and pictures."""
 

@@ -41,6 +41,7 @@ _NAMES = {
     "vqa": "question",
     "ocr_vqa": "reading",
     "ocr": "all lines",
+    "letters": "letters of all cells",
     "caption": "caption",
     "ref_grounding": "phrase located",
     "grounded_caption": "caption with boxes",

@@ -83,21 +83,19 @@ def _kernel_gradient(x: jax.Array, grad: jax.Array, num_inputs: int) -> jax.Arra
     """Returns x [..., in dims] times grad [..., out dims], added up over `...`."""
     batch = tuple(range(x.ndim - num_inputs))
     inputs, outputs = x.shape[len(batch) :], grad.shape[len(batch) :]
-    if context_platform() != "cpu" or (not has_fast_path(x) and x.size <= grad.size):
+    if has_fast_path(x):
+        # It contracts the last axis of the left side. A row of zeros keeps XLA from taking the
+        # transposition into the product again, and goes away after it.
+        x_IB = jnp.pad(x.reshape(-1, math.prod(inputs)).T, ((0, 1), (0, 0)))
+        grad_kernel = _dot(x_IB, grad.reshape(-1, math.prod(outputs)), (1,), (0,))
+        return grad_kernel[:-1].reshape(*inputs, *outputs)
+    if context_platform() != "cpu" or x.size <= grad.size:
         return _dot(x, grad, batch, batch)
-    if not has_fast_path(x):
-        # XLA's product on a CPU transposes the left side, together with what made it, an activation
-        # function for one, at a stride. So the narrower side goes there. Without the barrier XLA
-        # would turn the product round again, to save the transposition of what it returns.
-        turned = jax.lax.optimization_barrier(_dot(grad, x, batch, batch))
-        num_outputs = len(outputs)
-        order = (*range(num_outputs, turned.ndim), *range(num_outputs))
-        return turned.transpose(order)
-    # The fast path contracts the last axis of the left side. A row of zeros keeps XLA from taking
-    # the transposition into the product again, and goes away after it.
-    x_IB = jnp.pad(x.reshape(-1, math.prod(inputs)).T, ((0, 1), (0, 0)))
-    grad_kernel = _dot(x_IB, grad.reshape(-1, math.prod(outputs)), (1,), (0,))
-    return grad_kernel[:-1].reshape(*inputs, *outputs)
+    # XLA's product on a CPU transposes the left side, together with what made it, an activation
+    # function for one, at a stride. So the narrower side goes there. Without the barrier XLA
+    # would turn the product round again, to save the transposition of what it returns.
+    turned = jax.lax.optimization_barrier(_dot(grad, x, batch, batch))
+    return jnp.moveaxis(turned, range(len(outputs)), range(-len(outputs), 0))
 
 
 def _dot(a, b, axes_of_a, axes_of_b):
