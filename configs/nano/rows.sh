@@ -7,6 +7,7 @@
 #   configs/nano/rows.sh named       into runs/nano/rows/named: collages that must be named, most with boxes
 #   configs/nano/rows.sh more        into runs/nano/rows/more: new ones of the same kind
 #   configs/nano/rows.sh asked       into runs/nano/rows/asked: questions on places and numbers
+#   configs/nano/rows.sh related     into runs/nano/rows/related: how one thing lies to another in drawn scenes
 #   configs/nano/rows.sh pairs       into runs/nano/rows/pairs: dialogues about two collages
 #   configs/nano/rows.sh fresh       into runs/nano/rows/fresh: new scenes and collages, and pages that are mostly read aloud
 #   configs/nano/rows.sh fresh_pairs into runs/nano/rows/fresh_pairs: new dialogues about two collages
@@ -36,6 +37,9 @@ case $1 in
     scenes=30000 animals=14000 food=10000 english=0 chinese=0 skip=140000
     scenes_tasks="vqa chat" scenes_questions="relation relation exists where count"
     collages_tasks=vqa collages_questions="count count total more relation neighbour" ;;
+  related)
+    scenes=30000 animals=0 food=0 english=0 chinese=0 skip=360000
+    scenes_tasks="vqa chat" scenes_questions="link link relation" ;;
   pairs)
     scenes=0 animals=25000 food=25000 english=0 chinese=0 skip=160000
     collages_tasks="compare either" ;;
@@ -53,7 +57,7 @@ case $1 in
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|pairs|fresh|fresh_pairs|fresh_chat|letters|dialogue|heldout" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|dialogue|heldout" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1

@@ -244,6 +244,17 @@ def _relation(scene: Scene, split: Split, rng: random.Random) -> Question | None
     return Question("relation", text, "yes" if is_true else "no")
 
 
+def _link(scene: Scene, split: Split, rng: random.Random) -> Question | None:
+    if len(scene.things) < 2:
+        return None
+    one, other = rng.sample(scene.things, 2)
+    link = relation(scene, one, other)
+    if link is None:
+        return None
+    text = f"Where is {phrase(scene, one, rng)} from {phrase(scene, other, rng)}?"
+    return Question("link", text, f"{link} it")
+
+
 def _where(scene: Scene, split: Split, rng: random.Random) -> Question | None:
     thing = rng.choice(scene.things)
     x, y = (value / scene.side - 0.5 for value in thing.centre)
@@ -274,23 +285,15 @@ _ASKERS = {
     "count": _count,
     "exists": _exists,
     "relation": _relation,
+    "link": _link,
     "where": _where,
     "size": _size,
 }
-# As they are asked: those named twice are twice as likely.
+# As they are asked where nobody chose: those named twice are twice as likely. `link` is for teaching.
 ASKED_KINDS = ("colour", "colour", "shape", "shape", "count", "exists", "exists", "relation")
 ASKED_KINDS += ("relation", "where", "size")
-QUESTION_KINDS = (
-    "colour",
-    "shape",
-    "count",
-    "exists",
-    "relation",
-    "where",
-    "size",
-    "word",
-    "number",
-)
+CHOICES = tuple(_ASKERS)
+QUESTION_KINDS = (*CHOICES, "word", "number")
 
 
 def question(

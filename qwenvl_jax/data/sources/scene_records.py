@@ -53,9 +53,9 @@ class Scenes:
             raise DataError(
                 f"tasks of scenes must be of {', '.join(TASKS)}: got {self.tasks or 'none'}"
             )
-        if not self.questions or not set(self.questions) <= set(language.ASKED_KINDS):
+        if not self.questions or not set(self.questions) <= set(language.CHOICES):
             raise DataError(
-                f"questions of scenes must be of {', '.join(dict.fromkeys(language.ASKED_KINDS))}: "
+                f"questions of scenes must be of {', '.join(language.CHOICES)}: "
                 f"got {self.questions or 'none'}"
             )
         if self.num < 0 or self.side < 56:
