@@ -19,6 +19,7 @@ B, T, N, H = 2, 11, 3, 5
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(room, "CHUNK", 4)  # 11 keys: three chunks, the last one padded
+    monkeypatch.setattr(room, "STRIP", 3)  # 11 queries: strips of 3, 4 and 4
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,27 @@ def test_gradients(backend):
     for got, want in zip(jax.grad(ours, (0, 1, 2))(q, k, v), expected, strict=True):
         assert np.isfinite(np.asarray(got)).all()
         np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_later_keys_cost_nothing(monkeypatch):
+    """What causal order hides from a whole strip of queries is left out, forwards and backwards."""
+    monkeypatch.setattr(room, "STRIP", 64)
+    length = 256
+    ones, order = jnp.ones((1, length), int), jnp.arange(length)[None]
+    x = jnp.ones((1, length, 2, 64))
+
+    def flops(is_causal: bool) -> float:
+        mask = AttentionMask(is_causal, ones, ones, order, order)
+
+        def total(q, k, v):
+            return attention(q, k, v, mask, backend="xla").sum()
+
+        compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(x, x, x).compile()
+        costs = compiled.cost_analysis()
+        assert costs is not None
+        return costs["flops"]
+
+    assert flops(is_causal=True) < 0.7 * flops(is_causal=False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -289,7 +289,7 @@ _ASKERS = {
     "where": _where,
     "size": _size,
 }
-# As they are asked where nobody chose: those named twice are twice as likely. `link` is for teaching.
+# Where nobody chose: those named twice are asked twice as often. `link` is for teaching.
 ASKED_KINDS = ("colour", "colour", "shape", "shape", "count", "exists", "exists", "relation")
 ASKED_KINDS += ("relation", "where", "size")
 CHOICES = tuple(_ASKERS)
