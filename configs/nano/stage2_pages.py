@@ -39,7 +39,7 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         base,
         run_dir="runs/nano/stage2_pages",
-        steps=8500,
+        steps=7200,
         seed=18,
         init="runs/nano/reading",
         data=dataclasses.replace(base.data, mixture=mixture),
