@@ -1,7 +1,5 @@
 """Stage 2 of the small model on wider data, with more queries: a finer look at a picture.
 
-What ships.
-
 With 16 queries boxes were wrong where more than two things lie in a collage, however long it was
 trained. Here a picture has 36. They begin between those that `stage2_pairs` learned, and after 500
 steps the losses of boxes are where the old grid is after as many.

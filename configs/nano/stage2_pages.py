@@ -1,12 +1,12 @@
 """Stage 2 of the small model, on from `stage2_read`: pages still, and what that stage lost.
 
-It begins with a decoder that reads, at a lower rate than where it learned to, with fewer lists of
-letters and more of the rest. Drawn scenes have more questions on how one thing lies to another,
-half of them open ones (`Where is the star from the ring?`): yes and no alone did not teach it.
+What ships. It begins with a decoder that reads, at a lower rate than where it learned to, with
+fewer lists of letters and more of the rest. Drawn scenes have more questions on how one thing lies
+to another, two thirds of them open ones (`Where is the star from the ring?`): yes and no alone did
+not teach it.
 
     configs/nano/rows.sh asked
     configs/nano/rows.sh related
-    python convert.py import runs/nano/stage2_read runs/nano/reading
     python train.py configs/nano/stage2_pages.py
 """
 
@@ -41,7 +41,7 @@ def get_config() -> TrainConfig:
         run_dir="runs/nano/stage2_pages",
         steps=7200,
         seed=18,
-        init="runs/nano/reading",
+        init="runs/nano/stage2_read",
         data=dataclasses.replace(base.data, mixture=mixture),
         optimizer=dataclasses.replace(base.optimizer, peak_lr=4e-4),
     )

@@ -1,8 +1,8 @@
 """Stage 2 of the small model on new collages and on pages: names again, and how to read.
 
-A try that does not ship: it began to read pages, and lost some of what it knew (docs/nano.md). Of
-100 rows 38 are pages, most of them lists of the letters that stand in each cell: from answers alone
-the words on pages were not learned in 1,150 steps.
+It began to read pages, and lost some of what it knew, which `stage2_pages` brought back
+(docs/nano.md). Of 100 rows 38 are pages, most of them lists of the letters that stand in each cell:
+from answers alone the words on pages were not learned in 1,150 steps.
 
     configs/nano/rows.sh fresh
     configs/nano/rows.sh fresh_pairs
@@ -38,6 +38,6 @@ def get_config() -> TrainConfig:
         run_dir="runs/nano/stage2_read",
         steps=6700,
         seed=17,
-        init="qwenvl_jax/assets/nano",
+        init="runs/nano/stage2_finer",
         data=dataclasses.replace(base.data, mixture=mixture, max_images=4),
     )
