@@ -230,13 +230,20 @@ def _exists(scene: Scene, split: Split, rng: random.Random) -> Question | None:
     return Question("exists", f"Is there {article}?", "yes" if is_there else "no")
 
 
-def _relation(scene: Scene, split: Split, rng: random.Random) -> Question | None:
+def _related(scene: Scene, rng: random.Random) -> tuple[Thing, str, Thing] | None:
+    """Returns two things, and between them how the first lies to the second, if that is clear."""
     if len(scene.things) < 2:
         return None
     one, other = rng.sample(scene.things, 2)
     link = relation(scene, one, other)
-    if link is None:
+    return None if link is None else (one, link, other)
+
+
+def _relation(scene: Scene, split: Split, rng: random.Random) -> Question | None:
+    related = _related(scene, rng)
+    if related is None:
         return None
+    one, link, other = related
     opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
     is_true = rng.random() < 0.5
     asked = link if is_true else opposite[link]
@@ -245,12 +252,10 @@ def _relation(scene: Scene, split: Split, rng: random.Random) -> Question | None
 
 
 def _link(scene: Scene, split: Split, rng: random.Random) -> Question | None:
-    if len(scene.things) < 2:
+    related = _related(scene, rng)
+    if related is None:
         return None
-    one, other = rng.sample(scene.things, 2)
-    link = relation(scene, one, other)
-    if link is None:
-        return None
+    one, link, other = related
     text = f"Where is {phrase(scene, one, rng)} from {phrase(scene, other, rng)}?"
     return Question("link", text, f"{link} it")
 

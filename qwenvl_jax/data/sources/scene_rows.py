@@ -165,7 +165,7 @@ def story(shown: Scene, split: Split, rng: random.Random) -> str:
     if rng.random() < 0.5:
         return caption
     asked = language.question(shown, split, rng)
-    if asked.kind in ("relation", "link", "where"):  # the caption does not tell
+    if asked.kind in ("relation", "where"):  # the caption does not tell
         return caption
     return f"{caption}. {asked.text} {asked.answer}"
 
