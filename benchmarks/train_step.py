@@ -49,8 +49,8 @@ def jax_contestant(dtype: str) -> tuple[Callable[[], float], Callable[[], float]
 
     @jax.jit
     def loss(weights, batch):
-        losses = batch_loss(forward_layout.graphdef, weights, batch, config.loss_chunk)
-        return losses.sum() / batch.loss_weight.sum()
+        total, _ = batch_loss(forward_layout.graphdef, weights, batch, config.loss_chunk)
+        return total / batch.loss_weight.sum()
 
     def forward() -> float:
         return float(loss(state.trainable | state.frozen, batch))

@@ -359,7 +359,7 @@ class TrainConfig:
     parameters: tuple[ParameterRule, ...]  # what trains, and how fast; the first match decides
     frozen_dtype: DType | None = None  # of parameters that do not train; None: model.param_dtype
     micro_batches: int = 1  # gradient accumulation, weighted by scored tokens
-    loss_chunk: int = 256  # tokens whose logits exist at once
+    loss_chunk: int = 256  # tokens of a device whose logits exist at once
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()

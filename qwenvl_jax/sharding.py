@@ -115,6 +115,11 @@ def context_platform() -> str:
     return "tpu" if kind.startswith("tpu") else "cpu" if kind == "cpu" else "gpu"
 
 
+def num_parts(logical: str, mesh: Mesh | AbstractMesh) -> int:
+    """Returns into how many parts the table splits this axis over a mesh, which may be empty."""
+    return math.prod(mesh.shape.get(name, 1) for name in AXIS_TABLE[logical] or ())
+
+
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Returns `x`, pinned where the table puts these axes on the mesh in context, if there is one.
 

@@ -65,7 +65,7 @@ def summed_loss(config, layout):
     """Returns a function from weights to the loss of one batch."""
     batch = jax.tree.map(jnp.asarray, tiny.batch(config, 0))
     return jax.jit(
-        lambda weights: batch_loss(layout.graphdef, weights, batch, config.loss_chunk).sum()
+        lambda weights: batch_loss(layout.graphdef, weights, batch, config.loss_chunk)[0]
     )
 
 

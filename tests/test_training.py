@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.config import ConfigError, MeshConfig, OptimizerConfig, ParameterRule
 from qwenvl_jax.data.example import TASKS
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import qwen_vl, released_finetune, stage_1, stage_2, stage_3, text_only
-from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
+from qwenvl_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training import optimizer
 from qwenvl_jax.training.guard import REASONS
 from qwenvl_jax.training.loss import by_task, next_token_loss, sum_up
@@ -51,20 +53,65 @@ def reference_losses(hidden, head, targets, weight):
 @pytest.mark.parametrize("chunk", [1, 5, 9, 33, 1000])
 def test_chunked_loss_and_its_gradients(chunk):
     hidden, head, targets, weight = loss_inputs()
-    losses = next_token_loss(hidden, head, targets, weight, chunk)
+    total, losses = next_token_loss(hidden, head, targets, weight, chunk)
+    np.testing.assert_allclose(total, losses.sum(), rtol=1e-6)
     np.testing.assert_allclose(losses, reference_losses(hidden, head, targets, weight), rtol=1e-5)
 
-    chunked = jax.grad(lambda h, w: next_token_loss(h, w, targets, weight, chunk).sum(), (0, 1))
+    chunked = jax.grad(lambda h, w: next_token_loss(h, w, targets, weight, chunk)[0], (0, 1))
     whole = jax.grad(lambda h, w: reference_losses(h, w, targets, weight).sum(), (0, 1))
     for got, expected in zip(chunked(hidden, head), whole(hidden, head), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def sum_and_parts(losses):
+    return losses.sum(), losses
+
+
+def test_tokens_that_are_not_scored_cost_nothing():
+    """Chunks end with the scored tokens: what stands behind them is not even looked at."""
+    hidden, head, targets, _ = loss_inputs(rows=2, length=16)
+    weight = jnp.zeros((2, 16)).at[0, 3:9].set(1.0).at[1, 11:13].set(1.0)
+    unknown = jnp.where(weight[..., None] > 0, hidden, jnp.nan)
+
+    def losses_and_gradients(loss, hidden):
+        gradient = jax.value_and_grad(loss, (0, 1), has_aux=True)
+        (_, losses), gradients = gradient(hidden, head)
+        return losses, *gradients
+
+    chunked = lambda h, w: next_token_loss(h, w, targets, weight, 4)  # noqa: E731
+    whole = lambda h, w: sum_and_parts(reference_losses(h, w, targets, weight))  # noqa: E731
+    expected = losses_and_gradients(whole, hidden)
+    for got, known in zip(losses_and_gradients(chunked, unknown), expected, strict=True):
+        np.testing.assert_allclose(got, known, atol=1e-5)
+    _, nothing = next_token_loss(unknown, head, targets, jnp.zeros((2, 16)), 4)
+    np.testing.assert_array_equal(nothing, 0.0)
+
+
+def test_loss_of_split_rows_moves_no_token_to_another_device():
+    hidden, head, targets, weight = loss_inputs(rows=8, length=16)
+    loss = lambda h, w: next_token_loss(h, w, targets, weight, 8)[0]  # noqa: E731
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4, tensor=1), jax.devices())
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+        whole = NamedSharding(mesh, PartitionSpec())
+        split = jax.jit(jax.value_and_grad(loss, (0, 1)), in_shardings=(rows, whole))
+        compiled = split.lower(hidden, head).compile()
+        value, gradients = compiled(jax.device_put(hidden, rows), jax.device_put(head, whole))
+    expected, whole_gradients = jax.value_and_grad(loss, (0, 1))(hidden, head)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for got, known in zip(gradients, whole_gradients, strict=True):
+        np.testing.assert_allclose(got, known, atol=1e-5)
+    exchanges = re.findall(
+        r"(all-reduce|all-gather|all-to-all|collective-permute)\(", compiled.as_text()
+    )
+    assert set(exchanges) == {"all-reduce"}
 
 
 def test_loss_never_holds_all_logits():
     hidden, head, targets, weight = loss_inputs(rows=2, length=512, width=8, vocab=4096)
 
     def peak(chunk: int) -> int:
-        grad = jax.grad(lambda h, w: next_token_loss(h, w, targets, weight, chunk).sum(), (0, 1))
+        grad = jax.grad(lambda h, w: next_token_loss(h, w, targets, weight, chunk)[0], (0, 1))
         compiled = jax.jit(grad).lower(hidden, head).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -74,7 +121,7 @@ def test_loss_never_holds_all_logits():
 
 def test_loss_is_float32_from_bfloat16_states():
     hidden, head, targets, weight = loss_inputs()
-    losses = next_token_loss(hidden.astype(jnp.bfloat16), head, targets, weight, 8)
+    _, losses = next_token_loss(hidden.astype(jnp.bfloat16), head, targets, weight, 8)
     assert losses.dtype == jnp.float32
     expected = reference_losses(hidden, head, targets, weight)
     np.testing.assert_allclose(losses, expected, rtol=2e-2, atol=2e-2)
@@ -118,7 +165,7 @@ def test_the_sum_of_a_head_gradient_over_chunks_loses_little_in_bfloat16():
     weight = jnp.ones((1, 1024))
 
     def gradient(hidden, head, chunk):
-        found = jax.grad(lambda head: next_token_loss(hidden, head, targets, weight, chunk).sum())
+        found = jax.grad(lambda head: next_token_loss(hidden, head, targets, weight, chunk)[0])
         return np.asarray(found(head), np.float64)
 
     exact = gradient(hidden.astype(jnp.float32), head.astype(jnp.float32), 1024)

@@ -53,9 +53,12 @@ def test_operations_of_a_step_follow_what_is_trained(table, times):
     if table == stage_3():
         # The adapter's first matrix needs no gradient of its input.
         expected -= 2 * images * PATCHES * 1664 * 4096
-    assert count({"images": images, "tokens": tokens, "pairs": pairs}) == pytest.approx(
-        expected, rel=1e-3
-    )
+    record = {"images": images, "tokens": tokens, "pairs": pairs}
+    assert count(record) == pytest.approx(expected, rel=1e-3)
+    # The head answers for what is scored.
+    saved = 2 * decoder * (tokens - 40) * 4096 * 151_936
+    scored = count(record | {"scored_tokens": 40})
+    assert count(record) - scored == pytest.approx(saved, rel=1e-2)
 
 
 def test_peaks_are_found_by_the_longest_name():

@@ -61,7 +61,6 @@ def train_config(dtype: DType, run_dir: str = "build/bench") -> TrainConfig:
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, end_lr=1e-5, warmup_steps=10),
         parameters=stage_2(),
-        loss_chunk=1024,
         mesh=MeshConfig(data=1, fsdp=1, tensor=1),
     )
 

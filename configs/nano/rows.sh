@@ -13,6 +13,8 @@
 #   configs/nano/rows.sh fresh_pairs into runs/nano/rows/fresh_pairs: new dialogues about two collages
 #   configs/nano/rows.sh fresh_chat  into runs/nano/rows/fresh_chat: and about one
 #   configs/nano/rows.sh letters     into runs/nano/rows/letters: which letters stand in each cell of a page
+#   configs/nano/rows.sh pages       into runs/nano/rows/pages: new pages in English and Chinese, most of them read aloud
+#   configs/nano/rows.sh signs       into runs/nano/rows/signs: which Chinese signs stand in each cell of others
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
 #
@@ -53,11 +55,16 @@ case $1 in
     scenes=0 animals=10000 food=10000 english=0 chinese=0 skip=330000 collages_tasks=chat ;;
   letters)
     scenes=0 animals=0 food=0 english=36000 chinese=0 skip=270000 documents_tasks=letters ;;
+  pages)
+    scenes=0 animals=0 food=0 english=20000 chinese=20000 skip=400000
+    documents_tasks="ocr_vqa vqa vqa ocr chat chat" ;;
+  signs)
+    scenes=0 animals=0 food=0 english=0 chinese=34000 skip=460000 documents_tasks=letters ;;
   dialogue)
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|dialogue|heldout" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|dialogue|heldout" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1

@@ -73,7 +73,7 @@ def estimate_memory(
     vit_block = 4 * model.vision.width**2 + 2 * model.vision.width * model.vision.mlp_dim
     is_kept = is_vit_trained and vit_remat == "weights"
     whole += vit_block * model.vision.num_layers * is_kept
-    chunk = max(config.loss_chunk, rows)
+    chunk = min(config.loss_chunk, tokens)
     by_class = dict.fromkeys(CLASSES, 0)
     by_class |= state
     by_class["batch"] = shard_bytes(abstract_batch(config, mesh))

@@ -7,7 +7,7 @@ from qwenvl_jax.planning.plan import Plan
 from qwenvl_jax.planning.pods import GB
 
 ASSUMPTIONS = (
-    "every token and picture slot is counted as filled",
+    "every token and picture slot is counted as filled, every token as scored",
     "peak rates are the vendor's, and nothing but matrix products and attention takes compute time",
     "best: compute, memory and each mesh axis run side by side; apart: links wait for compute; "
     "as scheduled: of the links, those exchanges wait that stand beside no product",

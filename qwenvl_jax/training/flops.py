@@ -5,7 +5,8 @@ the tokens and pictures that are there: vision is counted, padding and empty pic
 and nothing for what remat computes again. Matrix products count once forward, once for the
 gradient of their input where something before them is trained, once for their kernel's where that
 is trained: a frozen part costs one third or two thirds of a trained one. Attention counts the pairs
-of tokens that may look at each other. Norms, softmax, optimizer and loss count nothing.
+of tokens that may look at each other, the head scored tokens only. Norms, softmax, optimizer and
+loss count nothing.
 """
 
 import re
@@ -37,6 +38,7 @@ _MATRICES = (".kernel", ".lora.down", ".lora.up")
 _PER_QUERY = ("adapter.attn.o_proj", "adapter.proj")
 # The learned queries are the same for all pictures: projected once a step, which is nothing.
 _PER_STEP = "adapter.attn.q_proj"
+_HEAD = "decoder.lm_head"
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -48,7 +50,11 @@ def peak_flops(device_kind: str) -> float | None:
 def step_flops(
     model: ModelConfig, abstract: nnx.State, plan: dict[str, ParameterPlan], image_size: int
 ) -> Callable[[dict[str, Any]], float]:
-    """Returns a function from a step's record (tokens, pairs, images) to its operations."""
+    """Returns a function from a step's record to its operations.
+
+    Of the record it takes `tokens`, `scored_tokens`, `pairs` and `images`. Without
+    `scored_tokens`, which no plan knows, every token counts as scored.
+    """
     patches = (image_size // model.vision.patch_size) ** 2
     queries = model.adapter.num_queries
     trains = {path.split(".")[0] for path, row in plan.items() if row.is_trained}
@@ -58,7 +64,7 @@ def step_flops(
         "adapter": bool(trains & {"vit", "adapter"}),
         "decoder": bool(trains),
     }
-    per_image = per_token = 0.0
+    per_image = per_token = per_scored = 0.0
     for path, variable in named_variables(abstract).items():
         if not path.endswith(_MATRICES) or path.startswith(_PER_STEP):
             continue
@@ -68,7 +74,9 @@ def step_flops(
         module = path.removesuffix(".kernel").removesuffix(".lora.down")
         times = 1 + ends.get(module, passes[part]) + plan[path].is_trained
         operations = 2.0 * times * variable.get_value().size
-        if part == "decoder":
+        if path.startswith(_HEAD):
+            per_scored += operations
+        elif part == "decoder":
             per_token += operations
         else:
             per_image += operations * (queries if path.startswith(_PER_QUERY) else patches)
@@ -83,9 +91,10 @@ def step_flops(
     per_pair = attention(decoder.num_heads * decoder.head_dim, decoder.num_layers, "decoder")
 
     def count(record: dict[str, Any]) -> float:
-        return (
-            per_image * record["images"] + per_token * record["tokens"] + per_pair * record["pairs"]
-        )
+        tokens = record["tokens"]
+        scored = record.get("scored_tokens", tokens)
+        language = per_token * tokens + per_scored * scored + per_pair * record["pairs"]
+        return language + per_image * record["images"]
 
     return count
 

@@ -17,7 +17,7 @@ from qwenvl_jax.sharding import batch_sharding
 from qwenvl_jax.training.feed import Feed, rows_of_process
 from qwenvl_jax.training.loss import Sums, by_task, sum_up
 from qwenvl_jax.training.state import Layout, Weights
-from qwenvl_jax.training.step import batch_loss, check_rows
+from qwenvl_jax.training.step import batch_loss
 
 
 class HeldOut(NamedTuple):
@@ -66,10 +66,10 @@ class HeldOutLoss:
     def __init__(self, config: TrainConfig, layout: Layout):
         """Raises: as `held_out`."""
         self._config, self._layout, self._held = config, layout, held_out(config)
-        chunk = config.loss_chunk * check_rows(config, layout.mesh)
 
         def sums(weights: Weights, batch: Batch) -> Sums:
-            return sum_up(batch_loss(layout.graphdef, weights, batch, chunk), batch)
+            _, losses = batch_loss(layout.graphdef, weights, batch, config.loss_chunk)
+            return sum_up(losses, batch)
 
         self._sums = jax.jit(sums, out_shardings=NamedSharding(layout.mesh, PartitionSpec()))
 

@@ -3,7 +3,6 @@
 Axes: B batch rows, L text length, I pictures of a row, Y X C pixels, Q queries, D text width.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from qwenvl_jax.config import ConfigError, TrainConfig
 from qwenvl_jax.data.example import Batch
 from qwenvl_jax.model.noise import noise
 from qwenvl_jax.model.qwenvl import NO_IMAGE
-from qwenvl_jax.sharding import AXIS_TABLE, batch_sharding
+from qwenvl_jax.sharding import AXIS_TABLE, batch_sharding, num_parts
 from qwenvl_jax.training.compiler import compiler_options
 from qwenvl_jax.training.faults import disturb, parse_faults
 from qwenvl_jax.training.guard import HELD, judge
@@ -41,13 +40,12 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
     Raises:
         ConfigError: the rows of a micro-batch do not divide over the devices.
     """
-    num_shards = check_rows(config, layout.mesh)
+    _check_rows(config, layout.mesh)
     optimizer = make_optimizer(config.optimizer)
     faults = parse_faults(config.simulate_fault)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        chunk = config.loss_chunk * num_shards
-        gradients, sums = _gradients(state, batch, config, layout, chunk)
+        gradients, sums = _gradients(state, batch, config, layout)
         gradients, loss_sum = disturb(gradients, sums.loss, state.step + 1, faults)
         scored = jnp.where(sums.weight > 0, sums.weight, 1.0)
         loss = loss_sum / scored
@@ -102,28 +100,26 @@ def _counts(batch: Batch, sums: Sums) -> Metrics:
     }
 
 
-def check_rows(config: TrainConfig, mesh: Mesh) -> int:
-    """Returns over how many devices the rows of a batch are split. Raises: as the step."""
-    num_shards = math.prod(mesh.shape[axis] for axis in AXIS_TABLE[axes.BATCH] or ())
+def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    num_shards = num_parts(axes.BATCH, mesh)
     if config.data.rows % (config.micro_batches * num_shards):
         raise ConfigError(
             "data.rows must be a multiple of micro_batches x data x fsdp: "
             f"got rows={config.data.rows}, micro_batches={config.micro_batches} and rows split "
             f"over {num_shards} devices; change data.rows, micro_batches or mesh"
         )
-    return num_shards
 
 
 def _gradients(
-    state: TrainState, batch: Batch, config: TrainConfig, layout: Layout, chunk: int
+    state: TrainState, batch: Batch, config: TrainConfig, layout: Layout
 ) -> tuple[Weights, Sums]:
     """Returns (gradients of the summed loss, the sums)."""
 
     def loss_sum(trainable: Weights, part: Batch, key: jax.Array | None) -> tuple[jax.Array, Sums]:
         weights = trainable | state.frozen
         with noise(key):
-            sums = sum_up(batch_loss(layout.graphdef, weights, part, chunk), part)
-        return sums.loss, sums
+            total, losses = batch_loss(layout.graphdef, weights, part, config.loss_chunk)
+        return total, sum_up(losses, part)
 
     differentiate = jax.grad(loss_sum, has_aux=True)
     # Of the step alone: a run that goes on, and a step that is made again, draw what was drawn.
@@ -149,8 +145,10 @@ def _gradients(
     return total
 
 
-def batch_loss(graphdef: nnx.GraphDef, weights: Weights, batch: Batch, chunk: int) -> jax.Array:
-    """Returns the weighted loss of every target of a batch, float32 [B, L].
+def batch_loss(
+    graphdef: nnx.GraphDef, weights: Weights, batch: Batch, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `next_token_loss` does of a batch: the sum, and every target's loss [B, L].
 
     In training mode: no NTK, no log-n. Dropout, where `noise` lends a key.
     """
