@@ -40,10 +40,9 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         base,
         run_dir="runs/nano/stage2_signs",
-        steps=13000,
+        steps=11000,
         seed=19,
         init="runs/nano/stage2_pages",
-        loss_chunk=128,
         model=dataclasses.replace(base.model, dtype="bfloat16"),
         data=dataclasses.replace(base.data, mixture=mixture),
         optimizer=dataclasses.replace(base.optimizer, peak_lr=5e-4),
