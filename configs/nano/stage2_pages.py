@@ -1,6 +1,6 @@
 """Stage 2 of the small model, on from `stage2_read`: pages still, and what that stage lost.
 
-What ships. It begins with a decoder that reads, at a lower rate than where it learned to, with
+It begins with a decoder that reads, at a lower rate than where it learned to, with
 fewer lists of letters and more of the rest. Drawn scenes have more questions on how one thing lies
 to another, two thirds of them open ones (`Where is the star from the ring?`): yes and no alone did
 not teach it.

@@ -40,7 +40,7 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         base,
         run_dir="runs/nano/stage2_signs",
-        steps=11000,
+        steps=10000,
         seed=19,
         init="runs/nano/stage2_pages",
         model=dataclasses.replace(base.model, dtype="bfloat16"),
