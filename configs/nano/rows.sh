@@ -15,6 +15,7 @@
 #   configs/nano/rows.sh letters     into runs/nano/rows/letters: which letters stand in each cell of a page
 #   configs/nano/rows.sh pages       into runs/nano/rows/pages: new pages in English and Chinese, most of them read aloud
 #   configs/nano/rows.sh signs       into runs/nano/rows/signs: which Chinese signs stand in each cell of others
+#   configs/nano/rows.sh lines       into runs/nano/rows/lines: new drawn scenes, and pages to be read line by line
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
 #
@@ -60,11 +61,14 @@ case $1 in
     documents_tasks="ocr_vqa vqa vqa ocr chat chat" ;;
   signs)
     scenes=0 animals=0 food=0 english=0 chinese=34000 skip=460000 documents_tasks=letters ;;
+  lines)
+    scenes=50000 animals=0 food=0 english=30000 chinese=30000 skip=520000
+    documents_tasks="ocr_vqa ocr_vqa ocr_vqa ocr ocr vqa chat" ;;
   dialogue)
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|dialogue|heldout" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|dialogue|heldout" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1
