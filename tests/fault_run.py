@@ -1,5 +1,7 @@
 """The run that the fault table is made with: a model of 60,000 parameters on drawn scenes.
 
+Its tower is frozen, so that it has both kinds of weights: those of each save, and those of the run.
+
 python train.py tests/fault_run.py --simulate-fault kill@5
 """
 
@@ -8,6 +10,7 @@ import dataclasses
 import tiny
 
 from qwenvl_jax.config import CheckpointConfig, DataConfig, MeshConfig, TrainConfig
+from qwenvl_jax.presets import stage_3
 
 STEPS = 8
 SAVED_EVERY = 2
@@ -31,6 +34,7 @@ def get_config() -> TrainConfig:
         steps=STEPS,
         model=model,
         data=data,
+        parameters=stage_3(),
         mesh=MeshConfig(),
         checkpoint=CheckpointConfig(every_steps=SAVED_EVERY, keep=3),
     )

@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from qwenvl_jax.training.faults import flip_bit
+
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, SAVED_EVERY = 8, 2
 PATIENCE = 900.0  # seconds for one run; a machine with other work on it compiles slowly
@@ -149,6 +151,18 @@ def flipped_bit(row: Row) -> str:
     assert f"{newest} is damaged" in said, said
     assert f"{newest}.corrupt" in row.saved()
     return f"step {newest} named and set aside, older one used, {row.equals_whole()}"
+
+
+def flipped_bit_of_the_frozen(row: Row) -> str:
+    """F5: one bit of the weights that do not train flips, which all checkpoints share."""
+    row.fault("kill@5", code=-signal.SIGKILL)
+    (folder,) = (row.folder / "run" / "frozen").iterdir()
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name[0].isdigit()]
+    flip_bit(max(files, key=lambda path: path.stat().st_size))
+    said = row.train()
+    assert f"renamed to {folder.name}.corrupt and taken from where the run began" in said, said
+    assert f"{folder.name}.corrupt" in {path.name for path in folder.parent.iterdir()}
+    return f"named and set aside, taken from where the run began, {row.equals_whole()}"
 
 
 def all_damaged(row: Row) -> str:
@@ -377,6 +391,7 @@ ROWS: list[Callable[[Row], str]] = [
     killed_in_the_first_save,
     told_to_stop,
     flipped_bit,
+    flipped_bit_of_the_frozen,
     all_damaged,
     full_disk,
     read_only_directory,

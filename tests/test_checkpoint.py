@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import threading
 from pathlib import Path
 
@@ -14,12 +15,8 @@ import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.checkpoint.digest import digests
-from qwenvl_jax.checkpoint.store import (
-    CheckpointError,
-    CheckpointStore,
-    abstract_item,
-    restore_weights,
-)
+from qwenvl_jax.checkpoint.record import CheckpointError, abstract_item
+from qwenvl_jax.checkpoint.store import CheckpointStore, restore_weights
 from qwenvl_jax.config import MeshConfig
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training.state import from_items, make_layout, new_items, to_items
@@ -304,3 +301,144 @@ def test_no_checkpoint_to_take_weights_from(tmp_path):
     CheckpointStore(tmp_path).close()
     with pytest.raises(CheckpointError, match="no finished checkpoint"):
         restore_weights(tmp_path, wanted()["weights"])
+
+
+# --- weights that do not train ------------------------------------------------------------------
+
+STILL = ("vit.blocks.kernel", "decoder.embed.embedding")
+
+
+def items_with_still(step: int) -> dict[str, dict[str, jax.Array]]:
+    """Returns the items of a run that trains one array only."""
+    still = {name: weights(0)[name] for name in STILL}
+    return items(step) | {"weights": weights(step) | still}
+
+
+def saved_with_still(path, *steps: int) -> None:
+    store = CheckpointStore(path, keep=3)
+    for step in steps:
+        store.save(step, items_with_still(step), STILL)
+    store.close()
+
+
+def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in found
+    }
+
+
+def flip_a_bit_of_the_frozen(path) -> Path:
+    """Damages the largest frozen array, and returns the folder that holds it."""
+    (folder,) = (path / "frozen").iterdir()
+    chunks = [file for file in folder.rglob("*") if file.is_file() and file.name[0].isdigit()]
+    largest = max(chunks, key=lambda file: file.stat().st_size)
+    raw = bytearray(largest.read_bytes())
+    raw[100] ^= 4
+    largest.write_bytes(raw)
+    return folder
+
+
+def test_frozen_weights_are_written_once(tmp_path):
+    saved_with_still(tmp_path, 1)
+    (folder,) = (tmp_path / "frozen").iterdir()
+    before = files_of(folder)
+    assert sum(len(raw) for raw, _ in before.values()) > 3 * 16 * 24 * 4
+    saved_with_still(tmp_path, 2, 3)  # another process
+    assert files_of(tmp_path / "frozen") == {f"{folder.name}/{k}": v for k, v in before.items()}
+    step_files = (tmp_path / "checkpoints" / "3" / "weights").rglob("*")
+    assert sum(file.stat().st_size for file in step_files if file.is_file()) < 3 * 16 * 24 * 4
+    store = CheckpointStore(tmp_path)
+    step, found = store.restore_newest(wanted())
+    store.close()
+    assert step == 3
+    assert_same(found["weights"], items_with_still(3)["weights"])
+    assert_same(restore_weights(tmp_path, wanted()["weights"]), items_with_still(3)["weights"])
+
+
+def test_a_run_that_freezes_other_weights_half_way(tmp_path):
+    saved_with_still(tmp_path, 1)
+    store = CheckpointStore(tmp_path, keep=3)
+    store.save(2, items(2))
+    store.save(3, items(3), ["decoder.ln_f.scale"])
+    store.wait()
+    for step in (3, 2, 1):
+        found = store.restore_newest(wanted())
+        assert found is not None
+        assert found[0] == step
+        assert_same(
+            found[1]["weights"], (items_with_still if step == 1 else items)(step)["weights"]
+        )
+        (tmp_path / "checkpoints" / str(step)).rename(tmp_path / f"away {step}")
+        store.close()
+        store = CheckpointStore(tmp_path, keep=3)
+    store.close()
+    assert len(list((tmp_path / "frozen").iterdir())) == 2
+
+
+def test_damaged_frozen_weights_are_taken_from_where_the_run_began(tmp_path, capsys):
+    saved_with_still(tmp_path, 1, 2)
+    folder = flip_a_bit_of_the_frozen(tmp_path)
+    for read_only in (False, True):
+        store = CheckpointStore(tmp_path, read_only=read_only)
+        with pytest.raises(CheckpointError, match=r"frozen/.* is damaged \(.* restore a copy"):
+            store.restore_newest(wanted())
+        store.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match=r"cannot stand for it: \S+ does not"):
+        store.restore_newest(wanted(), spare=lambda: weights(1))
+    step, found = store.restore_newest(wanted(), spare=lambda: weights(0))
+    assert step == 2
+    assert_same(found["weights"], items_with_still(2)["weights"])
+    said = capsys.readouterr().out
+    assert f"renamed to {folder.name}.corrupt and taken from where the run began" in said
+    store.save(3, items_with_still(3), STILL)
+    store.close()
+    assert_same(restore_weights(tmp_path, wanted()["weights"]), items_with_still(3)["weights"])
+
+
+def test_lost_frozen_weights(tmp_path):
+    saved_with_still(tmp_path, 1)
+    (folder,) = (tmp_path / "frozen").iterdir()
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="every checkpoint of this run needs the weights"):
+        restore_weights(tmp_path, wanted()["weights"])
+    store = CheckpointStore(tmp_path)
+    _, found = store.restore_newest(wanted(), spare=lambda: weights(0))
+    store.close()
+    assert_same(found["weights"], items_with_still(1)["weights"])
+
+
+def test_left_over_of_killed_frozen_weights_is_replaced(tmp_path):
+    saved_with_still(tmp_path, 1)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (folder,) = (tmp_path / "frozen").iterdir()
+    stale = folder.with_name(f"{folder.name}.orbax-checkpoint-tmp")
+    folder.rename(stale)
+    (stale / "half").write_bytes(b"written before the kill")
+    saved_with_still(tmp_path, 1)
+    assert list((tmp_path / "frozen").iterdir()) == [folder]
+    assert_same(restore_weights(tmp_path, wanted()["weights"]), items_with_still(1)["weights"])
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
+def test_frozen_weights_go_onto_another_mesh(tmp_path, shape):
+    saved_with_still(tmp_path, 3)
+    data, fsdp, tensor = shape
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if x.ndim == 2 else whole)
+        for name, x in weights(3).items()
+    }
+    found = restore_weights(tmp_path, abstract)
+    assert_same(found, items_with_still(3)["weights"])
+    # And from there, by another number of devices, into the same folder.
+    store = CheckpointStore(tmp_path)
+    store.save(4, {"weights": found, "optimizer": {"step": jnp.int32(4)}}, STILL)
+    store.close()
+    assert len(list((tmp_path / "frozen").iterdir())) == 1

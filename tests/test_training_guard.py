@@ -47,7 +47,7 @@ def incidents(run_dir) -> list[dict]:
 
 def final_state(config):
     store = CheckpointStore(config.run_dir, read_only=True)
-    state = restore(make_layout(config, make_mesh()), store)
+    state = restore(config, make_layout(config, make_mesh()), store)
     store.close()
     return jax.device_get(state)
 

@@ -1,39 +1,41 @@
 """Saving and restoring a run: Orbax, plus our own digest of every array.
 
 A checkpoint is a step number and named items, each a flat dict from a dotted name to an array:
-`weights` is the whole model, `optimizer` the rest of the training state. Beside them lies `digest`,
+`weights` is the model, `optimizer` the rest of the training state. Beside them lies `digest`,
 written in the same atomic commit: name -> shape, dtype, fingerprint. Orbax alone restores a file
 with a flipped bit without a word; here a checkpoint counts only when every digest agrees.
+
+Weights that do not train lie beside the checkpoints (`frozen.py`); each of these has their digests.
 """
 
-import hashlib
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from qwenvl_jax.checkpoint.digest import digests
-from qwenvl_jax.checkpoint.weights import placed
-
-Item = dict[str, Any]  # dotted name -> array, or ShapeDtypeStruct with a sharding
+from qwenvl_jax.checkpoint.frozen import FROZEN, FrozenFolder, Spare
+from qwenvl_jax.checkpoint.record import (
+    CheckpointError,
+    Damaged,
+    Item,
+    Record,
+    compare,
+    describe,
+    read,
+    restore_args,
+    set_aside,
+    sha256,
+)
 
 FORMAT = 1  # of the digest record; raised when an older one can no longer be read
 _DIGEST = "digest"
-_ITEMS = ("weights", "optimizer", "guard")
+_WEIGHTS = "weights"
+_ITEMS = (_WEIGHTS, "optimizer", "guard")
 _PARTS = (_DIGEST, *_ITEMS, "_CHECKPOINT_METADATA")  # of a checkpoint's folder
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used, or a run directory without one."""
-
-
-class _Damaged(Exception):
-    """This step cannot be trusted; an older one may."""
 
 
 class CheckpointStore:
@@ -47,6 +49,7 @@ class CheckpointStore:
             raise CheckpointError(f"no checkpoints in {run_dir}: expected a folder `checkpoints`")
         if not read_only:
             self._set_foreign_aside()
+        self._frozen = FrozenFolder(self._directory.parent)
         # Orbax narrates every save; what a person must know, the loop says.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._manager = ocp.CheckpointManager(
@@ -72,14 +75,23 @@ class CheckpointStore:
         """Returns the committed steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, items: Mapping[str, Item]) -> None:
+    def save(self, step: int, items: Mapping[str, Item], frozen: Collection[str] = ()) -> None:
         """Starts saving; the arrays may be donated as soon as this returns.
+
+        `frozen` names weights that stay as they are for as long as the process lives. The first
+        save writes them, and waits for it; later ones refer to them.
 
         Raises:
             Exception: whatever made an earlier save fail, e.g. a full disk.
         """
-        record = {name: _describe(arrays) for name, arrays in items.items()}
-        payload = {"format": FORMAT, "items": record, "sha256": _sha256(record)}
+        weights = items[_WEIGHTS]
+        still = {name: weights[name] for name in frozen}
+        changing = {name: x for name, x in weights.items() if name not in still}
+        items = {**items, _WEIGHTS: changing}
+        record = {name: describe(arrays) for name, arrays in items.items()}
+        if still:
+            record[FROZEN] = self._frozen.keep(still)
+        payload = {"format": FORMAT, "items": record, "sha256": sha256(record)}
         parts: dict[str, Any] = {
             name: ocp.args.PyTreeSave(dict(arrays)) for name, arrays in items.items()
         }
@@ -112,23 +124,26 @@ class CheckpointStore:
         defaults: Mapping[str, Item] | None = None,
         *,
         any_dtype: bool = False,
+        spare: Spare | None = None,
     ) -> tuple[int, dict[str, Item]] | None:
         """Returns (step, items) of the newest step whose digests agree; None if there is no step.
 
         `wanted` holds ShapeDtypeStructs with shardings, which need not be those of the save. With
         `any_dtype` their dtypes do not count either: arrays come back as they were saved.
-        `defaults` holds arrays for items that checkpoints of older versions do not have.
+        `defaults` holds arrays for items that checkpoints of older versions do not have, `spare`
+        returns the weights that the run began with, should frozen ones be damaged.
         Damaged steps are renamed `<step>.corrupt` and reported, never deleted; a read-only store
         only reports them.
 
         Raises:
-            CheckpointError: there are steps and none is good, or names or shapes are not `wanted`.
+            CheckpointError: there are steps and none is good, or names or shapes are not `wanted`,
+                or frozen weights are damaged.
         """
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return step, self._restore(step, wanted, defaults or {}, any_dtype)
-            except _Damaged as reason:
+                return step, self._restore(step, wanted, defaults or {}, any_dtype, spare)
+            except Damaged as reason:
                 self._set_aside(step, reason)
         aside = sorted(path.name for path in self._directory.glob("*.corrupt*"))
         if steps or aside:
@@ -145,36 +160,37 @@ class CheckpointStore:
         wanted: Mapping[str, Item],
         defaults: Mapping[str, Item],
         any_dtype: bool,
+        spare: Spare | None,
     ) -> dict[str, Item]:
         record = self._read_record(step)
+        still = record.pop(FROZEN, {})
+        whole = {**record, _WEIGHTS: record.get(_WEIGHTS, {}) | still}
         old = {name: dict(item) for name, item in defaults.items() if name not in record}
         wanted = {name: arrays for name, arrays in wanted.items() if name not in old}
         if any_dtype:
-            wanted = {name: _as_saved(item, record.get(name, {})) for name, item in wanted.items()}
+            wanted = {name: _as_saved(item, whole.get(name, {})) for name, item in wanted.items()}
         for name, arrays in wanted.items():
-            _check_names(f"{self._directory / str(step)} item {name!r}", arrays, record.get(name))
-        args = {name: _restore_args(arrays) for name, arrays in wanted.items()}
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
-            items = {name: restored[name] for name in wanted}
-        except Exception as error:  # noqa: BLE001  Orbax and tensorstore raise many kinds
-            _raise_damaged(error)
+            _check_names(f"{self._directory / str(step)} item {name!r}", arrays, whole.get(name))
+        args = {
+            name: restore_args({path: x for path, x in arrays.items() if path in record[name]})
+            for name, arrays in wanted.items()
+        }
+        restored = read(lambda: self._manager.restore(step, args=ocp.args.Composite(**args)))
+        items = {name: restored[name] for name in wanted}
         for name, arrays in items.items():
-            for path, digest in digests(arrays).items():
-                if digest != record[name][path]["digest"]:
-                    raise _Damaged(f"{name}: {path} does not have the digest it was saved with")
+            compare(arrays, record[name])
+        if still:
+            beside = {path: wanted[_WEIGHTS][path] for path in still}
+            items[_WEIGHTS] = items[_WEIGHTS] | self._frozen.restore(still, beside, spare)
         return items | old
 
-    def _read_record(self, step: int) -> dict[str, Any]:
+    def _read_record(self, step: int) -> dict[str, Record]:
         """Returns item -> name -> {shape, dtype, digest}; checked against its own sha256."""
-        try:
-            args = ocp.args.Composite(**{_DIGEST: ocp.args.JsonRestore()})
-            payload = self._manager.restore(step, args=args)[_DIGEST]
-            record, sha256 = payload["items"], payload["sha256"]
-        except Exception as error:  # noqa: BLE001
-            _raise_damaged(error)
-        if _sha256(record) != sha256:
-            raise _Damaged("the digest record itself is damaged")
+        args = ocp.args.Composite(**{_DIGEST: ocp.args.JsonRestore()})
+        payload = read(lambda: self._manager.restore(step, args=args)[_DIGEST])
+        record, noted = read(lambda: (payload["items"], payload["sha256"]))
+        if sha256(record) != noted:
+            raise Damaged("the digest record itself is damaged")
         return record
 
     def _set_foreign_aside(self) -> None:
@@ -191,16 +207,12 @@ class CheckpointStore:
                 folder.rename(target)
                 print(f"{folder} is no checkpoint; renamed to {target.name}", flush=True)
 
-    def _set_aside(self, step: int, reason: _Damaged) -> None:
+    def _set_aside(self, step: int, reason: Damaged) -> None:
         source = self._directory / str(step)
         if self._read_only:
             print(f"checkpoint {source} is damaged ({reason}); trying an older one", flush=True)
             return
-        target, count = self._directory / f"{step}.corrupt", 1
-        while target.exists():
-            count += 1
-            target = self._directory / f"{step}.corrupt-{count}"
-        source.rename(target)
+        target = set_aside(source)
         self._manager.reload()
         print(f"checkpoint {source} is damaged ({reason}); renamed to {target.name}", flush=True)
 
@@ -223,32 +235,6 @@ def restore_weights(run_dir: str | Path, abstract: Item) -> Item:
     if found is None:
         raise CheckpointError(f"no finished checkpoint in {run_dir}/checkpoints")
     return found[1]["weights"]
-
-
-def _restore_args(wanted: Item) -> ocp.args.PyTreeRestore:
-    target = {name: placed(x) for name, x in wanted.items()}
-    # Without these Orbax takes the dtypes and the shardings of the save.
-    each = ocp.checkpoint_utils.construct_restore_args(target)
-    return ocp.args.PyTreeRestore(target, restore_args=each)
-
-
-def _describe(arrays: Item) -> dict[str, Any]:
-    found = digests(arrays)
-    return {
-        name: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": found[name]}
-        for name, x in arrays.items()
-    }
-
-
-def _sha256(record: Any) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _raise_damaged(error: Exception) -> NoReturn:
-    # Too little memory says nothing about the files: setting them aside would lose the run.
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        raise error
-    raise _Damaged(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
 
 
 def _as_saved(wanted: Item, saved: Mapping[str, Any]) -> Item:
@@ -281,10 +267,3 @@ def _check_names(where: str, wanted: Item, saved: Mapping[str, Any] | None) -> N
             f"{where} does not fit this config in {len(problems)} of {len(wanted)} arrays: "
             f"{listed}; use the model sizes it was trained with"
         )
-
-
-def abstract_item(arrays: Item) -> Item:
-    """Returns the same names with ShapeDtypeStructs that keep shape, dtype and sharding."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays
-    )

@@ -4,6 +4,7 @@
             manifest.json    one entry a start: who, when, with which versions, how it ended
             qwen.tiktoken    a copy of the vocabulary: the directory alone is a model
             checkpoints/     named by the number of finished steps
+            frozen/          the weights that do not train, written once
             metrics.jsonl    one line a finished step
             evaluations.jsonl, samples/  what evaluations found, where they are asked for
             incidents.jsonl  one line a step that went wrong
@@ -93,7 +94,7 @@ def train(
         store = CheckpointStore(config.run_dir, keep=config.checkpoint.keep)
         stack.enter_context(contextlib.closing(store))
         with goodput.spend("restore"):
-            state = restore(layout, store) or new_state(config, layout)
+            state = restore(config, layout, store) or new_state(config, layout)
         first_step = int(state.step)
         check_agreement({"the newest good checkpoint": str(first_step)})
         run_dir.ask_to_skip(config.skip_steps, first_step)
@@ -111,7 +112,7 @@ def train(
             faults=faults,
             incidents=Incidents(config.run_dir, config.seed),
             compile_step=lambda batch: _compile(train_step, layout, batch, report),
-            restore=lambda: restore(layout, store),
+            restore=lambda: restore(config, layout, store),
             open_feed=_feeds(config, layout, faults, batches),
             look=look,
             state=state,
@@ -190,9 +191,13 @@ def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -
     return lambda weights: Seen(loss(weights), page and page(weights))
 
 
-def restore(layout: Layout, store: CheckpointStore) -> TrainState | None:
+def restore(config: TrainConfig, layout: Layout, store: CheckpointStore) -> TrainState | None:
     """Returns the state of the newest good checkpoint, or None where there is none."""
-    found = store.restore_newest(to_items(layout.abstract), new_items(layout))
+    found = store.restore_newest(
+        to_items(layout.abstract),
+        new_items(layout),
+        spare=lambda: initial_weights(config, layout),
+    )
     return found and from_items(found[1], layout.abstract)
 
 

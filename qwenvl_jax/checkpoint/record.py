@@ -1,0 +1,88 @@
+"""What is noted of saved arrays, and how they are read back and compared with it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import orbax.checkpoint as ocp
+
+from qwenvl_jax.checkpoint.digest import digests
+from qwenvl_jax.checkpoint.weights import placed
+
+Item = dict[str, Any]  # dotted name -> array, or ShapeDtypeStruct with a sharding
+Record = dict[str, dict[str, Any]]  # dotted name -> {shape, dtype, digest}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used, or a run directory without one."""
+
+
+class Damaged(Exception):
+    """What lies on the disk is not what was written."""
+
+
+def describe(arrays: Item) -> Record:
+    """Returns what to note of these arrays."""
+    found = digests(arrays)
+    return {
+        name: {"shape": list(x.shape), "dtype": str(x.dtype), "digest": found[name]}
+        for name, x in arrays.items()
+    }
+
+
+def sha256(record: Any) -> str:
+    """Returns the digest of a record itself."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def restore_args(wanted: Item) -> ocp.args.PyTreeRestore:
+    """Returns how Orbax is asked for arrays of these shapes, dtypes and shardings."""
+    target = {name: placed(x) for name, x in wanted.items()}
+    # Without these Orbax takes the dtypes and the shardings of the save.
+    each = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.args.PyTreeRestore(target, restore_args=each)
+
+
+def read(action: Callable[[], Any]) -> Any:
+    """Returns what Orbax reads.
+
+    Raises: Damaged for whatever it stumbles on, but for too little memory, which says nothing about
+        the files: setting them aside would lose the run.
+    """
+    try:
+        return action()
+    except Exception as error:  # noqa: BLE001  Orbax and tensorstore raise many kinds
+        _raise_damaged(error)
+
+
+def compare(arrays: Item, record: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises Damaged unless every array has the digest it was noted with."""
+    for name, digest in digests(arrays).items():
+        if digest != record[name]["digest"]:
+            raise Damaged(f"{name} does not have the digest it was saved with")
+
+
+def set_aside(folder: Path) -> Path:
+    """Returns the new name of a damaged folder, which ends in `.corrupt`; nothing is deleted."""
+    target, count = folder.with_name(f"{folder.name}.corrupt"), 1
+    while target.exists():
+        count += 1
+        target = folder.with_name(f"{folder.name}.corrupt-{count}")
+    folder.rename(target)
+    return target
+
+
+def _raise_damaged(error: Exception) -> NoReturn:
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise error
+    raise Damaged(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
+
+
+def abstract_item(arrays: Item) -> Item:
+    """Returns the same names with ShapeDtypeStructs that keep shape, dtype and sharding."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays
+    )
