@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -31,27 +31,33 @@ from qwenvl_jax.conversion.rules import qwen_vl_rules
 from qwenvl_jax.conversion.safetensors_file import write_safetensors
 from qwenvl_jax.presets import qwen_vl
 
-DOOR = Path(__file__).resolve().parents[1] / "convert.py"
+DOOR = str(Path(__file__).resolve().parents[1] / "convert.py")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 POOL_ELEMENTS = 1 << 25  # random bits are drawn once and used from another place each time
 
 
-def make_checkpoint(folder: Path, config: ModelConfig, num_shards: int) -> int:
-    """Writes the synthetic released folder and returns the bytes of its tensors."""
+Draw = Callable[[str, tuple[int, ...]], np.ndarray]  # name, shape -> bfloat16
+
+
+def any_bits() -> Draw:
+    """Returns what draws finite bits of every kind: no model, but nothing is equal by chance."""
+    pool = np.random.default_rng(0).integers(0, 1 << 16, POOL_ELEMENTS, np.uint16)
+    pool &= 0xBFFF  # without the exponent's top bit no pattern is infinite or NaN
+    return lambda name, shape: from_pool(pool, name, shape).view(BFLOAT16)
+
+
+def from_pool(pool: np.ndarray, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns an array of numbers from the pool, from a place that follows from the name."""
+    return np.resize(np.roll(pool, -(zlib.crc32(name.encode()) % len(pool))), shape)
+
+
+def make_checkpoint(folder: Path, config: ModelConfig, num_shards: int, draw: Draw) -> int:
+    """Writes a synthetic released folder and returns the bytes of its tensors."""
     folder.mkdir(parents=True)
     shapes = {
         name: (BFLOAT16, rule.shape) for name, rule, _ in in_released_order(qwen_vl_rules(config))
     }
     total = sum(2 * int(np.prod(shape)) for _, shape in shapes.values())
-    pool = np.random.default_rng(0).integers(0, 1 << 16, POOL_ELEMENTS, np.uint16)
-    pool &= 0xBFFF  # without the exponent's top bit no pattern is infinite or NaN
-
-    def tensors(names: list[str]) -> Iterator[np.ndarray]:
-        for name in names:
-            shape = shapes[name][1]
-            start = zlib.crc32(name.encode()) % POOL_ELEMENTS
-            yield np.resize(np.roll(pool, -start), shape).view(BFLOAT16)
-
     shards: list[list[str]] = [[]]
     filled = 0
     for name, (_, shape) in shapes.items():
@@ -62,7 +68,8 @@ def make_checkpoint(folder: Path, config: ModelConfig, num_shards: int) -> int:
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(folder / file, {name: shapes[name] for name in names}, tensors(names))
+        tensors = (draw(name, shapes[name][1]) for name in names)
+        write_safetensors(folder / file, {name: shapes[name] for name in names}, tensors)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -71,21 +78,21 @@ def make_checkpoint(folder: Path, config: ModelConfig, num_shards: int) -> int:
     return total
 
 
-def run_measured(*command: str) -> None:
-    """Runs `convert.py` in a process of its own and prints its times and peak anonymous memory."""
+def run_measured(name: str, *command: str) -> None:
+    """Runs a Python program in a process of its own; prints its times and peak anonymous memory."""
     start, peak = time.perf_counter(), 0
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    process = subprocess.Popen([sys.executable, str(DOOR), *command])
+    process = subprocess.Popen([sys.executable, *command])
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
         time.sleep(0.02)
     if process.returncode:
-        sys.exit(f"convert.py {command[0]} ended with exit code {process.returncode}")
+        sys.exit(f"{name} ended with exit code {process.returncode}")
     seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(
-        f"{command[0]}: {seconds:.0f} s, {cpu:.0f} s of CPU time, "
+        f"{name}: {seconds:.0f} s, {cpu:.0f} s of CPU time, "
         f"peak anonymous memory {peak / 1e9:.2f} GB",
         flush=True,
     )
@@ -123,7 +130,7 @@ def is_same(left: np.ndarray, right: np.ndarray) -> bool:
 
 @dataclasses.dataclass
 class Options:
-    scratch: Path  # a new folder, removed at the end
+    scratch: Path = Path("build/convert")  # a new folder, removed at the end
     num_shards: int = 10
 
 
@@ -131,9 +138,10 @@ def main(options: Options) -> int:
     scratch = options.scratch
     scratch.mkdir(parents=True)
     try:
-        make_checkpoint(scratch / "released", qwen_vl(), options.num_shards)
-        run_measured("import", str(scratch / "released"), str(scratch / "ours"))
-        run_measured("export", str(scratch / "ours"), str(scratch / "again"))
+        make_checkpoint(scratch / "released", qwen_vl(), options.num_shards, any_bits())
+        released, ours, again = (str(scratch / name) for name in ("released", "ours", "again"))
+        run_measured("import", DOOR, "import", released, ours)
+        run_measured("export", DOOR, "export", ours, again)
         return int(count_differences(scratch / "released", scratch / "again") > 0)
     finally:
         shutil.rmtree(scratch)

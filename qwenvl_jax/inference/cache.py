@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.model.decoder import KVCache
+from qwenvl_jax.model.narrow import held_dtype
 
 SMALLEST_PROMPT = 64
 SMALLEST_ANSWER = 32
@@ -42,12 +43,12 @@ def row_bucket(rows: int) -> int:
 
 
 def empty_cache(config: ModelConfig, rows: int, slots: int) -> KVCache:
-    """Returns a cache of zeros in the compute dtype: [layers, rows, slots, heads, head_dim]."""
+    """Returns a cache of zeros for the compute dtype: [layers, rows, slots, heads, head_dim]."""
     decoder = config.decoder
     shape = (decoder.num_layers, rows, slots, decoder.num_heads, decoder.head_dim)
     return KVCache(
-        k_KBSNH=jnp.zeros(shape, config.dtype),
-        v_KBSNH=jnp.zeros(shape, config.dtype),
+        k_KBSNH=jnp.zeros(shape, held_dtype(config.dtype)),
+        v_KBSNH=jnp.zeros(shape, held_dtype(config.dtype)),
         segment_BS=jnp.zeros((rows, slots), jnp.int32),
         position_BS=jnp.zeros((rows, slots), jnp.int32),
         length=jnp.int32(0),

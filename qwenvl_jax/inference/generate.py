@@ -128,7 +128,8 @@ def start(
     """
     model = nnx.merge(graphdef, state)
     B, L = prompts.tokens_BL.shape
-    slots = L + answer_slots + _feed_width(B, config, mesh) - 1
+    width = _feed_width(B, config, mesh)
+    slots = L + answer_slots + width - 1
     cache = _pin(empty_cache(config, B, slots), mesh)
     alpha_B = rotary_alpha(prompts, config)
     is_real_BL = jnp.arange(L) < prompts.length_B[:, None]
@@ -143,6 +144,7 @@ def start(
     )
     last_B11 = jnp.maximum(prompts.length_B - 1, 0)[:, None, None]
     last_B1D = jnp.take_along_axis(hidden_BLD, last_B11, axis=1)
+    last_BWD = jnp.repeat(last_B1D, width, axis=1)
     vocab_size = config.decoder.vocab_size
     seen_BV = jnp.zeros((B, vocab_size), bool)
     seen_BV = seen_BV.at[
@@ -157,7 +159,7 @@ def start(
         count_B=jnp.zeros(B, jnp.int32),
         is_done_B=request.max_new_B <= 0,
         seen_BV=seen_BV,
-        logits_BV=model.logits(last_B1D)[:, 0],
+        logits_BV=model.logits(last_BWD)[:, 0],
     )
     return _pin(_choose(decoding, request), mesh)
 

@@ -19,6 +19,7 @@ from qwenvl_jax import axes
 from qwenvl_jax.config import AttentionBackend, DecoderConfig, RematPolicy
 from qwenvl_jax.model.attention import AttentionMask, Kernel, Projections, attention
 from qwenvl_jax.model.layers import Dense, RMSNorm, param, scan_layers, stack_layers
+from qwenvl_jax.model.narrow import from_held, take, to_held
 from qwenvl_jax.sharding import constrain
 
 
@@ -30,8 +31,8 @@ class KVCache(NamedTuple):
     count.
     """
 
-    k_KBSNH: Float[Array, "K B S N H"]
-    v_KBSNH: Float[Array, "K B S N H"]
+    k_KBSNH: Array  # of `narrow.held_dtype`
+    v_KBSNH: Array
     segment_BS: Int[Array, "B S"]  # 0: nothing there yet, or padding
     position_BS: Int[Array, "B S"]
     length: Int[Array, ""]  # the next free slot
@@ -132,7 +133,7 @@ class Decoder(nnx.Module):
     def embed_tokens(self, tokens_BL: Int[Array, "B L"], dtype: str) -> jax.Array:
         # First as the table lies, then with its rows: the gradient goes the same way back, and is
         # added up where the table lies. Else XLA gathers a float32 table for it on every device.
-        x_BLD = self.embed.embedding[...][tokens_BL].astype(dtype)
+        x_BLD = take(self.embed.embedding[...], tokens_BL).astype(dtype)
         x_BLD = constrain(x_BLD, axes.COPIES, None, axes.EMBED)
         return constrain(x_BLD, axes.BATCH, None, None)
 
@@ -191,9 +192,11 @@ class Decoder(nnx.Module):
             x_BLD, k_KBSNH, v_KBSNH = carry
             q, k, v = project(layer, x_BLD)
             where = (layer_index, 0, start, 0, 0)
-            k_KBSNH = jax.lax.dynamic_update_slice(k_KBSNH, k[None].astype(k_KBSNH.dtype), where)
-            v_KBSNH = jax.lax.dynamic_update_slice(v_KBSNH, v[None].astype(v_KBSNH.dtype), where)
-            out = attention(q, k_KBSNH[layer_index], v_KBSNH[layer_index], mask, backend=backend)
+            k, v = to_held(k[None], k_KBSNH.dtype), to_held(v[None], v_KBSNH.dtype)
+            k_KBSNH = jax.lax.dynamic_update_slice(k_KBSNH, k, where)
+            v_KBSNH = jax.lax.dynamic_update_slice(v_KBSNH, v, where)
+            k, v = from_held(k_KBSNH[layer_index]), from_held(v_KBSNH[layer_index])
+            out = attention(q, k, v, mask, backend=backend)
             return layer.finish(x_BLD, out), k_KBSNH, v_KBSNH
 
         x_BLD, k_KBSNH, v_KBSNH = scan_layers(

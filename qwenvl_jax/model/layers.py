@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import RematPolicy
+from qwenvl_jax.model.narrow import is_widened, take
 from qwenvl_jax.model.noise import layer_keys, noise
 from qwenvl_jax.model.products import has_fast_path, matmul
 from qwenvl_jax.model.xla_attention import KEPT
@@ -142,15 +143,23 @@ def scan_layers(
     the carry between layers.
     """
     graphdef, states = nnx.split(stacked)
+    leaves, structure = jax.tree.flatten(states)
+    num_layers = leaves[0].shape[0]
+    walked = [None if is_widened(leaf) else leaf for leaf in leaves]  # the loop slices these
 
     def body(carry, slice_k):
-        state, extra, key = slice_k
+        layer, k, extra, key = slice_k
+        # Closed over, those that the loop does not slice are no part of what it stacks either.
+        pairs = zip(layer, leaves, strict=True)
+        state = structure.unflatten(take(x, k) if part is None else part for part, x in pairs)
         if remat == "weights":
             state = _gathered(state, jax.tree.leaves(carry)[0].dtype)
         with noise(key):
             return step(nnx.merge(graphdef, state), carry, *extra), None
 
-    if remat != "none":
+    # Everything would hold a copy of what is taken, which is there already.
+    stored = "dots" if remat == "none" and None in walked else remat
+    if stored != "none":
         policies = jax.checkpoint_policies
         dots = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
@@ -161,11 +170,11 @@ def scan_layers(
                 dots, policies.save_only_these_names(_GATHERED)
             ),
             "full": policies.nothing_saveable,
-        }[remat]
+        }[stored]
         # Inside a scan the compiler cannot merge the recomputation away, so the barrier that
         # prevent_cse would add only costs.
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    stacks = (states, per_layer, layer_keys(jax.tree.leaves(states)[0].shape[0]))
+    stacks = (walked, jnp.arange(num_layers), per_layer, layer_keys(num_layers))
     if remat in ("dots", "weights") and _is_better_unrolled(carry, stacks):
         for slice_k in _slices(stacks):
             carry, _ = body(carry, slice_k)
