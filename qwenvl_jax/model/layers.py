@@ -174,7 +174,8 @@ def scan_layers(
         # Inside a scan the compiler cannot merge the recomputation away, so the barrier that
         # prevent_cse would add only costs.
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-    stacks = (walked, jnp.arange(num_layers), per_layer, layer_keys(num_layers))
+    numbers = jnp.arange(num_layers) if None in walked else None
+    stacks = (walked, numbers, per_layer, layer_keys(num_layers))
     if remat in ("dots", "weights") and _is_better_unrolled(carry, stacks):
         for slice_k in _slices(stacks):
             carry, _ = body(carry, slice_k)

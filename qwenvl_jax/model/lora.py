@@ -23,6 +23,7 @@ from flax import nnx
 from qwenvl_jax import axes
 from qwenvl_jax.config import ConfigError, LoraConfig
 from qwenvl_jax.model.layers import Dense, param
+from qwenvl_jax.model.narrow import from_held, held_dtype, to_held
 from qwenvl_jax.model.noise import dropout
 from qwenvl_jax.model.products import matmul
 from qwenvl_jax.sharding import select
@@ -116,12 +117,18 @@ def fold(weights: Mapping[str, jax.Array], config: LoraConfig) -> dict[str, jax.
 
 
 def _added(kernel: jax.Array, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
-    """Returns kernel + scale x down up, layer by layer: one layer at a time is float32."""
+    """Returns kernel + scale x down up, in place: one layer at a time is float32."""
     is_stacked = down.ndim + up.ndim - kernel.ndim == 3  # the layers count twice, the rank too
 
-    def one(parts: Any) -> jax.Array:
-        wide, down, up = (part.astype(jnp.float32) for part in parts)
-        return (wide + scale * jnp.tensordot(down, up, axes=1)).astype(kernel.dtype)
+    def one(*layer: jax.Array) -> jax.Array:
+        kernel, down, up = (part.astype(jnp.float32) for part in layer)
+        return kernel + scale * jnp.tensordot(down, up, axes=1)
 
-    parts = (kernel, down, up)
-    return jax.lax.map(one, parts) if is_stacked else one(parts)
+    if not is_stacked:
+        return one(kernel, down, up).astype(kernel.dtype)
+
+    def write(k: jax.Array, held: jax.Array) -> jax.Array:
+        return held.at[k].set(to_held(one(from_held(held[k]), down[k], up[k]), held.dtype))
+
+    held = to_held(kernel, held_dtype(kernel.dtype))
+    return from_held(jax.lax.fori_loop(0, len(kernel), write, held))
