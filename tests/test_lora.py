@@ -1,6 +1,7 @@
 """LoRA: pairs that change nothing at first, train alone, and are gone wherever a run is read."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -10,15 +11,23 @@ import pytest
 import tiny
 from flax import nnx
 
+from qwenvl_jax.checkpoint.weights import save_weights
+from qwenvl_jax.cli.convert import main
 from qwenvl_jax.cli.train import read_config
-from qwenvl_jax.config import ConfigError, LoraConfig, MeshConfig, ParameterRule
+from qwenvl_jax.config import (
+    ConfigError,
+    LoraConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ParameterRule,
+)
 from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.conversion.load import read_config as read_model
-from qwenvl_jax.conversion.run import export_released, import_run
+from qwenvl_jax.conversion.run import export_released, import_released, import_run
 from qwenvl_jax.model.layers import scan_layers, stack_layers
 from qwenvl_jax.model.lora import LowRank, fold, is_lora, kernel_of
 from qwenvl_jax.model.noise import dropout, noise
-from qwenvl_jax.model.qwenvl import QwenVL, abstract_state
+from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, draw_state
 from qwenvl_jax.presets import lora_only, qwen_vl, released_lora
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training.flops import step_flops
@@ -38,6 +47,14 @@ EVERYWHERE = LoraConfig(
 def lora_config(run_dir="unused", lora=EVERYWHERE, **changes):
     model = tiny.model_config(lora=lora)
     return tiny.train_config(run_dir, model=model, parameters=lora_only(), **changes)
+
+
+def exportable(**changes):
+    """Returns a tiny model whose sizes the released format can express."""
+    adapter = dataclasses.replace(tiny.model_config().adapter, num_heads=1)
+    vision = dataclasses.replace(tiny.model_config().vision, table_side=16)
+    decoder = dataclasses.replace(tiny.model_config().decoder, width=128, head_dim=32)
+    return tiny.model_config(adapter=adapter, vision=vision, decoder=decoder, **changes)
 
 
 def layout_of(config):
@@ -186,18 +203,14 @@ def test_run_goes_on_bit_equal_and_is_read_with_its_pairs_folded(tmp_path):
 
 
 def test_a_run_is_imported_exported_and_trained_again(tmp_path):
-    adapter = dataclasses.replace(tiny.model_config().adapter, num_heads=1)
-    vision = dataclasses.replace(tiny.model_config().vision, table_side=16)
-    decoder = dataclasses.replace(tiny.model_config().decoder, width=128, head_dim=32)
-    sizes = {"adapter": adapter, "vision": vision, "decoder": decoder}
-    model = tiny.model_config(lora=released_lora(), **sizes)
+    model = exportable(lora=released_lora())
     first = tiny.train_config(tmp_path / "run", model=model, parameters=lora_only(), steps=3)
     run(first)
 
     import_run(tmp_path / "run", tmp_path / "ours")
-    assert read_model(tmp_path / "ours") == tiny.model_config(**sizes)
+    assert read_model(tmp_path / "ours") == exportable()
     export_released(tmp_path / "ours", tmp_path / "released", dtype="keep")
-    _, abstract = abstract_state(tiny.model_config(**sizes), make_mesh())
+    _, abstract = abstract_state(exportable(), make_mesh())
     folders = [load_weights(tmp_path / name, abstract) for name in ("run", "ours", "released")]
     arrays = [{p: v.get_value() for p, v in named_variables(state).items()} for state in folders]
     for path, array in arrays[0].items():
@@ -210,6 +223,64 @@ def test_a_run_is_imported_exported_and_trained_again(tmp_path):
     assert float(jnp.abs(weights["decoder.blocks.mlp.up_proj.lora.up"]).max()) == 0.0
     path = "decoder.blocks.mlp.up_proj.kernel"
     np.testing.assert_array_equal(weights[path], arrays[0][path])
+
+
+@pytest.mark.parametrize("with_embeddings", [False, True])
+def test_a_runs_adapter_gives_the_released_model_what_the_run_has(tmp_path, with_embeddings):
+    """By way of PEFT's format and the reader of it, which was checked against PEFT itself."""
+    tower = ("vit.blocks.attn.q_proj", "vit.blocks.attn.v_proj", "vit.blocks.mlp.*")
+    targets = ("decoder.blocks.*", *tower)
+    model = exportable(lora=LoraConfig(rank=3, alpha=6.0, targets=targets))
+    _, abstract = abstract_state(exportable(), make_mesh())
+    base = draw_state(exportable(), jax.random.key(1), abstract)
+    save_weights(tmp_path / "base", exportable(), base)
+    export_released(tmp_path / "base", tmp_path / "released")
+    config = tiny.train_config(
+        tmp_path / "run",
+        model=model,
+        parameters=lora_only(with_embeddings=with_embeddings),
+        optimizer=OptimizerConfig(peak_lr=0.3, end_lr=0.3, warmup_steps=0),
+        init=str(tmp_path / "base"),
+        steps=3,
+    )
+    run(config)
+
+    assert main(["adapter", str(tmp_path / "run"), str(tmp_path / "adapter")]) == 0
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["rank_pattern"] == {"attn.in_proj": 6, "attn.c_attn": 9}
+    saved = ["wte", "lm_head"] if with_embeddings else None
+    assert settings["modules_to_save"] == saved
+    import_released(tmp_path / "released", tmp_path / "joined", lora=tmp_path / "adapter")
+    import_run(tmp_path / "run", tmp_path / "folded")
+    folders = [load_weights(tmp_path / name, abstract) for name in ("joined", "folded", "base")]
+    joined, folded, before = (
+        {p: np.asarray(v.get_value()) for p, v in named_variables(state).items()}
+        for state in folders
+    )
+    changed = set()
+    for path, array in folded.items():
+        np.testing.assert_allclose(joined[path], array, rtol=1e-5, atol=1e-5, err_msg=path)
+        if np.abs(array - before[path]).max() > 0.02:
+            changed.add(path)
+    assert "decoder.blocks.attn.k_proj.kernel" in changed
+    assert "vit.blocks.attn.v_proj.kernel" in changed
+    assert "vit.blocks.attn.k_proj.kernel" not in changed
+    assert ("decoder.lm_head.kernel" in changed) == with_embeddings
+
+
+def test_runs_without_an_adapter_are_told(tmp_path, capsys):
+    config = tiny.train_config(tmp_path / "whole", steps=3)
+    run(config)
+    assert main(["adapter", str(tmp_path / "whole"), str(tmp_path / "a")]) == 2
+    assert "was trained without LoRA" in capsys.readouterr().err
+    everywhere = exportable(lora=EVERYWHERE)
+    run(tiny.train_config(tmp_path / "odd", model=everywhere, parameters=lora_only(), steps=3))
+    assert main(["adapter", str(tmp_path / "odd"), str(tmp_path / "a")]) == 2
+    said = capsys.readouterr().err
+    assert "transformer.visual.conv1.weight is no matrix of a module that PEFT can change" in said
+    assert main(["adapter", str(tmp_path), str(tmp_path / "a")]) == 2
+    assert "is no training run" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
 
 
 def test_settings_that_cannot_work_are_refused():

@@ -154,6 +154,26 @@ class CheckpointStore:
             )
         return None
 
+    def trained(self) -> Item:
+        """Returns the trained weights of the newest step that can be read, as ShapeDtypeStructs.
+
+        Raises: CheckpointError where there is none, or none that tells them from frozen ones.
+        """
+        for step in reversed(self.steps()):
+            try:
+                record = self._read_record(step)
+            except Damaged:
+                continue
+            if FROZEN not in record:
+                raise CheckpointError(
+                    f"{self._directory / str(step)} does not say what is frozen: either nothing "
+                    "is, or the checkpoint is of an older version, and the run must go on for a "
+                    "step first"
+                )
+            noted = record[_WEIGHTS].items()
+            return {name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for name, x in noted}
+        raise CheckpointError(f"no finished checkpoint in {self._directory}")
+
     def _restore(
         self,
         step: int,
@@ -164,6 +184,8 @@ class CheckpointStore:
     ) -> dict[str, Item]:
         record = self._read_record(step)
         still = record.pop(FROZEN, {})
+        if not still.keys() & wanted[_WEIGHTS].keys():
+            still = {}  # what trains is asked for alone
         whole = {**record, _WEIGHTS: record.get(_WEIGHTS, {}) | still}
         old = {name: dict(item) for name, item in defaults.items() if name not in record}
         wanted = {name: arrays for name, arrays in wanted.items() if name not in old}
@@ -235,6 +257,23 @@ def restore_weights(run_dir: str | Path, abstract: Item) -> Item:
     if found is None:
         raise CheckpointError(f"no finished checkpoint in {run_dir}/checkpoints")
     return found[1]["weights"]
+
+
+def restore_trained(run_dir: str | Path) -> Item:
+    """Returns the weights that a run trains, of its newest good checkpoint, on the first device.
+
+    Frozen ones are not read.
+
+    Raises:
+        CheckpointError: as `restore_weights`; or nothing is frozen.
+    """
+    store = CheckpointStore(run_dir, read_only=True)
+    try:
+        found = store.restore_newest({_WEIGHTS: store.trained()})
+    finally:
+        store.close()
+    assert found is not None  # it has the step that `trained` has read
+    return found[1][_WEIGHTS]
 
 
 def _as_saved(wanted: Item, saved: Mapping[str, Any]) -> Item:

@@ -1,4 +1,4 @@
-"""`python convert.py import|export|vocabulary|queries ...`: released folders to ours, and back."""
+"""`python convert.py import|export|adapter|...`: released folders to ours, and back."""
 
 import os
 import signal
@@ -27,6 +27,7 @@ _USAGE = """usage: python convert.py import SRC DST [--lora ADAPTER]
        python convert.py export SRC DST [--shard-size 2GB] [--dtype keep]
        python convert.py vocabulary SRC TIKTOKEN DST
        python convert.py queries SRC NUMBER DST
+       python convert.py adapter RUN DST
 
 import writes our weights folder DST from SRC: a released Qwen-VL or Qwen-VL-Chat folder (.bin or
 safetensors files, read without PyTorch and without running what is in them), or the directory of a
@@ -35,7 +36,8 @@ released model is added to it. With --vit and --llm it joins the two models that
 from. export writes a folder that the released PyTorch code loads. vocabulary writes
 a weights folder once more for another qwen.tiktoken file: tokens keep their rows, new ones start
 as the mean of those that spelled them. queries writes it once more with another number of picture
-embeddings, to be trained on: the adapter's grid is resized.
+embeddings, to be trained on: the adapter's grid is resized. adapter writes what a run with LoRA has
+trained as a PEFT adapter, for the released model in PyTorch.
 
 Neither needs more memory than one layer (a run: the whole model). DST must be new; it appears
 when it is complete, and a conversion that fails leaves nothing behind.
@@ -69,6 +71,7 @@ def _run(argv: Sequence[str]) -> int:
             "export": export,
             "vocabulary": vocabulary,
             "queries": queries,
+            "adapter": adapter,
         }
         tyro.extras.subcommand_cli_from_dict(commands, prog="convert.py", args=list(argv))
     finally:
@@ -181,6 +184,25 @@ def vocabulary(
         vocabulary=find_vocabulary(tiktoken),
     )
     print(f"{target}: {config.decoder.vocab_size} rows, ready")
+
+
+def adapter(
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN")],
+    target: Annotated[Path, tyro.conf.arg(metavar="DST")],
+    /,
+) -> None:
+    """Writes a LoRA run's pairs for PEFT. Example: convert.py adapter runs/finetune_lora adapter
+
+    Args:
+        run: the directory of a training run with LoRA
+        target: the new folder: adapter_config.json and adapter_model.safetensors
+    """
+    from qwenvl_jax.conversion.load import is_run
+    from qwenvl_jax.conversion.peft_export import export_adapter
+
+    if not is_run(run):
+        raise ConfigError(f"{run} is no training run: got a folder without checkpoints/")
+    print(f"{target}: {export_adapter(run, target)} modules, ready")
 
 
 def queries(

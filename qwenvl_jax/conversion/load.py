@@ -48,7 +48,7 @@ def read_config(path: str | Path) -> ModelConfig:
     if is_weights_folder(path):
         return read_weights_config(path)
     if is_run(path):
-        return dataclasses.replace(_run_config(path), lora=LoraConfig())
+        return dataclasses.replace(run_config(path), lora=LoraConfig())
     if is_adapter(path):
         raise ConversionError(
             path,
@@ -96,7 +96,7 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir()
 
 
-def _run_config(path: Path) -> ModelConfig:
+def run_config(path: Path) -> ModelConfig:
     """Returns the model of a run as it is trained, with LoRA pairs if it has any."""
     fields = read_json(path / "config.json").get("model", {})
     return model_config_from_dict(fields, path / "config.json")
@@ -105,7 +105,7 @@ def _run_config(path: Path) -> ModelConfig:
 def _restore_run(path: Path, abstract: nnx.State) -> dict[str, jax.Array]:
     """Returns a run's weights by dotted path, LoRA pairs folded in."""
     wanted = {name: variable.get_value() for name, variable in named_variables(abstract).items()}
-    lora = _run_config(path).lora
+    lora = run_config(path).lora
     restored = restore_weights(path, wanted | _abstract_pairs(path, wanted))
     if lora.rank:
         restored = fold(restored, lora)
@@ -116,7 +116,7 @@ def _abstract_pairs(
     path: Path, wanted: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the LoRA pairs of a run, each placed as a whole beside what is wanted."""
-    _, state = abstract_state(_run_config(path))
+    _, state = abstract_state(run_config(path))
     pairs = {}
     for name, variable in named_variables(select(state, is_lora)).items():
         beside = wanted[kernel_of(name)].sharding

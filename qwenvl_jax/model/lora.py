@@ -92,6 +92,12 @@ def is_lora(path: str) -> bool:
     return path.endswith((_DOWN, _UP))
 
 
+def pair_of(kernel: str) -> tuple[str, str]:
+    """Returns the paths of the two halves of the pair beside a kernel, should it have one."""
+    module = kernel.removesuffix(".kernel")
+    return module + _DOWN, module + _UP
+
+
 def kernel_of(path: str) -> str:
     """Returns the path of the kernel that one half of a pair stands beside."""
     return f"{path.rpartition('.lora.')[0]}.kernel"
