@@ -11,7 +11,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from qwenvl_jax.checkpoint.weights import save_weights
+from qwenvl_jax.checkpoint.weights import open_weights, save_weights
 from qwenvl_jax.cli.convert import main
 from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import (
@@ -204,11 +204,15 @@ def test_run_goes_on_bit_equal_and_is_read_with_its_pairs_folded(tmp_path):
 
 def test_a_run_is_imported_exported_and_trained_again(tmp_path):
     model = exportable(lora=released_lora())
-    first = tiny.train_config(tmp_path / "run", model=model, parameters=lora_only(), steps=3)
+    narrow = {"parameters": lora_only(), "frozen_dtype": "bfloat16"}
+    first = tiny.train_config(tmp_path / "run", model=model, steps=3, **narrow)
     run(first)
 
     import_run(tmp_path / "run", tmp_path / "ours")
     assert read_model(tmp_path / "ours") == exportable()
+    leaves = open_weights(tmp_path / "ours")
+    kinds = {leaf.dtype.name for path, leaf in leaves.items() if path.endswith(".kernel")}
+    assert kinds == {"bfloat16"}, "what was frozen in half the bytes is not widened"
     export_released(tmp_path / "ours", tmp_path / "released", dtype="keep")
     _, abstract = abstract_state(exportable(), make_mesh())
     folders = [load_weights(tmp_path / name, abstract) for name in ("run", "ours", "released")]

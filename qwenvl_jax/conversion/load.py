@@ -74,7 +74,8 @@ def load_weights(path: str | Path, abstract: nnx.State, *, verify: bool = True) 
     if is_weights_folder(path):
         return load_weights_folder(path, abstract, verify=verify)
     if is_run(path):
-        return fill(abstract, _restore_run(path, abstract))
+        loaded = load_run(path, abstract)
+        return jax.tree.map(lambda array, wanted: array.astype(wanted.dtype), loaded, abstract)
     rules = qwen_vl_rules(read_config(path))
     with ReleasedFolder(path) as folder:
         check_released(folder, rules, values=verify)
@@ -102,14 +103,19 @@ def run_config(path: Path) -> ModelConfig:
     return model_config_from_dict(fields, path / "config.json")
 
 
-def _restore_run(path: Path, abstract: nnx.State) -> dict[str, jax.Array]:
-    """Returns a run's weights by dotted path, LoRA pairs folded in."""
+def load_run(path: Path, abstract: nnx.State) -> nnx.State:
+    """Returns the weights of a run as its newest good checkpoint has them, LoRA pairs folded in.
+
+    Placed as `abstract` is; but what was frozen in bfloat16 is bfloat16.
+
+    Raises: CheckpointError where there is none, or it is of another model.
+    """
     wanted = {name: variable.get_value() for name, variable in named_variables(abstract).items()}
     lora = run_config(path).lora
     restored = restore_weights(path, wanted | _abstract_pairs(path, wanted))
     if lora.rank:
         restored = fold(restored, lora)
-    return {name: array.astype(wanted[name].dtype) for name, array in restored.items()}
+    return fill(abstract, {name: restored[name] for name in wanted})
 
 
 def _abstract_pairs(

@@ -38,7 +38,7 @@ from qwenvl_jax.conversion.config import (
     model_config_from_released,
     released_config,
 )
-from qwenvl_jax.conversion.load import load_weights, read_config
+from qwenvl_jax.conversion.load import load_run, read_config
 from qwenvl_jax.conversion.peft import AdaptedFolder
 from qwenvl_jax.conversion.placement import (
     check_released,
@@ -114,7 +114,7 @@ def import_run(source: str | Path, target: str | Path) -> ModelConfig:
     """
     source = Path(source)
     config = read_config(source)
-    state = load_weights(source, abstract_state(config, make_mesh())[1])
+    state = load_run(source, abstract_state(config, make_mesh())[1])
     vocabulary = source / TOKENIZER
     save_weights(target, config, state, vocabulary if vocabulary.is_file() else None)
     return config
