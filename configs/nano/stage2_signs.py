@@ -1,6 +1,6 @@
 """Stage 2 of the small model, on from `stage2_pages`: Chinese pages, and all the rest for longer.
 
-What ships. Chinese pages begin as English ones did, with lists of what stands in each cell, one
+Chinese pages begin as English ones did, with lists of what stands in each cell, one
 sign a token. Products of matrices are taken in bfloat16, which processors with units for it do 1.6
 times as fast; the weights and their moments stay in float32.
 
