@@ -16,6 +16,7 @@ needs 24 GB of memory and 45 GB of disk, and removes what it wrote.
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import time
@@ -39,7 +40,7 @@ from qwenvl_jax.presets import qwen_vl
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = (
     "--data.length=512 --data.max-images=1 --data.rows=1 --micro-batches=1 --model.lora.rank=16 "
-    "--optimizer.peak-lr=1e-3 --log-every=1"
+    "--optimizer.peak-lr=1e-3 --optimizer.warmup-steps=1 --log-every=1"
 ).split()
 
 
@@ -110,6 +111,7 @@ def answer(folder: Path) -> None:
 
 def main(options: Options) -> int:
     folder = options.scratch.resolve()
+    os.environ["JAX_PLATFORMS"] = "cpu"
     if options.within:
         answer(folder)
         return 0

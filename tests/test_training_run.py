@@ -391,6 +391,10 @@ def test_rows_of_the_command_take_the_place_of_the_configs_own(stage):
 def test_the_vocabulary_comes_with_the_weights_where_none_is_named(config_file):
     config = read_config(config_file, ["--data.tokenizer=", "--init=weights/chat"])
     assert config.data.tokenizer == "weights/chat"
+    # Also in a config made from one that has an `init` of its own.
+    tuned = str(TESTS.parent / "configs" / "finetune_lora.py")
+    assert read_config(tuned).data.tokenizer == "Qwen-VL-Chat"
+    assert read_config(tuned, ["--init=weights/chat"]).data.tokenizer == "weights/chat"
     with pytest.raises(ConfigError, match="no init to take it from"):
         read_config(config_file, ["--data.tokenizer="])
 

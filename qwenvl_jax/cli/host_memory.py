@@ -15,12 +15,20 @@ _NEVER = -1
 _ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")  # device files: TPU, GPU
 
 
+def share_one_pool() -> None:
+    """Has all threads take memory from one pool, so that it can be kept later.
+
+    Call it before JAX starts its threads: those that run already have pools of their own.
+    """
+    _set({_ARENA_MAX: 1})
+
+
 def keep_freed_memory() -> None:
     """Has freed memory kept for the next step, in a process that trains on a CPU.
 
     XLA asks for a step's working memory in one piece and frees it afterwards. Mapped anew, every
-    page of it costs an interrupt in every step. Call it before JAX starts its threads: those that
-    run already have pools of their own, which hold no large pieces.
+    page of it costs an interrupt in every step. Call it once the weights are loaded: the copies
+    that loading makes are as large as the largest array, and would be kept too.
     """
     _set({_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER})
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
-from qwenvl_jax.cli.host_memory import computes_on_cpu, keep_freed_memory
+from qwenvl_jax.cli.host_memory import computes_on_cpu, keep_freed_memory, share_one_pool
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError, TrainConfig
 
@@ -41,12 +41,13 @@ def _run(argv: Sequence[str]) -> int:
         return SUCCESS if argv and argv[0] in ("-h", "--help") else USAGE_ERROR
     config = read_config(argv[0], argv[1:])
     if computes_on_cpu():
-        keep_freed_memory()
+        share_one_pool()
     join_cluster()
     from qwenvl_jax.evaluation.glance import AnswerPage
     from qwenvl_jax.training.loop import train
 
-    train(config, command=["train.py", *argv], open_page=AnswerPage)
+    kept = keep_freed_memory if computes_on_cpu() else None
+    train(config, command=["train.py", *argv], open_page=AnswerPage, when_loaded=kept)
     return SUCCESS
 
 
@@ -74,6 +75,8 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(
             f"{path} has no get_config() that returns a TrainConfig: got {type(config).__name__}"
         )
+    if config.data.tokenizer == config.init:  # filled in, in a config that this one is made from
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
     config = _without_its_own_rows(config, overrides)
     config = parse_options(TrainConfig, overrides, prog=f"train.py {path}", default=config)
     return _with_tokenizer(config)

@@ -70,11 +70,13 @@ def train(
     batches: GivenBatches | None = None,
     open_page: OpenPage | None = None,
     devices: Sequence[Any] | None = None,
+    when_loaded: Callable[[], None] | None = None,
 ) -> int:
     """Runs or resumes the run in `config.run_dir`; returns the number of finished steps.
 
     That is `config.steps`, or fewer after SIGTERM or Ctrl-C: then the last finished step is saved.
-    `batches` replaces the configured data, `devices` the job's; `open_page` draws at evaluations.
+    `batches` replaces the configured data, `devices` the job's; `open_page` draws at evaluations,
+    `when_loaded` is called once the state is in memory.
 
     Raises:
         ConfigError: settings that cannot work, or that are not those of the run in this directory.
@@ -83,6 +85,8 @@ def train(
         RunStopped: too many bad steps in a row; the state is saved.
         OutOfMemory: the device cannot hold the step; what is on disk is whole.
     """
+    if batches is None:
+        _load_vocabulary(config)  # a wrong one is told before gigabytes are loaded
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
     layout = make_layout(config, make_mesh(config.mesh, devices))
     train_step = make_train_step(config, layout)
@@ -95,6 +99,8 @@ def train(
         stack.enter_context(contextlib.closing(store))
         with goodput.spend("restore"):
             state = restore(config, layout, store) or new_state(config, layout)
+        if when_loaded:
+            when_loaded()
         first_step = int(state.step)
         check_agreement({"the newest good checkpoint": str(first_step)})
         run_dir.ask_to_skip(config.skip_steps, first_step)
@@ -268,9 +274,9 @@ def _feeds(
     return open_feed
 
 
-def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) -> pipeline.Batches:
-    slots = config.model.adapter.num_queries
-    tokenizer = load_tokenizer(config.data.tokenizer, slots=slots)
+def _load_vocabulary(config: TrainConfig) -> None:
+    """Raises ConfigError, TokenizerError where the vocabulary is missing or not the model's."""
+    tokenizer = load_tokenizer(config.data.tokenizer, slots=config.model.adapter.num_queries)
     if tokenizer.image_start_id != config.model.image_start_id:
         raise ConfigError(
             f"model.image_start_id is not the id of <img> in {config.data.tokenizer}: got "
@@ -281,12 +287,15 @@ def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) ->
             f"decoder.vocab_size has no rows for every id of {config.data.tokenizer}: got "
             f"{config.model.decoder.vocab_size}, expected at least {tokenizer.vocab_size}"
         )
+
+
+def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) -> pipeline.Batches:
     share = Share(held.rows, jax.process_index())
     return pipeline.batches(
         config.data,
         config.seed,
         first_step,
-        slots=slots,
+        slots=config.model.adapter.num_queries,
         share=share,
         folder=config.run_dir,
         may_change=any(name.split(".")[0] == "data" for name in config.allow_change),
