@@ -14,6 +14,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qwenvl_jax.checkpoint import digest
 from qwenvl_jax.checkpoint.digest import digests
 from qwenvl_jax.checkpoint.record import CheckpointError, abstract_item
 from qwenvl_jax.checkpoint.store import CheckpointStore, restore_weights
@@ -76,6 +77,28 @@ def test_digest_sees_every_single_bit(dtype):
         raw[bit // 8] ^= 1 << bit % 8
         changed = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
         assert digests({"a": jnp.asarray(changed)})["a"] != before, bit
+
+
+def test_large_arrays_are_looked_at_in_parts_with_the_same_digits(monkeypatch):
+    """And in little memory: a model has to be digested where it barely fits."""
+    arrays = {
+        "layers": jax.random.normal(jax.random.key(0), (5, 6, 70)).astype(jnp.bfloat16),
+        "table": jax.random.normal(jax.random.key(1), (1009, 3)),
+        "row": jnp.arange(2003, dtype=jnp.int32),
+    }
+    whole = digests(arrays)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
+    split = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
+    spread = {"layers": jax.device_put(jnp.pad(arrays["layers"], ((0, 0), (0, 0), (0, 2))), split)}
+    spread_whole = digests(spread)
+    monkeypatch.setattr(digest, "_PART", 100)
+    jax.clear_caches()
+    assert digests(arrays) == whole
+    assert digests(spread) == spread_whole
+    big = {"big": jnp.zeros((64, 300, 300))}
+    walks = (("big", digest._walk(big["big"])),)
+    memory = digest._sums.lower(big, walks).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < big["big"].nbytes / 20
 
 
 def test_digest_sees_order_and_shape():

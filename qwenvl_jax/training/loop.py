@@ -86,7 +86,7 @@ def train(
         OutOfMemory: the device cannot hold the step; what is on disk is whole.
     """
     if batches is None:
-        _load_vocabulary(config)  # a wrong one is told before gigabytes are loaded
+        _check_vocabulary(config)  # a wrong one is told before gigabytes are loaded
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
     layout = make_layout(config, make_mesh(config.mesh, devices))
     train_step = make_train_step(config, layout)
@@ -274,7 +274,7 @@ def _feeds(
     return open_feed
 
 
-def _load_vocabulary(config: TrainConfig) -> None:
+def _check_vocabulary(config: TrainConfig) -> None:
     """Raises ConfigError, TokenizerError where the vocabulary is missing or not the model's."""
     tokenizer = load_tokenizer(config.data.tokenizer, slots=config.model.adapter.num_queries)
     if tokenizer.image_start_id != config.model.image_start_id:
