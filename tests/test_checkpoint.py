@@ -447,8 +447,9 @@ def test_left_over_of_killed_frozen_weights_is_replaced(tmp_path):
     assert_same(restore_weights(tmp_path, wanted()["weights"]), items_with_still(1)["weights"])
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
-def test_frozen_weights_go_onto_another_mesh(tmp_path, shape):
+@pytest.mark.parametrize(("shape", "at_once"), [((1, 8, 1), 1 << 30), ((2, 2, 2), 1)])
+def test_frozen_weights_go_onto_another_mesh(tmp_path, shape, at_once, monkeypatch):
+    monkeypatch.setattr("qwenvl_jax.checkpoint.frozen._READ_BYTES", at_once)  # 1: one by one
     saved_with_still(tmp_path, 3)
     data, fsdp, tensor = shape
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))

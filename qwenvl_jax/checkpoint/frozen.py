@@ -6,7 +6,8 @@ The folder is named by what it holds, so a run that freezes other parts half way
 at full size a checkpoint thus takes 1.5 GB, and not 21.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -24,12 +25,14 @@ from qwenvl_jax.checkpoint.record import (
     set_aside,
     sha256,
 )
+from qwenvl_jax.checkpoint.weights import placed
 
 Spare = Callable[[], Item]  # the weights that the run began with, read or drawn once more
 
 FROZEN = "frozen"
 # On one device an array would be one file, of gigabytes, copied whole when it is written.
 _CHUNK_BYTES = 64 << 20
+_READ_BYTES = 1 << 30
 
 
 class FrozenFolder:
@@ -68,8 +71,7 @@ class FrozenFolder:
         """
         folder = self._directory / _name(record)
         try:
-            with ocp.Checkpointer(_handler()) as checkpointer:
-                arrays = read(lambda: checkpointer.restore(folder, args=restore_args(wanted)))
+            arrays = read(lambda: _read(folder, wanted))
             compare(arrays, record)
         except Damaged as reason:
             if spare is None:
@@ -101,6 +103,33 @@ class FrozenFolder:
             )
         self._written.discard(folder.name)
         return arrays
+
+
+def _read(folder: Path, wanted: Item) -> Item:
+    """Returns the arrays, some at a time: while they are read, Orbax holds two copies of them.
+
+    The largest come first, when most of the memory is free.
+    """
+    arrays = {}
+    with ocp.Checkpointer(_handler()) as checkpointer:
+        for some in _in_parts(wanted):
+            arrays |= checkpointer.restore(folder, args=restore_args(some, is_part=True))
+    return arrays
+
+
+def _in_parts(wanted: Item) -> Iterator[Item]:
+    """Yields the items in dicts that take this process about `_READ_BYTES`, or hold one array."""
+    part, filled = {}, 0
+    for name, x in sorted(wanted.items(), key=lambda pair: (-pair[1].size, pair[0])):
+        here = placed(x).sharding
+        share = math.prod(here.shard_shape(x.shape)) * x.dtype.itemsize
+        share *= len(here.addressable_devices)
+        if part and filled + share > _READ_BYTES:
+            yield part
+            part, filled = {}, 0
+        part[name], filled = x, filled + share
+    if part:
+        yield part
 
 
 def _name(record: Record) -> str:

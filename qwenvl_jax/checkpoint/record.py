@@ -38,12 +38,15 @@ def sha256(record: Any) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def restore_args(wanted: Item) -> ocp.args.PyTreeRestore:
-    """Returns how Orbax is asked for arrays of these shapes, dtypes and shardings."""
+def restore_args(wanted: Item, *, is_part: bool = False) -> ocp.args.PyTreeRestore:
+    """Returns how Orbax is asked for arrays of these shapes, dtypes and shardings.
+
+    `is_part`: there are others beside them.
+    """
     target = {name: placed(x) for name, x in wanted.items()}
     # Without these Orbax takes the dtypes and the shardings of the save.
     each = ocp.checkpoint_utils.construct_restore_args(target)
-    return ocp.args.PyTreeRestore(target, restore_args=each)
+    return ocp.args.PyTreeRestore(target, restore_args=each, partial_restore=is_part)
 
 
 def read(action: Callable[[], Any]) -> Any:
