@@ -118,12 +118,15 @@ def _read(folder: Path, wanted: Item) -> Item:
 
 
 def _in_parts(wanted: Item) -> Iterator[Item]:
-    """Yields the items in dicts that take this process about `_READ_BYTES`, or hold one array."""
+    """Yields the items in dicts that take a process about `_READ_BYTES`, or hold one array.
+
+    All processes get the same ones, as they read together.
+    """
     part, filled = {}, 0
     for name, x in sorted(wanted.items(), key=lambda pair: (-pair[1].size, pair[0])):
         here = placed(x).sharding
         share = math.prod(here.shard_shape(x.shape)) * x.dtype.itemsize
-        share *= len(here.addressable_devices)
+        share = share * len(here.device_set) // jax.process_count()
         if part and filled + share > _READ_BYTES:
             yield part
             part, filled = {}, 0
