@@ -338,9 +338,9 @@ def items_with_still(step: int) -> dict[str, dict[str, jax.Array]]:
 
 
 def saved_with_still(path, *steps: int) -> None:
-    store = CheckpointStore(path, keep=3)
+    store = CheckpointStore(path, keep=3, frozen=STILL)
     for step in steps:
-        store.save(step, items_with_still(step), STILL)
+        store.save(step, items_with_still(step))
     store.close()
 
 
@@ -384,7 +384,9 @@ def test_a_run_that_freezes_other_weights_half_way(tmp_path):
     saved_with_still(tmp_path, 1)
     store = CheckpointStore(tmp_path, keep=3)
     store.save(2, items(2))
-    store.save(3, items(3), ["decoder.ln_f.scale"])
+    store.close()
+    store = CheckpointStore(tmp_path, keep=3, frozen=["decoder.ln_f.scale"])
+    store.save(3, items(3))
     store.wait()
     for step in (3, 2, 1):
         found = store.restore_newest(wanted())
@@ -410,7 +412,7 @@ def test_damaged_frozen_weights_are_taken_from_where_the_run_began(tmp_path, cap
         store.close()
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
 
-    store = CheckpointStore(tmp_path)
+    store = CheckpointStore(tmp_path, frozen=STILL)
     with pytest.raises(CheckpointError, match=r"cannot stand for it: \S+ does not"):
         store.restore_newest(wanted(), spare=lambda: weights(1))
     step, found = store.restore_newest(wanted(), spare=lambda: weights(0))
@@ -418,7 +420,7 @@ def test_damaged_frozen_weights_are_taken_from_where_the_run_began(tmp_path, cap
     assert_same(found["weights"], items_with_still(2)["weights"])
     said = capsys.readouterr().out
     assert f"renamed to {folder.name}.corrupt and taken from where the run began" in said
-    store.save(3, items_with_still(3), STILL)
+    store.save(3, items_with_still(3))
     store.close()
     assert_same(restore_weights(tmp_path, wanted()["weights"]), items_with_still(3)["weights"])
 
@@ -462,7 +464,7 @@ def test_frozen_weights_go_onto_another_mesh(tmp_path, shape, at_once, monkeypat
     found = restore_weights(tmp_path, abstract)
     assert_same(found, items_with_still(3)["weights"])
     # And from there, by another number of devices, into the same folder.
-    store = CheckpointStore(tmp_path)
-    store.save(4, {"weights": found, "optimizer": {"step": jnp.int32(4)}}, STILL)
+    store = CheckpointStore(tmp_path, frozen=STILL)
+    store.save(4, {"weights": found, "optimizer": {"step": jnp.int32(4)}})
     store.close()
     assert len(list((tmp_path / "frozen").iterdir())) == 1

@@ -41,8 +41,20 @@ _PARTS = (_DIGEST, *_ITEMS, "_CHECKPOINT_METADATA")  # of a checkpoint's folder
 class CheckpointStore:
     """The checkpoints of one run directory: `run_dir/checkpoints/<step>/`."""
 
-    def __init__(self, run_dir: str | Path, *, keep: int | None = None, read_only: bool = False):
-        """`keep` newest steps stay; None keeps all. `read_only` never creates or renames."""
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        keep: int | None = None,
+        frozen: Collection[str] = (),
+        read_only: bool = False,
+    ):
+        """`keep` newest steps stay; None keeps all. `read_only` never creates or renames.
+
+        `frozen` names weights that stay as they are for as long as this store lives: its first
+        save writes them, and waits for it, and later ones refer to them.
+        """
+        self._still = frozenset(frozen)
         self._directory = Path(run_dir).resolve() / "checkpoints"
         self._read_only = read_only
         if read_only and not self._directory.is_dir():
@@ -75,17 +87,14 @@ class CheckpointStore:
         """Returns the committed steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, items: Mapping[str, Item], frozen: Collection[str] = ()) -> None:
+    def save(self, step: int, items: Mapping[str, Item]) -> None:
         """Starts saving; the arrays may be donated as soon as this returns.
-
-        `frozen` names weights that stay as they are for as long as the process lives. The first
-        save writes them, and waits for it; later ones refer to them.
 
         Raises:
             Exception: whatever made an earlier save fail, e.g. a full disk.
         """
         weights = items[_WEIGHTS]
-        still = {name: weights[name] for name in frozen}
+        still = {name: x for name, x in weights.items() if name in self._still}
         changing = {name: x for name, x in weights.items() if name not in still}
         items = {**items, _WEIGHTS: changing}
         record = {name: describe(arrays) for name, arrays in items.items()}

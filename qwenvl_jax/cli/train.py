@@ -46,9 +46,14 @@ def _run(argv: Sequence[str]) -> int:
     from qwenvl_jax.evaluation.glance import AnswerPage
     from qwenvl_jax.training.loop import train
 
-    kept = keep_freed_memory if computes_on_cpu() else None
-    train(config, command=["train.py", *argv], open_page=AnswerPage, when_loaded=kept)
+    command = ["train.py", *argv]
+    train(config, command=command, open_page=AnswerPage, when_loaded=_keep_memory)
     return SUCCESS
+
+
+def _keep_memory() -> None:
+    if computes_on_cpu():
+        keep_freed_memory()
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:

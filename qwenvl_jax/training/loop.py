@@ -70,7 +70,7 @@ def train(
     batches: GivenBatches | None = None,
     open_page: OpenPage | None = None,
     devices: Sequence[Any] | None = None,
-    when_loaded: Callable[[], None] | None = None,
+    when_loaded: Callable[[], None] = lambda: None,
 ) -> int:
     """Runs or resumes the run in `config.run_dir`; returns the number of finished steps.
 
@@ -85,28 +85,22 @@ def train(
         RunStopped: too many bad steps in a row; the state is saved.
         OutOfMemory: the device cannot hold the step; what is on disk is whole.
     """
-    if batches is None:
-        _check_vocabulary(config)  # a wrong one is told before gigabytes are loaded
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
     layout = make_layout(config, make_mesh(config.mesh, devices))
     train_step = make_train_step(config, layout)
+    open_feed = _feeds(config, layout, faults, batches)
     look = open_look(config, layout, open_page)
     # The mesh context serves sharding constraints that name mesh axes only.
     with jax.set_mesh(layout.mesh), explained(layout), contextlib.ExitStack() as stack:
         run_dir = stack.enter_context(contextlib.closing(open_run(config, command)))
         _check_processes(config, run_dir)
-        store = CheckpointStore(config.run_dir, keep=config.checkpoint.keep)
-        stack.enter_context(contextlib.closing(store))
+        store = stack.enter_context(contextlib.closing(_open_store(config, layout)))
         with goodput.spend("restore"):
             state = restore(config, layout, store) or new_state(config, layout)
-        if when_loaded:
-            when_loaded()
-        first_step = int(state.step)
-        check_agreement({"the newest good checkpoint": str(first_step)})
-        run_dir.ask_to_skip(config.skip_steps, first_step)
-        report = stack.enter_context(contextlib.closing(Report(config, layout, first_step)))
-        report.say("\n".join(introduction(config, layout, first_step, run_dir)))
-        if first_step >= config.steps:
+        when_loaded()
+        report = _open_report(config, layout, run_dir, int(state.step))
+        stack.enter_context(contextlib.closing(report))
+        if (first_step := int(state.step)) >= config.steps:
             report.say("nothing to do: this run is finished")
             return first_step
         run = Run(
@@ -119,7 +113,7 @@ def train(
             incidents=Incidents(config.run_dir, config.seed),
             compile_step=lambda batch: _compile(train_step, layout, batch, report),
             restore=lambda: restore(config, layout, store),
-            open_feed=_feeds(config, layout, faults, batches),
+            open_feed=open_feed,
             look=look,
             state=state,
         )
@@ -178,6 +172,20 @@ def loop(run: Run, stop: StopRequest) -> int:
             "mend the data, lower optimizer.peak_lr, or pass over them with --skip-steps A:B"
         )
     return step
+
+
+def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
+    frozen = layout.abstract.frozen
+    return CheckpointStore(config.run_dir, keep=config.checkpoint.keep, frozen=frozen)
+
+
+def _open_report(config: TrainConfig, layout: Layout, run_dir: RunDir, first_step: int) -> Report:
+    """Returns the report, after it has told what is about to happen."""
+    check_agreement({"the newest good checkpoint": str(first_step)})
+    run_dir.ask_to_skip(config.skip_steps, first_step)
+    report = Report(config, layout, first_step)
+    report.say("\n".join(introduction(config, layout, first_step, run_dir)))
+    return report
 
 
 def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -> Look | None:
@@ -254,7 +262,10 @@ def _feeds(
 ) -> Callable[[int], Feed]:
     """Returns a function from the first step to the feed of batches from there on."""
     sharding = batch_sharding(layout.mesh)
-    held = None if given else rows_of_process(sharding, config.data.rows)
+    held = None
+    if not given:
+        _check_vocabulary(config)  # a wrong one is told before gigabytes are loaded
+        held = rows_of_process(sharding, config.data.rows)
 
     def watched(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         for number, batch in enumerate(batches, start=step):

@@ -158,7 +158,7 @@ class Run:
             self._tolerate(step, self.store.wait)
             try:
                 if step not in self.store.steps():
-                    self.store.save(step, to_items(self.state), self.state.frozen)
+                    self.store.save(step, to_items(self.state))
                     self.store.wait()
             except Exception as error:  # a full disk has many names
                 newest = max(self.store.steps(), default=0)
@@ -252,7 +252,7 @@ class Run:
         def start() -> None:
             self._save_began = time.monotonic()
             self.faults.before_save(step)
-            self.store.save(step, to_items(self.state), self.state.frozen)
+            self.store.save(step, to_items(self.state))
 
         with self.goodput.spend("save"):
             self._tolerate(step, start)
