@@ -3,7 +3,7 @@
 Writes a synthetic Qwen-VL (normal weights, 10 safetensors shards, the published vocabulary) into a
 scratch folder. Then, each in a process of its own whose anonymous memory is sampled:
 
-  infer     loads it, encodes a picture and writes 16 tokens: seconds for each
+  infer     loads it, encodes a picture and writes 1 and 17 tokens: seconds for each
   finetune  `train.py configs/finetune_lora.py` on one conversation with a picture, rows of 512
             tokens, from the released folder; two steps, a checkpoint, and one step more from there
 
@@ -89,8 +89,8 @@ def answer(folder: Path) -> None:
     """Loads the model, looks at the picture and writes; prints the seconds of each."""
     from qwenvl_jax import from_pretrained
 
-    def told(what: str, begin: float, count: int = 1) -> None:
-        print(f"  {what}: {(time.perf_counter() - begin) / count:.2f} s", flush=True)
+    def told(what: str, begin: float) -> None:
+        print(f"  {what}: {time.perf_counter() - begin:.2f} s", flush=True)
 
     begin = time.perf_counter()
     vl = from_pretrained(folder / "model")

@@ -201,7 +201,10 @@ def adapter(
     from qwenvl_jax.conversion.peft_export import export_adapter
 
     if not is_run(run):
-        raise ConfigError(f"{run} is no training run: got a folder without checkpoints/")
+        raise ConfigError(
+            f"{run} is no training run: expected the directory that train.py wrote, with "
+            "config.json and checkpoints/ in it"
+        )
     print(f"{target}: {export_adapter(run, target)} modules, ready")
 
 

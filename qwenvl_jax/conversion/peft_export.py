@@ -128,11 +128,7 @@ def _settings(parts: list[_Part], lora: LoraConfig, base: Any) -> dict[str, Any]
     """Returns `adapter_config.json`; modules by their whole names, as the tower has like ones."""
     pairs = [part for part in parts if part.rank]
     modules = [name.removesuffix(".weight") for part in pairs for name in part.rule.names()]
-    endings = {part.rank: set() for part in pairs}
-    for part in pairs:
-        module = part.rule.released.removesuffix(".weight")
-        endings[part.rank].add(".".join(module.split(".")[-2:]))
-    ranks = {ending: rank for rank, found in endings.items() for ending in sorted(found)}
+    ranks = {".".join(part.rule.released.split(".")[-3:-1]): part.rank for part in pairs}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
