@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.checkpoint import digest
 from qwenvl_jax.checkpoint.digest import digests
-from qwenvl_jax.checkpoint.record import CheckpointError, abstract_item
+from qwenvl_jax.checkpoint.record import CheckpointError
 from qwenvl_jax.checkpoint.store import CheckpointStore, restore_weights
 from qwenvl_jax.config import MeshConfig
 from qwenvl_jax.sharding import make_mesh
@@ -42,6 +42,13 @@ def saved_run(path, *steps: int) -> CheckpointStore:
         store.save(step, items(step))
     store.wait()
     return store
+
+
+def abstract_item(arrays: dict[str, jax.Array]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        for name, x in arrays.items()
+    }
 
 
 def wanted() -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
@@ -271,6 +278,66 @@ def test_a_save_that_cannot_make_its_folder_leaves_no_thread_behind(tmp_path, mo
     store.save(3, items(3))
     store.wait()
     assert store.steps() == [1, 3]
+    store.close()
+
+
+def test_a_save_that_fails_in_the_background(tmp_path, monkeypatch):
+    """It is found at a look, hinders no other save, and leaves nothing on a full disk."""
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (1, 2):
+        store.save(step, items(step))
+        store.wait()
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._manager._checkpointer._handler, "finalize", full)
+        store.save(3, items(3))
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                store.check()
+    store.check()  # told once
+    assert store.steps() == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
+    for step in (4, 5):
+        store.save(step, items(step))
+        store.wait()
+    store.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        PermissionError(errno.EACCES, "Permission denied"),
+        ValueError("UNAVAILABLE: the storage does not answer"),
+    ],
+)
+def test_what_the_storage_says_is_not_taken_for_damage(tmp_path, monkeypatch, error):
+    saved_run(tmp_path, 1, 2).close()
+    store = CheckpointStore(tmp_path)
+
+    def fails(*args, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._manager, "restore", fails)
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            store.restore_newest(wanted())
+    assert store.restore_newest(wanted())[0] == 2
+    store.close()
+
+
+def test_a_checkpoint_of_a_newer_version_is_no_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwenvl_jax.checkpoint.store.FORMAT", 2)
+    saved_run(tmp_path, 1).close()
+    monkeypatch.undo()
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(CheckpointError, match="got format 2 of its digests, expected at most 1"):
+        store.restore_newest(wanted())
+    assert store.steps() == [1]
     store.close()
 
 

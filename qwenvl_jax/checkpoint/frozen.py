@@ -2,8 +2,8 @@
 
     run_dir/frozen/<digest>/    an ordinary Orbax checkpoint of a flat dict
 
-The folder is named by what it holds, so a run that freezes other parts half way has two. With LoRA
-at full size a checkpoint thus takes 1.5 GB, and not 21.
+The folder is named by what it holds. With LoRA at full size a checkpoint thus takes 1.5 GB, and not
+21.
 """
 
 import math

@@ -1,5 +1,6 @@
 """What is noted of saved arrays, and how they are read back and compared with it."""
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -14,6 +15,12 @@ from qwenvl_jax.checkpoint.weights import placed
 
 Item = dict[str, Any]  # dotted name -> array, or ShapeDtypeStruct with a sharding
 Record = dict[str, dict[str, Any]]  # dotted name -> {shape, dtype, digest}
+
+_ERRORS_OF_THE_SYSTEM = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT)
+_STATES_OF_THE_SYSTEM = (  # as tensorstore names them
+    "RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED",
+    "DEADLINE_EXCEEDED",
+)  # fmt: skip
 
 
 class CheckpointError(RuntimeError):
@@ -52,8 +59,8 @@ def restore_args(wanted: Item, *, is_part: bool = False) -> ocp.args.PyTreeResto
 def read(action: Callable[[], Any]) -> Any:
     """Returns what Orbax reads.
 
-    Raises: Damaged for whatever it stumbles on, but for too little memory, which says nothing about
-        the files: setting them aside would lose the run.
+    Raises: Damaged for whatever it stumbles on, but for what says nothing about the files, as too
+        little memory or a storage that does not answer: setting them aside would lose the run.
     """
     try:
         return action()
@@ -68,24 +75,21 @@ def compare(arrays: Item, record: Mapping[str, Mapping[str, Any]]) -> None:
             raise Damaged(f"{name} does not have the digest it was saved with")
 
 
-def set_aside(folder: Path) -> Path:
-    """Returns the new name of a damaged folder, which ends in `.corrupt`; nothing is deleted."""
-    target, count = folder.with_name(f"{folder.name}.corrupt"), 1
+def set_aside(folder: Path, why: str = "corrupt") -> Path:
+    """Returns the new name of a folder, which ends in `.<why>`; nothing is deleted."""
+    target, count = folder.with_name(f"{folder.name}.{why}"), 1
     while target.exists():
         count += 1
-        target = folder.with_name(f"{folder.name}.corrupt-{count}")
+        target = folder.with_name(f"{folder.name}.{why}-{count}")
     folder.rename(target)
     return target
 
 
 def _raise_damaged(error: Exception) -> NoReturn:
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    is_systems = isinstance(error, MemoryError | PermissionError) or (
+        isinstance(error, OSError) and error.errno in _ERRORS_OF_THE_SYSTEM
+    )
+    if is_systems or any(name in str(error) for name in _STATES_OF_THE_SYSTEM):
         raise error
     raise Damaged(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
 
-
-def abstract_item(arrays: Item) -> Item:
-    """Returns the same names with ShapeDtypeStructs that keep shape, dtype and sharding."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arrays
-    )

@@ -8,14 +8,17 @@ with a flipped bit without a word; here a checkpoint counts only when every dige
 Weights that do not train lie beside the checkpoints (`frozen.py`); each of these has their digests.
 """
 
+import contextlib
 import logging
-from collections.abc import Collection, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from qwenvl_jax.checkpoint.frozen import FROZEN, FrozenFolder, Spare
 from qwenvl_jax.checkpoint.record import (
@@ -91,7 +94,8 @@ class CheckpointStore:
         """Starts saving; the arrays may be donated as soon as this returns.
 
         Raises:
-            Exception: whatever made an earlier save fail, e.g. a full disk.
+            Exception: whatever makes this save fail, or made the one before it fail in the
+                background: `wait` for that one to tell them apart.
         """
         weights = items[_WEIGHTS]
         still = {name: x for name, x in weights.items() if name in self._still}
@@ -106,7 +110,9 @@ class CheckpointStore:
         }
         parts[_DIGEST] = ocp.args.JsonSave(payload)
         # Forced: otherwise a folder named after a later step, whoever made it, silences every save.
-        if not self._manager.save(step, args=ocp.args.Composite(**parts), force=True):
+        with self._clean_if_it_fails():
+            is_saved = self._manager.save(step, args=ocp.args.Composite(**parts), force=True)
+        if not is_saved:
             raise CheckpointError(
                 f"step {step} was not saved in {self._directory}: Orbax refused it"
             )
@@ -117,12 +123,15 @@ class CheckpointStore:
         return self._manager.is_saving_in_progress()
 
     def check(self) -> None:
-        """Raises what a save in the background has met, if anything."""
-        self._manager.check_for_errors()
+        """Raises what a save that has ended in the background has met, if anything, once."""
+        # Orbax's own check finds nothing: the thread that ends the save has taken the error.
+        if not self.is_saving:
+            self.wait()
 
     def wait(self) -> None:
-        """Returns when no save is under way; raises what the save has met."""
-        self._manager.wait_until_finished()
+        """Returns when no save is under way; raises what the save has met, once."""
+        with self._clean_if_it_fails():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
@@ -183,6 +192,23 @@ class CheckpointStore:
             return {name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for name, x in noted}
         raise CheckpointError(f"no finished checkpoint in {self._directory}")
 
+    @contextlib.contextmanager
+    def _clean_if_it_fails(self) -> Iterator[None]:
+        """Removes what a failed save has left on the disk, which may be full, and counts again.
+
+        Orbax forgets a step that is to go when the save begins, and removes it when that ends well.
+        """
+        try:
+            yield
+        except Exception:
+            # Not with several processes: reading the directory is something they do together, and
+            # an error need not be everyone's. The next start cleans up.
+            if jax.process_count() == 1:
+                for half in self._directory.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(half, ignore_errors=True)
+                self._manager.reload()
+            raise
+
     def _restore(
         self,
         step: int,
@@ -219,6 +245,11 @@ class CheckpointStore:
         """Returns item -> name -> {shape, dtype, digest}; checked against its own sha256."""
         args = ocp.args.Composite(**{_DIGEST: ocp.args.JsonRestore()})
         payload = read(lambda: self._manager.restore(step, args=args)[_DIGEST])
+        if isinstance(payload, dict) and payload.get("format", FORMAT) > FORMAT:
+            raise CheckpointError(
+                f"{self._directory / str(step)} was saved by a newer version: got format "
+                f"{payload['format']} of its digests, expected at most {FORMAT}; update qwenvl-jax"
+            )
         record, noted = read(lambda: (payload["items"], payload["sha256"]))
         if sha256(record) != noted:
             raise Damaged("the digest record itself is damaged")
@@ -229,23 +260,26 @@ class CheckpointStore:
 
         Orbax would count them among the checkpoints to keep, and remove them in turn.
         """
-        if not self._directory.is_dir() or jax.process_index() > 0:
-            return
-        for folder in self._directory.iterdir():
-            is_step = folder.name.isdigit() and folder.is_dir()
-            if is_step and not any((folder / name).exists() for name in _PARTS):
-                target = folder.with_name(f"{folder.name}.foreign")
-                folder.rename(target)
-                print(f"{folder} is no checkpoint; renamed to {target.name}", flush=True)
+        if jax.process_index() == 0 and self._directory.is_dir():
+            for folder in list(self._directory.iterdir()):
+                is_step = folder.name.isdigit() and folder.is_dir()
+                if is_step and not any((folder / name).exists() for name in _PARTS):
+                    target = set_aside(folder, "foreign")
+                    print(f"{folder} is no checkpoint; renamed to {target.name}", flush=True)
+        _wait_for_the_first()
 
     def _set_aside(self, step: int, reason: Damaged) -> None:
         source = self._directory / str(step)
         if self._read_only:
             print(f"checkpoint {source} is damaged ({reason}); trying an older one", flush=True)
             return
-        target = set_aside(source)
+        if jax.process_index() == 0:
+            target = set_aside(source)
+            print(
+                f"checkpoint {source} is damaged ({reason}); renamed to {target.name}", flush=True
+            )
+        _wait_for_the_first()
         self._manager.reload()
-        print(f"checkpoint {source} is damaged ({reason}); renamed to {target.name}", flush=True)
 
 
 def restore_weights(run_dir: str | Path, abstract: Item) -> Item:
@@ -285,6 +319,12 @@ def restore_trained(run_dir: str | Path) -> Item:
     return found[1][_WEIGHTS]
 
 
+def _wait_for_the_first() -> None:
+    """Returns on every process once the first one, which alone renames, is here too."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("checkpoints are named as they are")
+
+
 def _as_saved(wanted: Item, saved: Mapping[str, Any]) -> Item:
     """Returns the same names with the dtypes that a checkpoint's record has for them."""
     return {
@@ -313,5 +353,6 @@ def _check_names(where: str, wanted: Item, saved: Mapping[str, Any] | None) -> N
         listed = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise CheckpointError(
             f"{where} does not fit this config in {len(problems)} of {len(wanted)} arrays: "
-            f"{listed}; use the model sizes it was trained with"
+            f"{listed}; use the model sizes, `parameters` and `frozen_dtype` it was trained with; "
+            "for others start a new run with --init"
         )
