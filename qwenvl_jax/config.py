@@ -26,8 +26,15 @@ class ConfigError(ValueError):
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value <= 0:
+        if not 0 < value < math.inf:  # nor NaN
             raise ConfigError(f"{type(config).__name__}.{name} must be positive: got {value}")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise ConfigError(f"{type(config).__name__}.{name} must not be negative: got {value}")
 
 
 def _divides(config: Any, part: str, whole: str) -> None:
@@ -58,16 +65,8 @@ class VisionConfig:
     global_every: int = 4  # one block in so many sees everything; `window` only
 
     def __post_init__(self):
-        _positive(
-            self,
-            "width",
-            "num_layers",
-            "num_heads",
-            "mlp_dim",
-            "patch_size",
-            "table_side",
-        )
-        _positive(self, "window_side", "global_every")
+        _positive(self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "table_side")
+        _positive(self, "window_side", "global_every", "norm_eps")
         _divides(self, "num_heads", "width")
 
 
@@ -80,7 +79,7 @@ class AdapterConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        _positive(self, "num_queries", "num_heads")
+        _positive(self, "num_queries", "num_heads", "norm_eps")
         side = round(self.num_queries**0.5)
         if side * side != self.num_queries:
             raise ConfigError(
@@ -107,16 +106,8 @@ class DecoderConfig:
     use_logn: bool = True
 
     def __post_init__(self):
-        _positive(
-            self,
-            "width",
-            "num_layers",
-            "num_heads",
-            "head_dim",
-            "mlp_dim",
-            "vocab_size",
-        )
-        _positive(self, "seq_length", "max_positions")
+        _positive(self, "width", "num_layers", "num_heads", "head_dim", "mlp_dim", "vocab_size")
+        _positive(self, "seq_length", "max_positions", "rope_base", "norm_eps")
         if self.head_dim % 2:
             raise ConfigError(f"DecoderConfig.head_dim must be even: got {self.head_dim}")
 
@@ -221,11 +212,7 @@ class DataConfig:
 
     def __post_init__(self):
         _positive(self, "length", "image_size", "rows", "temperature")
-        if self.num_workers < 0 or self.max_images < 0:
-            raise ConfigError(
-                "DataConfig.num_workers and max_images must not be negative: got "
-                f"{self.num_workers} and {self.max_images}"
-            )
+        _not_negative(self, "num_workers", "max_images")
         for name in ("tasks", "mixture"):
             weights = getattr(self, name)
             if any(not 0 < weight < math.inf for weight in weights.values()):
@@ -250,7 +237,13 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _positive(self, "peak_lr", "eps", "clip_norm")
-        if self.end_lr < 0 or self.end_lr > self.peak_lr:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(
+                    f"OptimizerConfig.{name} must be in [0, 1): got {getattr(self, name)}"
+                )
+        _not_negative(self, "warmup_steps")
+        if not 0 <= self.end_lr <= self.peak_lr:
             raise ConfigError(
                 "OptimizerConfig.end_lr must lie between 0 and peak_lr: "
                 f"got {self.end_lr}, peak_lr {self.peak_lr}"
@@ -304,6 +297,9 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep: int = 3
 
+    def __post_init__(self):
+        _positive(self, "every_steps", "keep")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardConfig:
@@ -319,11 +315,7 @@ class GuardConfig:
 
     def __post_init__(self):
         _positive(self, "stop_after", "spike_sigmas", "data_timeout", "grace_seconds")
-        if min(self.rewind_margin, self.digest_every) < 0:
-            raise ConfigError(
-                "GuardConfig.rewind_margin and digest_every must not be negative: got "
-                f"{self.rewind_margin} and {self.digest_every}"
-            )
+        _not_negative(self, "rewind_margin", "digest_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,11 +330,7 @@ class EvaluationConfig:
 
     def __post_init__(self):
         _positive(self, "batches", "max_new_tokens")
-        if min(self.every_steps, self.samples) < 0:
-            raise ConfigError(
-                "EvaluationConfig.every_steps and samples must not be negative: got "
-                f"{self.every_steps} and {self.samples}"
-            )
+        _not_negative(self, "every_steps", "samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -371,6 +359,18 @@ class TrainConfig:
 
     def __post_init__(self):
         _positive(self, "steps", "micro_batches", "loss_chunk", "log_every")
+        if not self.run_dir:
+            raise ConfigError("TrainConfig.run_dir is empty: name a folder, e.g. runs/mine")
+        if self.model.param_dtype != "float32":
+            raise ConfigError(
+                f"what trains is kept in float32: got model.param_dtype={self.model.param_dtype}; "
+                "use frozen_dtype=bfloat16 for what does not train, and model.dtype for products"
+            )
+        if self.data.image_size % self.model.vision.patch_size:
+            raise ConfigError(
+                "data.image_size must be a multiple of vision.patch_size: got "
+                f"{self.data.image_size}, patch_size {self.model.vision.patch_size}"
+            )
         if self.data.rows % self.micro_batches:
             raise ConfigError(
                 "TrainConfig.micro_batches must divide data.rows: "

@@ -251,7 +251,7 @@ def test_a_runs_adapter_gives_the_released_model_what_the_run_has(tmp_path):
     assert main(["adapter", str(tmp_path / "run"), str(tmp_path / "adapter")]) == 0
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert settings["rank_pattern"] == {"attn.in_proj": 6, "attn.c_attn": 9}
-    assert settings["modules_to_save"] == ["wte", "lm_head"]
+    assert settings["modules_to_save"] == ["transformer.wte", "lm_head"]
     import_released(tmp_path / "released", tmp_path / "joined", lora=tmp_path / "adapter")
     import_run(tmp_path / "run", tmp_path / "folded")
     folders = [load_weights(tmp_path / name, abstract) for name in ("joined", "folded", "base")]
@@ -298,6 +298,9 @@ def test_settings_that_cannot_work_are_refused():
         abstract_state(tiny.model_config(lora=head))
     with pytest.raises(ConfigError, match=r"'\*\.lora\.\*' matches no parameter"):
         layout_of(lora_config(lora=LoraConfig()))
+    both = dataclasses.replace(lora_config(), parameters=(ParameterRule("*"),))
+    with pytest.raises(ConfigError, match=r"kernel and \d+ more would train beside a LoRA pair"):
+        layout_of(both)
 
 
 def test_the_released_sizes_at_full_size():

@@ -13,10 +13,11 @@ import tiny
 from qwenvl_jax.checkpoint.store import CheckpointStore
 from qwenvl_jax.config import CheckpointConfig, ConfigError, GuardConfig
 from qwenvl_jax.sharding import make_mesh
-from qwenvl_jax.training.faults import parse_faults
+from qwenvl_jax.training.faults import HostFaults, parse_faults
 from qwenvl_jax.training.guard import ENOUGH, REASONS, WINDOW, fresh_guard, judge, spike_score
 from qwenvl_jax.training.incidents import Incidents, RunStopped
 from qwenvl_jax.training.loop import restore, train
+from qwenvl_jax.training.run_dir import open_run
 from qwenvl_jax.training.skips import joined, last_skipped, parse_skips
 from qwenvl_jax.training.state import make_layout
 
@@ -186,6 +187,22 @@ def test_ranges_join_and_are_found():
     assert ranges == [(1, 5), (7, 12)]
     found = {step: last_skipped(step, ranges) for step in (1, 5, 6, 7, 12, 13)}
     assert found == {1: 5, 5: 5, 6: None, 7: 12, 12: 12, 13: None}
+
+
+def test_a_fault_may_strike_twice():
+    faults = HostFaults(("hardware@7", "hardware@3", "kill@9"))
+    assert [step for step in range(1, 9) if faults.strikes("hardware", step)] == [3, 7]
+
+
+def test_steps_passed_over_may_be_asked_for_again_with_more_of_them(tmp_path):
+    opened = open_run(tiny.train_config(tmp_path), [])
+    opened.ask_to_skip(["31:37"], 20)
+    opened.ask_to_skip(["31:40"], 37)
+    assert opened.skips == [(31, 40)]
+    with pytest.raises(ConfigError, match=r"skip_steps 30:41 comes too late: .* made step 30"):
+        opened.ask_to_skip(["30:41"], 37)
+    assert opened.skips == [(31, 40)]
+    opened.close()
 
 
 @pytest.mark.parametrize("text", ["kill", "kill@0", "flood@3", "kill@x"])

@@ -186,6 +186,10 @@ def test_the_time_of_a_step_is_told_from_runs_alike(tmp_path, monkeypatch):
     full = {"tokens": 8 * 19, "images": 16, "pairs": 8 * 19 * 20 / 2}
     count = step_flops(config.model, layout.model_state, layout.plan, data.image_size)
     assert bound == pytest.approx(count(full) / 1e9, rel=1e-2)
+    run_beside(tmp_path / "one", config, None)
+    one = tmp_path / "one" / "metrics.jsonl"
+    one.write_text('{"step": 1, "seconds_per_step": 9.0}\n')  # which holds the compilation
+    assert "more than" in told()
     cheap = dataclasses.replace(config, log_every=7, seed=3)
     run_beside(tmp_path / "d", cheap, 0.3)
     assert told() == f"expected: 0.3 s a step, as measured in {tmp_path / 'd'}"

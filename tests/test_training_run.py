@@ -1,7 +1,9 @@
 """A run from outside: started, stopped, killed, resumed, refused."""
 
 import dataclasses
+import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,13 +23,14 @@ from qwenvl_jax.cli.train import main, read_config
 from qwenvl_jax.config import ConfigError, LoraConfig, OptimizerConfig, to_dict
 from qwenvl_jax.data.example import TASKS, DataError
 from qwenvl_jax.data.pipeline import check_config
-from qwenvl_jax.presets import stage_2
+from qwenvl_jax.presets import stage_2, stage_3
 from qwenvl_jax.sharding import batch_sharding, make_mesh
+from qwenvl_jax.training import report as report_module
 from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed
 from qwenvl_jax.training.goodput import Goodput
 from qwenvl_jax.training.incidents import Incidents
-from qwenvl_jax.training.loop import loop
+from qwenvl_jax.training.loop import loop, train
 from qwenvl_jax.training.manifest import fingerprint
 from qwenvl_jax.training.plot import plot_curves
 from qwenvl_jax.training.report import Report
@@ -152,6 +155,7 @@ def test_stopped_and_killed_run_equals_the_uninterrupted(tmp_path, compiled):
 def opened(config) -> list[str]:
     """Returns the notes of a start, after giving the lock back."""
     run_dir = open_run(config, ["train.py"])
+    run_dir.begin()
     run_dir.close()
     return run_dir.notes
 
@@ -181,6 +185,96 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
         opened(other)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["seed"] == 7, "a refused start must leave the directory as it was"
+
+
+def test_a_start_that_fails_at_loading_leaves_the_directory_as_it_was(tmp_path, capsys):
+    config = tiny.train_config(tmp_path, steps=3)
+    opened(config)
+    store = CheckpointStore(tmp_path, keep=2)
+    assert loop_with(config, store, lambda *_: None) == 3
+    store.close()
+    before = {name: (tmp_path / name).read_text() for name in ("config.json", "manifest.json")}
+    other = dataclasses.replace(
+        config, parameters=stage_3(weight_decay=0.0), allow_change=("parameters",)
+    )
+    with pytest.raises(CheckpointError, match=r"fit this config .*start a new run with --init"):
+        train(other, batches=lambda first: tiny.batches(config, first), devices=jax.devices()[:1])
+    assert {name: (tmp_path / name).read_text() for name in before} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"checkpoint": {"keep": 0}}, r"CheckpointConfig\.keep must be positive: got 0"),
+        ({"checkpoint": {"every_steps": 0}}, r"CheckpointConfig\.every_steps must be positive"),
+        ({"optimizer": {"beta2": 1.0}}, r"OptimizerConfig\.beta2 must be in \[0, 1\): got 1\.0"),
+        ({"optimizer": {"warmup_steps": -5}}, r"warmup_steps must not be negative: got -5"),
+        ({"optimizer": {"peak_lr": math.nan}}, r"peak_lr must be positive: got nan"),
+        ({"optimizer": {"clip_norm": math.inf}}, r"clip_norm must be positive: got inf"),
+        ({"model": {"param_dtype": "bfloat16"}}, r"kept in float32: .*use frozen_dtype=bfloat16"),
+        (
+            {"data": {"image_size": 30}},
+            r"data\.image_size must be a multiple of vision\.patch_size",
+        ),
+        ({"run_dir": ""}, r"run_dir is empty: name a folder"),
+    ],
+)
+def test_settings_that_would_ruin_a_run_are_refused(change, words):
+    config = tiny.train_config()
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(
+            config,
+            **{
+                name: dataclasses.replace(getattr(config, name), **value)
+                if isinstance(value, dict)
+                else value
+                for name, value in change.items()
+            },
+        )
+
+
+def test_allow_change_knows_the_settings(tmp_path):
+    opened(tiny.train_config(tmp_path, allow_change=("tokenizer", "data", "optimizer.peak_lr")))
+    with pytest.raises(ConfigError, match=r"got 'optimizr', .* did you mean optimizer\?"):
+        opened(tiny.train_config(tmp_path, allow_change=("optimizr",)))
+
+
+def test_the_order_of_tasks_is_part_of_the_recipe():
+    old = {"data": {"tasks": {"caption": 1.0, "vqa": 2.0}, "length": 8}}
+    new = {"data": {"length": 8, "tasks": {"vqa": 2.0, "caption": 1.0}}}
+    said = "data.tasks: the order was ['caption', 'vqa'], now ['vqa', 'caption']"
+    assert differences(old, new) == {"data.tasks": said}
+
+
+def test_a_storage_without_locks_is_told_and_taken(tmp_path, monkeypatch, capsys):
+    def no_locks(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    opened(tiny.train_config(tmp_path))
+    assert "cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+def test_a_vocabulary_is_copied_whole_or_not_at_all(tmp_path, monkeypatch):
+    vocabulary = tmp_path / "qwen.tiktoken"
+    vocabulary.write_text("IQ== 0\n")
+    data = dataclasses.replace(tiny.train_config().data, tokenizer=str(vocabulary))
+    config = tiny.train_config(tmp_path / "run", data=data)
+    opened(config)
+    copy = tmp_path / "run" / "qwen.tiktoken"
+    inode = copy.stat().st_ino
+    opened(config)
+    assert copy.stat().st_ino == inode  # the same bytes are not written again
+
+    def dies(source, target):
+        Path(target).write_text("IQ")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    vocabulary.write_text("IQ== 0\nIg== 1\n")
+    monkeypatch.setattr("shutil.copyfile", dies)
+    with pytest.raises(OSError, match="No space"):
+        opened(config)
+    assert copy.read_text() == "IQ== 0\n"
 
 
 def test_speed_settings_may_change_and_are_told(tmp_path):
@@ -415,6 +509,20 @@ def test_wrong_settings_are_one_line(config_file, capsys, options, words):
     assert err.count("\n") == 1
 
 
+def test_what_is_wrong_with_data_is_told_before_anything_is_loaded(tmp_path):
+    config = read_config("configs/nano/stage2_lines.py", [f"--run-dir={tmp_path}/run"])
+    rows = dataclasses.replace(config.data, mixture={}, mixing="weights", path="any.json")
+    for change, error, words in (
+        ({"path": "typo.json"}, DataError, "no data at 'typo.json'"),
+        ({"source": "row"}, ConfigError, "data.source is unknown: got 'row'"),
+        ({"tasks": {"vqa": 1.0}}, ConfigError, "data.tasks has no effect"),
+    ):
+        data = dataclasses.replace(rows, **change)
+        with pytest.raises(error, match=words):
+            train(dataclasses.replace(config, data=data, init="nowhere"))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -482,7 +590,7 @@ def loop_with(config, store, before_step):
         store=store,
         report=Report(config, layout, 0),
         goodput=Goodput(),
-        faults=HostFaults(),
+        faults=HostFaults(config.simulate_fault),
         incidents=Incidents(config.run_dir, config.seed),
         compile_step=lambda batch: step,
         restore=lambda: None,
@@ -512,6 +620,78 @@ def test_full_disk_is_told_and_survived(tmp_path, capsys):
     assert "CHECKPOINT NOT SAVED (seen at step 2): [Errno 28] No space left" in out
     assert store.steps() == [4, 6]
     store.close()
+
+
+def test_a_save_that_fails_in_the_background_is_told_once_and_hinders_no_other(
+    tmp_path, capsys, monkeypatch
+):
+    store = CheckpointStore(tmp_path, keep=2)
+    handler = store._manager._checkpointer._handler
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fails_at_first(step, _):
+        if step == 4:
+            while store.is_saving:  # step 2
+                time.sleep(0.01)
+            monkeypatch.undo()
+
+    monkeypatch.setattr(handler, "finalize", full)
+    assert loop_with(tiny.train_config(tmp_path, steps=6), store, fails_at_first) == 6
+    assert capsys.readouterr().out.count("CHECKPOINT NOT SAVED") == 1
+    assert records(tmp_path)[-1]["failed_saves"] == 1
+    store.close()
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["4", "6"]
+
+
+def test_a_full_disk_does_not_end_the_run_through_its_metrics(tmp_path, capsys):
+    store = CheckpointStore(tmp_path, keep=2)
+    config = tiny.train_config(tmp_path, steps=6)
+    room = {"is_there": True}
+    write = report_module._Lines.flush
+
+    def flush(lines):
+        if not room["is_there"]:
+            lines._waiting = lines._waiting[lines._file.write(lines._waiting[:3]) :]  # a part
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(lines)
+
+    def comes_and_goes(step, _):
+        room["is_there"] = step not in (3, 4)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_module._Lines, "flush", flush)
+        assert loop_with(config, store, comes_and_goes) == 6
+    store.close()
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert capsys.readouterr().out.count("NOT WRITTEN") == 1
+
+
+def test_data_that_end_lose_no_finished_step(tmp_path, capsys):
+    config = tiny.train_config(tmp_path, steps=9, simulate_fault=("data-error@6",))
+    store = CheckpointStore(tmp_path, keep=5)
+    with pytest.raises(DataError, match="the data of step 6 cannot be read"):
+        loop_with(config, store, lambda *_: None)
+    assert store.steps() == [2, 4, 5]
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5]
+    store.close()
+
+
+def test_speeds_leave_out_what_is_no_step(tmp_path):
+    config = tiny.train_config(tmp_path, steps=6)
+    store = CheckpointStore(tmp_path, keep=2)
+    save = store.save
+
+    def slow(step, items):
+        time.sleep(1.0)
+        save(step, items)
+
+    store.save = slow
+    loop_with(config, store, lambda *_: None)
+    store.close()
+    assert records(tmp_path)[-1]["seconds_per_step"] < 0.2  # two saves of a second lie between
 
 
 def test_a_last_save_that_fails_fails_the_run(tmp_path):

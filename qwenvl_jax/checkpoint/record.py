@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 import orbax.checkpoint as ocp
 
 from qwenvl_jax.checkpoint.digest import digests
@@ -92,4 +91,3 @@ def _raise_damaged(error: Exception) -> NoReturn:
     if is_systems or any(name in str(error) for name in _STATES_OF_THE_SYSTEM):
         raise error
     raise Damaged(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
-

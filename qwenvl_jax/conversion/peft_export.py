@@ -128,6 +128,9 @@ def _settings(parts: list[_Part], lora: LoraConfig, base: Any) -> dict[str, Any]
     """Returns `adapter_config.json`; modules by their whole names, as the tower has like ones."""
     pairs = [part for part in parts if part.rank]
     modules = [name.removesuffix(".weight") for part in pairs for name in part.rule.names()]
+    whole = dict.fromkeys(
+        name.rpartition(".")[0] for part in parts if not part.rank for name in part.rule.names()
+    )
     ranks = {".".join(part.rule.released.split(".")[-3:-1]): part.rank for part in pairs}
     return {
         "peft_type": "LORA",
@@ -138,12 +141,7 @@ def _settings(parts: list[_Part], lora: LoraConfig, base: Any) -> dict[str, Any]
         "lora_dropout": lora.dropout,
         "rank_pattern": {ending: rank for ending, rank in ranks.items() if rank != lora.rank},
         "target_modules": modules,
-        "modules_to_save": [
-            part.rule.released.removesuffix(".weight").split(".")[-1]
-            for part in parts
-            if not part.rank
-        ]
-        or None,
+        "modules_to_save": list(whole) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import random
+import signal
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -193,8 +194,13 @@ def _made_ahead(
         flags.FLAGS.mark_as_parsed()
     workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
     borrower = Borrower()
-    dataset = dataset.mp_prefetch(workers).map(lambda made: (borrower.open(made[0]), made[1]))
-    return iter(dataset)
+    dataset = dataset.mp_prefetch(workers, worker_init_fn=_leave_ctrl_c_to_the_parent)
+    return iter(dataset.map(lambda made: (borrower.open(made[0]), made[1])))
+
+
+def _leave_ctrl_c_to_the_parent(_worker: int, _num_workers: int) -> None:
+    """A terminal sends it to all processes; the parent saves what it has, and then ends workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_unchanged(

@@ -1,5 +1,6 @@
 """How long a step will take, said before the first one: from earlier runs, or from the work."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,11 @@ def _last_pace(metrics: Path) -> float | None:
         file.seek(max(0, metrics.stat().st_size - _TAIL_BYTES))
         lines = file.read().splitlines()
     # The first line may be cut by the seek, the last by a kill.
-    for line in reversed(lines):
-        if line.startswith(b"{") and line.endswith(b"}"):
-            seconds = json.loads(line).get("seconds_per_step")
-            if seconds is not None:
-                return float(seconds)
-    return None
+    whole = (json.loads(x) for x in reversed(lines) if x.startswith(b"{") and x.endswith(b"}"))
+    paces = (record["seconds_per_step"] for record in whole if "seconds_per_step" in record)
+    last = list(itertools.islice(paces, 2))
+    # The line of a start's first step holds the compilation.
+    return min(last) if len(last) == 2 else None
 
 
 def _age(path: Path) -> float:

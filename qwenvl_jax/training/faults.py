@@ -79,14 +79,16 @@ class HostFaults:
     """The faults that strike outside the compiled step, each of them once."""
 
     def __init__(self, texts: Sequence[str] = ()):
-        self._waiting = {name: at for name, at in parse_faults(texts) if name in ON_HOST}
+        self._waiting = sorted(fault for fault in parse_faults(texts) if fault[0] in ON_HOST)
 
     def strikes(self, name: str, step: int) -> bool:
-        """Returns whether `name` is due at this step; True once."""
-        is_due = name in self._waiting and step >= self._waiting[name]
-        if is_due:
-            del self._waiting[name]
-        return is_due
+        """Returns whether `name` is due at this step; True once for each time it is asked for."""
+        due = next(
+            (fault for fault in self._waiting if fault[0] == name and fault[1] <= step), None
+        )
+        if due is not None:
+            self._waiting.remove(due)
+        return due is not None
 
     def before_step(self, step: int, batch: Batch) -> Batch:
         """Returns what the step gets to see."""

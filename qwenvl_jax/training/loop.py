@@ -27,8 +27,9 @@ from qwenvl_jax.checkpoint.store import CheckpointStore
 from qwenvl_jax.config import ConfigError, EvaluationConfig, TrainConfig, to_dict
 from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data import pipeline
-from qwenvl_jax.data.example import Batch
+from qwenvl_jax.data.example import Batch, DataError
 from qwenvl_jax.data.pipeline import Share
+from qwenvl_jax.data.rows import open_sources
 from qwenvl_jax.model.lora import is_lora, without_lora
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
@@ -141,7 +142,11 @@ def loop(run: Run, stop: StopRequest) -> int:
         is_last = bool(end) or step == config.steps
         is_due = ahead is not None and run.is_pause_due(step)
         skip_to = last_skipped(step + 1, run.run_dir.skips)
-        flight = None if is_last or is_due or skip_to else run.send(step + 1)
+        try:
+            flight = None if is_last or is_due or skip_to else run.send(step + 1)
+        except DataError:
+            run.save_what_is_done(ahead)
+            raise
         outcome = Outcome.FINE if ahead is None else run.settle(ahead)
         ahead = None
         if outcome is Outcome.REWOUND:
@@ -167,9 +172,12 @@ def loop(run: Run, stop: StopRequest) -> int:
     if not end:
         run.evaluate(step)
     if outcome is Outcome.TOO_MANY:
+        run.end(step)
         raise RunStopped(
-            f"{end}; the state before them is saved, {run.incidents.path} names their batches: "
-            "mend the data, lower optimizer.peak_lr, or pass over them with --skip-steps A:B"
+            f"{end}; their updates were refused, the state is saved, and {run.incidents.path} "
+            "names their batches. The same command goes on behind them: mend the data first, pass "
+            f"over more of them with --skip-steps {step + 1}:B, or lower the rate with "
+            "--optimizer.peak-lr=... --allow-change optimizer.peak_lr"
         )
     return step
 
@@ -180,9 +188,10 @@ def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
 
 
 def _open_report(config: TrainConfig, layout: Layout, run_dir: RunDir, first_step: int) -> Report:
-    """Returns the report, after it has told what is about to happen."""
-    check_agreement({"the newest good checkpoint": str(first_step)})
+    """Returns the report, after it has told what is about to happen; nothing can refuse it now."""
+    check_agreement({"the newest good checkpoint": str(first_step)})  # all have read the directory
     run_dir.ask_to_skip(config.skip_steps, first_step)
+    run_dir.begin()
     report = Report(config, layout, first_step)
     report.say("\n".join(introduction(config, layout, first_step, run_dir)))
     return report
@@ -264,7 +273,7 @@ def _feeds(
     sharding = batch_sharding(layout.mesh)
     held = None
     if not given:
-        _check_vocabulary(config)  # a wrong one is told before gigabytes are loaded
+        _check_data(config)  # what is wrong with them is told before gigabytes are loaded
         held = rows_of_process(sharding, config.data.rows)
 
     def watched(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
@@ -285,9 +294,10 @@ def _feeds(
     return open_feed
 
 
-def _check_vocabulary(config: TrainConfig) -> None:
-    """Raises ConfigError, TokenizerError where the vocabulary is missing or not the model's."""
-    tokenizer = load_tokenizer(config.data.tokenizer, slots=config.model.adapter.num_queries)
+def _check_data(config: TrainConfig) -> None:
+    """Raises what the data will raise that can be known at once: of settings, vocabulary, paths."""
+    slots = config.model.adapter.num_queries
+    tokenizer = load_tokenizer(config.data.tokenizer, slots=slots)
     if tokenizer.image_start_id != config.model.image_start_id:
         raise ConfigError(
             f"model.image_start_id is not the id of <img> in {config.data.tokenizer}: got "
@@ -298,6 +308,9 @@ def _check_vocabulary(config: TrainConfig) -> None:
             f"decoder.vocab_size has no rows for every id of {config.data.tokenizer}: got "
             f"{config.model.decoder.vocab_size}, expected at least {tokenizer.vocab_size}"
         )
+    pipeline.check_config(config.data, slots)
+    if config.data.source == "rows":
+        open_sources(config.data, tokenizer)
 
 
 def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) -> pipeline.Batches:

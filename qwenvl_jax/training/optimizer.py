@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 from qwenvl_jax.config import ConfigError, OptimizerConfig, ParameterRule
+from qwenvl_jax.model.lora import pair_of
 from qwenvl_jax.sharding import named_variables
 
 
@@ -56,7 +57,7 @@ def plan_parameters(
         if _is_stacked(path)
     }
     rows = {path: next((r for r in table if _matches(r, path)), None) for path in paths}
-    problems = _problems(table, rows, depth)
+    problems = _problems(table, rows, depth) + _trained_twice(rows)
     if problems:
         raise ConfigError(
             f"the table TrainConfig.parameters does not fit the model: {'; '.join(problems)}"
@@ -84,6 +85,23 @@ def _matches(row: ParameterRule, path: str) -> bool:
 
 def _is_stacked(path: str) -> bool:
     return path.split(".")[1] == "blocks"
+
+
+def _trained_twice(rows: Mapping[str, ParameterRule | None]) -> list[str]:
+    """Returns a phrase where kernels train beside their LoRA pairs, which are to save just that."""
+
+    def trains(path: str) -> bool:
+        row = rows.get(path)
+        return row is not None and row.is_trained
+
+    twice = [path for path in rows if trains(path) and any(map(trains, pair_of(path)))]
+    if not twice:
+        return []
+    more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+    return [
+        f"{twice[0]}{more} would train beside a LoRA pair: use the table lora_only(), as in "
+        "configs/finetune_lora.py, or set model.lora.rank=0"
+    ]
 
 
 def _problems(

@@ -26,7 +26,7 @@ def plot_curves(run_dir: str | Path) -> str:
     """Draws run_dir/curves.png at the end of a run; returns a line that says what was done."""
     try:
         return f"curves: {draw_curves(run_dir)}"
-    except (NoMatplotlib, ConfigError) as error:
+    except (NoMatplotlib, ConfigError, OSError) as error:
         return f"no curves.png: {error}"
 
 

@@ -38,6 +38,7 @@ class Report:
     def __init__(self, config: TrainConfig, layout: Layout, first_step: int):
         """Continues after `first_step` finished steps; later lines of the file are dropped."""
         self.failed_saves = 0
+        self._is_refusal_told = False
         self.seconds_per_step = 0.0  # mean of the last steps
         self._config, self._run_dir = config, Path(config.run_dir)
         self._flops = step_flops(
@@ -57,6 +58,11 @@ class Report:
             self._bar.show(record)
         elif record["step"] % self._config.log_every == 0 or record["step"] == self._config.steps:
             self.say(_line(record, self._config.steps))
+
+    def paused(self, seconds: float) -> None:
+        """Keeps what was no step, as a save, out of the speeds."""
+        for sums in self._sums:
+            sums["time"] += seconds
 
     def passed_over(self, step: int) -> None:
         """Writes a line for a step that was not made."""
@@ -85,9 +91,7 @@ class Report:
 
     def rewind(self, step: int) -> None:
         """Forgets the steps after `step`: they will be made again."""
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._close_files()
         self._open(step)
 
     def say(self, text: str) -> None:
@@ -98,21 +102,30 @@ class Report:
             print(text, flush=True)
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._close_files()
         if self._bar is not None:
             self._bar.stop()
 
     def _open(self, first_step: int) -> None:
-        path = self._run_dir / "metrics.jsonl"
+        self._lines = self._board = None
         if self._is_speaker:
+            path = self._run_dir / "metrics.jsonl"
             truncate_metrics(path, first_step)
             truncate_metrics(self._run_dir / EVALUATIONS, first_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _tensorboard(self._run_dir, first_step) if self._is_speaker else None
+            self._lines = _Lines(path)
+            self._board = _tensorboard(self._run_dir, first_step)
         self._sums: deque[dict[str, float]] = deque([self._sum_after({})], _RATE_WINDOW)
         self._is_first = True
+
+    def _close_files(self) -> None:
+        if self._lines is not None:
+            try:
+                self._lines.flush()
+            except OSError as error:
+                self.say(f"the last {self._lines.num_waiting} bytes of metrics are lost: {error}")
+            self._lines.close()
+        if self._board is not None:
+            self._board.close()
 
     def _sum_after(self, numbers: dict[str, Any]) -> dict[str, float]:
         """Returns the running totals after one more step, and the time."""
@@ -145,14 +158,44 @@ class Report:
         }
 
     def _write(self, record: dict[str, Any]) -> None:
-        if not self._is_speaker:
+        if self._lines is None:
             return
-        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
-        self._file.flush()  # to the system, not to the disk: a kill loses nothing, a step no time
+        try:
+            self._lines.write(json.dumps({k: _finite(v) for k, v in record.items()}))
+        except OSError as error:  # a full disk, where space may come back
+            if not self._is_refusal_told:
+                self.say(f"NOT WRITTEN: {error}; training goes on, and lines wait in memory")
+        self._is_refusal_told = self._lines.num_waiting > 0
         if self._board is not None:
             for name, value in record.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, record["step"])
+
+
+class _Lines:
+    """A file that lines are added to; those that a full disk does not take wait for the next."""
+
+    def __init__(self, path: Path):
+        # To the system at once, not to the disk: a kill loses nothing, a step no time.
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+
+    @property
+    def num_waiting(self) -> int:
+        """Bytes that are not in the file yet."""
+        return len(self._waiting)
+
+    def write(self, line: str) -> None:
+        """Raises: OSError; what could not be written stays, and comes first at the next call."""
+        self._waiting += line.encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _ProgressBar:

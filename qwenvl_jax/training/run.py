@@ -104,8 +104,7 @@ class Run:
                 return Outcome.REWOUND
             outcome = Outcome.RELEASED
         elif verdict == SPIKE:
-            applied = {"warn": "update applied", "skip": "update refused"}
-            self._tell(flight, numbers, applied[self.config.guard.spike])
+            self._tell(flight, numbers, self._done(verdict))
         elif verdict == NOTHING_SCORED:
             self._tell(flight, numbers, "update refused")
         if numbers["refused_in_a_row"] >= self.config.guard.stop_after:
@@ -123,6 +122,7 @@ class Run:
 
     def pause(self, step: int) -> None:
         """Compares copies, saves and evaluates, as far as this step is one for it."""
+        began = time.perf_counter()
         if self.faults.strikes("replica", step):
             self._change_a_copy()
         if self._is_comparison_due(step):
@@ -133,21 +133,37 @@ class Run:
         self.faults.damage(step, Path(self.config.run_dir) / "checkpoints")
         if self._is_look_due(step):
             self.evaluate(step)
+        self.report.paused(time.perf_counter() - began)
 
     def evaluate(self, step: int) -> None:
         """Looks at held-out data with the weights as they are, if the run is evaluated at all.
 
-        Data that cannot be read are told and survived: the run does not depend on them.
+        Data that cannot be read, and a disk that is full, are told and survived: the run does not
+        depend on them. Not so with several processes, of which only this one may have met them: it
+        would take a step while the others wait for it here.
         """
         if self.look is None:
             return
         with self.goodput.spend("evaluate"):
             try:
                 seen = self.look(self.state.trainable | self.state.frozen)
-            except (DataError, OSError) as error:
-                self.report.say(f"NOT EVALUATED (step {step}): {error}; training goes on")
-            else:
                 self.report.evaluated(step, seen)
+            except (DataError, OSError) as error:
+                if jax.process_count() > 1:
+                    raise
+                self.report.say(f"NOT EVALUATED (step {step}): {error}; training goes on")
+
+    def save_what_is_done(self, ahead: Flight | None) -> None:
+        """Saves the steps before the one whose batch could not be had.
+
+        Nothing with several processes, of which only this one may have met an error.
+        """
+        if jax.process_count() > 1:
+            return
+        if ahead is not None:
+            self.settle(ahead)
+        if (step := int(self.state.step)) > 0:
+            self.save_last(step)
 
     def save_last(self, step: int) -> None:
         """Saves and waits for it.
@@ -201,7 +217,7 @@ class Run:
             again = _read(flight._replace(metrics=metrics))
         is_same = same_numbers(first, again)
         cause = "data or model" if is_same else "hardware"
-        done = "update applied" if again["verdict"] == FINE else "update refused"
+        done = self._done(again["verdict"])
         self._tell(
             flight,
             first,
@@ -211,6 +227,11 @@ class Run:
             replay={name: again[name] for name in ("loss", "grad_norm")},
         )
         return again
+
+    def _done(self, verdict: int) -> str:
+        """Returns what the step has done with an update of this verdict."""
+        is_applied = verdict == FINE or (verdict == SPIKE and self.config.guard.spike == "warn")
+        return "update applied" if is_applied else "update refused"
 
     def _rewind(self, flight: Flight, numbers: dict[str, Any]) -> bool:
         """Goes back to the newest checkpoint and passes over what led to a spike, if it can."""
@@ -255,6 +276,9 @@ class Run:
             self.store.save(step, to_items(self.state))
 
         with self.goodput.spend("save"):
+            self._tolerate(
+                step, self.store.wait
+            )  # of the one before, which is no reason not to try
             self._tolerate(step, start)
 
     def _tell_grace(self) -> None:

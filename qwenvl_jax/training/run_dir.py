@@ -6,7 +6,10 @@ Files that are not the run's own are left alone.
 """
 
 import dataclasses
+import difflib
+import errno
 import fcntl
+import filecmp
 import json
 import os
 import shutil
@@ -16,9 +19,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
-from jax.experimental import multihost_utils
 
-from qwenvl_jax.config import ConfigError, TrainConfig, save_json, to_dict
+from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 from qwenvl_jax.training.manifest import (
     describe_start,
     saved_inputs,
@@ -53,18 +55,23 @@ FREE_TO_CHANGE = (
     "model.remat",
     "model.vit_remat",
 )
+# Mappings that samples are drawn from, in their order.
+_ORDERED = ("data.tasks", "data.mixture")
 
 
 class RunDir:
     """A run directory that this process may write to, until it is closed.
 
     `notes` are lines for the person who started it, `skips` the steps that the run passes over.
-    With several processes the first one writes; the others read the same directory.
+    With several processes the first one writes; the others read the same directory. Nothing of the
+    run is written before `begin`: a start that is refused or cannot load leaves it as it was.
     """
 
-    def __init__(self, path: str, manifest: dict[str, Any], notes: Sequence[str], lock: IO | None):
-        self.path, self.notes = Path(path), list(notes)
-        self._manifest, self._lock = manifest, lock
+    def __init__(
+        self, config: TrainConfig, manifest: dict[str, Any], notes: Sequence[str], lock: IO | None
+    ):
+        self.path, self.notes = Path(config.run_dir), list(notes)
+        self._config, self._manifest, self._lock = config, manifest, lock
 
     @property
     def skips(self) -> list[SkipRange]:
@@ -80,16 +87,36 @@ class RunDir:
 
         Raises: ConfigError for a range that this run has trained on already.
         """
-        for first, last in parse_skips(texts):
-            known = any(a <= first and last <= b for a, b in self.skips)
-            if not known and first <= first_step:
+        asked = [steps for steps in parse_skips(texts) if not self._is_skipped(*steps)]
+        for first, last in asked:
+            # What lies behind the run may be asked for again, as far as it was passed over.
+            made = [
+                step for step in range(first, first_step + 1) if not self._is_skipped(step, step)
+            ]
+            if made:
                 raise ConfigError(
                     f"skip_steps {first}:{last} comes too late: got a run that has made step "
-                    f"{first_step}; resume from a checkpoint before step {first} (remove the later "
+                    f"{made[-1]}; resume from a checkpoint before step {first} (remove the later "
                     "ones from checkpoints/), or name later steps"
                 )
-            if not known:
-                self.skip((first, last))
+        self._manifest["skip_steps"] = joined([*self.skips, *asked])
+
+    def begin(self) -> None:
+        """Writes what this start is: from now on the directory is this run's."""
+        if jax.process_index() > 0:
+            return
+        write_atomically(
+            self.path / "config.json", json.dumps(to_dict(self._config), indent=1) + "\n"
+        )
+        # The directory alone is then a model for infer, chat and eval.
+        vocabulary = tokenizer_file(self._config.data.tokenizer)
+        copy = self.path / "qwen.tiktoken"
+        has_file = vocabulary.is_file()
+        if has_file and not (copy.is_file() and filecmp.cmp(vocabulary, copy, shallow=False)):
+            beside = copy.with_name(copy.name + ".new")
+            shutil.copyfile(vocabulary, beside)
+            os.replace(beside, copy)
+        self._write()
 
     def skip(self, steps: SkipRange) -> None:
         """Passes over these steps from now on; the manifest remembers it."""
@@ -105,6 +132,9 @@ class RunDir:
         if self._lock is not None:
             self._lock.close()  # which unlocks it
 
+    def _is_skipped(self, first: int, last: int) -> bool:
+        return any(a <= first and last <= b for a, b in self.skips)
+
     def _write(self) -> None:
         if jax.process_index() == 0:
             text = json.dumps(self._manifest, indent=1) + "\n"
@@ -112,7 +142,7 @@ class RunDir:
 
 
 def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
-    """Creates or continues the run directory.
+    """Opens the run directory, new or not, and checks that it is this run's.
 
     Raises:
         ConfigError: another process trains in this directory; or it holds a run with other
@@ -124,6 +154,7 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
     lock = take_lock(run_dir) if is_first else None
     try:
         record, notes = describe_start(config, command), []
+        _check_allowed(config.allow_change, [*flat_fields(to_dict(config)), *record["inputs"]])
         manifest = {"starts": [], "skip_steps": []}
         has_begun = _has_begun(run_dir)
         if has_begun and (run_dir / "config.json").exists():
@@ -134,18 +165,13 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
             last = manifest["starts"][-1]
             notes += _compare_inputs(saved_inputs(last), record["inputs"], config)
             notes += version_notes(last["versions"], record["versions"])
-        parse_skips(config.skip_steps)  # a wrong one is refused before anything is written
+        parse_skips(config.skip_steps)  # a wrong one is told before anything is loaded
         manifest["starts"] = [*manifest["starts"], record]
-        if jax.process_count() > 1:  # the others must have read before the first one writes
-            multihost_utils.sync_global_devices("the run directory has been read")
-        opened = RunDir(config.run_dir, manifest, notes, lock)
-        if is_first:
-            _write_start(opened, config)
     except BaseException:
         if lock is not None:
             lock.close()
         raise
-    return opened
+    return RunDir(config, manifest, notes, lock)
 
 
 def take_lock(run_dir: Path) -> IO:
@@ -157,6 +183,13 @@ def take_lock(run_dir: Path) -> IO:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            print(
+                f"{run_dir} cannot be locked ({error.strerror}): that no other process trains in "
+                "it is up to you",
+                flush=True,
+            )
+            return file
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
@@ -196,6 +229,8 @@ def differences(old: Any, new: Any, path: str = "") -> dict[str, str]:
     if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if path in _ORDERED and set(old) == set(new) and list(old) != list(new):
+            return {path: f"{path}: the order was {list(old)}, now {list(new)}"}
         found = {}
         for key in sorted(set(old) | set(new)):
             where = f"{path}.{key}" if path else str(key)
@@ -254,13 +289,17 @@ def _has_begun(run_dir: Path) -> bool:
     return has_lines or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
-def _write_start(opened: RunDir, config: TrainConfig) -> None:
-    save_json(config, opened.path / "config.json")
-    # The directory alone is then a model for infer, chat and eval.
-    vocabulary, copy = tokenizer_file(config.data.tokenizer), opened.path / "qwen.tiktoken"
-    if vocabulary.is_file() and vocabulary.resolve() != copy.resolve():
-        shutil.copyfile(vocabulary, copy)
-    opened._write()
+def _check_allowed(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ConfigError for a name in `allow_change` that nothing is called."""
+    for name in names:
+        if any(_is_named(path, [name]) for path in known):
+            continue
+        near = difflib.get_close_matches(name, [*known, *{x.split(".")[0] for x in known}], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"allow_change names no setting: got {name!r}, expected one as a refused start names "
+            f"it, e.g. optimizer.peak_lr, data or tokenizer{hint}"
+        )
 
 
 def _compare(old: Any, new: Any, config: TrainConfig) -> list[str]:
