@@ -382,8 +382,9 @@ def broken_data(row: Row) -> str:
     """F15: the data end in an error."""
     said = row.fault("data-error@4", code=2)
     assert "the data of step 4 cannot be read" in said
+    assert "saved step 3 in" in said
     row.train()
-    return f"one line, exit 2, then {row.equals_whole()}"
+    return f"step 3 saved, one line, exit 2, then {row.equals_whole()}"
 
 
 ROWS: list[Callable[[Row], str]] = [
