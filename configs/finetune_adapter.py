@@ -14,13 +14,13 @@ what it takes on 8 chips.
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.cli.config_file import load_config
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.presets import adapter_only
 
 
 def get_config() -> TrainConfig:
-    base = read_config(str(Path(__file__).with_name("finetune.py")))
+    base = load_config(Path(__file__).with_name("finetune.py"))
     return dataclasses.replace(
         base, run_dir="runs/finetune_adapter", parameters=adapter_only(weight_decay=0.1)
     )

@@ -19,13 +19,13 @@ docs/pods.md has what it takes on 8 chips.
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.cli.config_file import load_config
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.presets import lora_only, released_lora
 
 
 def get_config() -> TrainConfig:
-    base = read_config(str(Path(__file__).with_name("finetune.py")))
+    base = load_config(Path(__file__).with_name("finetune.py"))
     return dataclasses.replace(
         base,
         run_dir="runs/finetune_lora",

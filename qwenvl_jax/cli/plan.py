@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwenvl_jax.cli.config_file import read_config
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
 from qwenvl_jax.cli.host_memory import give_freed_memory_back
 from qwenvl_jax.cli.options import parse_options
-from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 
 DOES_NOT_FIT = 1
