@@ -64,6 +64,17 @@ def test_pictures_are_numbered_and_kept_through_the_dialogue(scripted):
     assert [len(turn.images) for turn in second.history] == [2, 1]
 
 
+def test_one_picture_needs_no_list(scripted, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(picture(7)).save(path)
+    for one in (str(path), path, path.read_bytes(), Image.open(path), picture(7)):
+        [turn] = scripted.chat("What?", images=one).history
+        assert [int(image[0, 0, 0]) for image in turn.images] == [7]
+    [turn] = scripted.chat("What?", images=np.stack([picture(7), picture(8)])).history
+    assert [int(image[0, 0, 0]) for image in turn.images] == [7, 8]
+    assert scripted.complete("What?", images=path).text == "ok"
+
+
 def test_boxes_come_out_and_go_back_in_as_tags(scripted):
     scripted.script.append([BOX_ANSWER[:20], BOX_ANSWER[20:]])
     reply = scripted.chat("Find the cat.", images=[picture(1)])
@@ -145,8 +156,10 @@ def test_raw_completion_takes_every_tag(scripted):
 
 
 def test_unknown_options_and_unreadable_pictures_are_refused(scripted):
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match=r"temprature.* did you mean 'temperature'"):
         scripted.chat("x", temprature=1)
+    with pytest.raises(TypeError, match=r"'max_tokens', expected max_new_tokens, temperature, "):
+        scripted.complete("x", max_tokens=4)
     with pytest.raises(ValueError, match=r"nowhere\.png"):
         scripted.chat("x", images=["nowhere.png"])
     with pytest.raises(ValueError, match="fetching is off"):
