@@ -1,4 +1,4 @@
-"""Fine-tunes the adapter alone: 80 million parameters of the released weights are trained.
+"""Fine-tunes the adapter alone: 92 million parameters of the released weights are trained.
 
     python train.py configs/finetune_adapter.py --data.path=my.json --init=Qwen-VL-Chat
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import tiny
 
 from qwenvl_jax.checkpoint.store import CheckpointError, CheckpointStore, restore_weights
 from qwenvl_jax.cli.config_file import load_config, read_config
+from qwenvl_jax.cli.options import option_names
 from qwenvl_jax.cli.plot import main as plot_main
 from qwenvl_jax.cli.train import main
 from qwenvl_jax.config import ConfigError, LoraConfig, OptimizerConfig, to_dict
@@ -478,6 +480,16 @@ def test_a_wrong_field_in_a_config_file_has_a_near_one(tmp_path, made, words):
     run = [sys.executable, "train.py", str(path)]
     done = subprocess.run(run, check=False, capture_output=True, text=True, cwd=TESTS.parent)
     assert (done.returncode, done.stderr) == (2, f"train: {path} {words}\n")
+
+
+def test_the_options_that_are_named_are_those_that_there_are(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    stage = str(TESTS.parent / "configs" / "stage2_multitask.py")
+    config = load_config(stage)
+    with pytest.raises(SystemExit):
+        read_config(stage, ["--help"])
+    shown = set(re.findall(r"--[a-z][\w./-]*", capsys.readouterr().out))
+    assert set(option_names(type(config), config)) <= shown
 
 
 def test_a_config_file_that_is_not_there_has_a_near_one(tmp_path):

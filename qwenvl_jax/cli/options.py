@@ -83,6 +83,8 @@ def option_names(kind: Any, default: Any = None, prefix: str = "--") -> list[str
         elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
             for i, part in enumerate(value):
                 names += option_names(part, part, f"{name}.{i}.")
+        elif isinstance(value, dict) and value:  # then its keys are options, and it is none
+            names += [f"{name}.{key.replace('_', '-')}" for key in value]
         elif tyro.conf.Positional not in getattr(field.type, "__metadata__", ()):
             names.append(name)
     return names
