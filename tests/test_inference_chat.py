@@ -1,5 +1,7 @@
 """Dialogues and completions: the prompts they make, what they return, and the history they keep."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from golden_model import model, write_folder
@@ -206,6 +208,16 @@ def test_a_real_picture_is_encoded_once_in_a_dialogue(monkeypatch, tmp_path):
     stop = (tok.im_end_id, tok.im_start_id, tok.endoftext_id)
     squares = np.stack(greedy.history[0].images)
     assert greedy.tokens == vl.generate(prompt, squares, stop_tokens=stop, max_new_tokens=6)
+
+
+def test_one_model_serves_several_threads():
+    vl = model()
+
+    def ask(number: int) -> list[int]:
+        return vl.chat("Hi", picture(number % 3), seed=number, max_new_tokens=5).tokens
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(8))) == [ask(number) for number in range(8)]
 
 
 def test_the_package_offers_its_public_names():
