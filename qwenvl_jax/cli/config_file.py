@@ -125,7 +125,7 @@ def _told(error: Exception) -> str:
         name, module = found.groups()
         text, known = f"{module} has no {name!r}", _public(importlib.import_module(module))
     elif isinstance(error, NameError):
-        name, known = error.name, _public(config_module)
+        name, known = error.name or "", _public(config_module)
     near = difflib.get_close_matches(name, known, n=1)
     if near == [name]:
         return f"{text}; import it at the top of the file"

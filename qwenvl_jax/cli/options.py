@@ -99,7 +99,7 @@ def nearest_options(word: str, names: Sequence[str]) -> list[str]:
     typed = word.split("=")[0].strip("-").replace("_", "-")
     leaf = typed.rpartition(".")[2]
     alias = _ALIASES.get(leaf)
-    if alias in names:
+    if alias is not None and alias in names:
         return [alias]
     leaves = [name.strip("-").rpartition(".")[2] for name in names]
     whole = difflib.get_close_matches(f"--{typed}", names, n=1, cutoff=0.75)

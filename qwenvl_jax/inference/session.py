@@ -248,12 +248,12 @@ def _question(text: str, images: Sequence[np.ndarray], live: Sequence[str]) -> M
 
 
 def _load_squares(vl: "VL", images: Pictures) -> tuple[np.ndarray, ...]:
-    several = () if images is None else [images] if _is_one(images) else images
-    return tuple(to_square(load_image(image), vl.config.image_size) for image in several)
+    return tuple(to_square(load_image(image), vl.config.image_size) for image in _several(images))
 
 
-def _is_one(images: Any) -> bool:
-    """Returns whether this is a picture itself; of arrays, one without an axis of pictures."""
-    if isinstance(images, np.ndarray):
-        return images.ndim < 4
-    return isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview, Image.Image))
+def _several(images: Any) -> list[Any]:
+    """Returns the pictures, also where one comes without a list; a 4-D array holds several."""
+    one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+    if isinstance(images, one) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        return [images]
+    return [] if images is None else list(images)
