@@ -623,7 +623,7 @@ def test_options_of_the_command_and_of_the_config_may_mix():
         (["--topology", "h100-8", "--page", "x.html"], "an estimate for GPUs and --page do not"),
         (["--topology", "v5e-8", "--serve", "--search"], "--serve and --search do not go together"),
         (["--topology", "v5e-8", "--search", "--executable", "x"], "--search and --executable do"),
-        (["--topolgy", "h100-8"], "did you mean --topology?; For full helptext, run qwenvl plan"),
+        (["--topolgy", "h100-8"], "did you mean --topology? For full helptext, run qwenvl plan"),
         (["--topology", "h100-8", "--foo", "3"], "run qwenvl plan --help"),
         (["--topology", "h100"], "got 'h100', expected h100-8"),
     ],

@@ -118,7 +118,9 @@ def _with_hint(text: str, names: Sequence[str]) -> str:
     typed = words.removeprefix(_UNKNOWN).split(", ")
     unknown = next((word for word in typed if word.startswith("-")), typed[0])
     near = nearest_options(unknown, names)
-    return "; ".join([words, f"did you mean {' or '.join(near)}?", *others[-1:]]) if near else text
+    if not near:
+        return text
+    return " ".join([f"{words}; did you mean {' or '.join(near)}?", *others[-1:]])
 
 
 def unboxed(text: str) -> str:
