@@ -56,8 +56,8 @@ ROWS: list[tuple[str, str, int, list[str]]] = [
 def row(stage: str, pod: str, slices: int, options: list[str]) -> str:
     """Returns one row of the table, compiled or from the disk."""
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from qwenvl_jax.cli.config_file import read_config
     from qwenvl_jax.cli.host_memory import give_freed_memory_back
-    from qwenvl_jax.cli.train import read_config
     from qwenvl_jax.planning.cache import ProgramCache
     from qwenvl_jax.planning.plan import make_plan
     from qwenvl_jax.planning.pods import find_pod

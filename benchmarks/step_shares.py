@@ -27,8 +27,8 @@ from pathlib import Path
 import jax
 
 from qwenvl_jax.checkpoint.store import CheckpointStore
+from qwenvl_jax.cli.config_file import read_config
 from qwenvl_jax.cli.host_memory import computes_on_cpu, keep_freed_memory
-from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.data.pipeline import batches
 from qwenvl_jax.planning.hlo import Program

@@ -14,8 +14,10 @@ row: `--steps=500 --optimizer.warmup-steps=5` is right for about 13,000.
 
 Cost: all of the decoder and most of the adapter are trained, 7.8 of 9.7 billion parameters: 101 GB
 of weights and moments in float32, over all devices together, and gradients and activations beside
-them (`qwenvl plan configs/finetune.py --topology h100-8`). As it stands for up to 8 devices; on 16
-add --micro-batches=8 or --mesh.tensor=2.
+them: by estimate four H100 are enough and two are not (docs/training.md, Fine-tuning). As it stands
+for up to 8 devices; on 16 add --micro-batches=8 or --mesh.tensor=2.
+Disk, computed: 94 GB a checkpoint, 12 bytes a trained parameter; three are kept, and for a moment a
+fourth: 375 GB, and 7 GB of frozen weights once.
 Expect: the loss of the first steps tells whether the prompt format is right: below 2 for ordinary
 dialogues.
 """

@@ -4,10 +4,13 @@
 
 Cost: 19,000 steps of 4,096 rows, 1.1e22 FLOP at four pictures a row; at half of the peak rate 6,200
 H100 hours or 31,000 v5e chip-hours (a calculation).
+Disk, computed: 116 GB a checkpoint, 12 bytes a trained parameter; three are kept, for a moment
+four: 463 GB.
 Expect: the paper gives no loss for this stage; its models are judged by their benchmarks.
 
 Whether the paper's batch counts samples or packed rows is not known; here it counts rows. Each
-task's rows are a folder that `qwenvl data prepare` wrote, weighted by Table 3's samples.
+task's rows are a folder that `qwenvl data prepare` wrote, weighted by Table 3's samples
+(docs/web_data.md names public sets).
 """
 
 import dataclasses

@@ -4,6 +4,8 @@
 
 Cost: 8,000 steps of 128 rows, 1e20 FLOP; at half of the peak rate under 60 H100 hours (a
 calculation).
+Disk, computed: 94 GB a checkpoint, 12 bytes a trained parameter; three are kept, for a moment
+four: 375 GB, and 7 GB of frozen weights once.
 Expect: more than a third of the steps are warm-up, as in the paper.
 
 The paper trains on 350,000 dialogues that are not published: give your own by --data.path=my.json

@@ -96,7 +96,7 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     if min(sizes) < 1 or math.prod(sizes) != num_devices:
         raise ConfigError(
             f"the mesh data x fsdp x tensor must use all {num_devices} devices: "
-            f"got {config.data} x {config.fsdp} x {config.tensor}; set one of them to -1"
+            f"got {config.data} x {config.fsdp} x {config.tensor}; set exactly one of them to -1"
         )
     data, fsdp, tensor = sizes
     return data, fsdp, tensor

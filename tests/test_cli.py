@@ -143,7 +143,7 @@ def test_options_become_fields():
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--tensro", "2"], "--tensor"),
+        (["--tensro", "2"], "Unrecognized options: --tensro, 2; did you mean --tensor?"),
         (["--tensor", "many"], "'many'"),
         (["--tensor"], "--tensor"),
     ],
@@ -155,6 +155,7 @@ def test_a_wrong_option_is_one_line_that_names_it(words, told):
     assert told in text
     assert "\n" not in text
     assert not set(text) & set("│╭╰─")
+    assert "---" not in text
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,10 @@ def test_the_command_converts_both_ways(tmp_path, capsys):
         (["import", "--vit", "a", "ours"], "--vit and --llm go together"),
         (["export", "none", "x"], "no weights.json"),
         (["export", "none", "x", "--shard-size", "2 gigs"], "a size is a whole number"),
+        (["export", "none", "x", "--dtype", "fp16"], "invalid choice 'fp16'"),
+        (["export", "none", "x", "--shard-sze", "2GB"], "did you mean --shard-size?"),
+        (["queries", "none", "many", "x"], "Error parsing NUMBER"),
+        (["imprt", "none", "x"], "did you mean 'convert.py import'?"),
     ],
 )
 def test_a_wrong_command_is_one_line(tmp_path, monkeypatch, capsys, argv, said):

@@ -251,6 +251,7 @@ def test_inspect_of_scenes_has_every_task(tmp_path):
     [
         (["inspect", "nothing.json"], "no data at 'nothing.json'"),
         (["inspect", "tests"], "folder without index.json"),
+        (["inspect", "collage"], "no data at 'collage': .* did you mean 'collages'?"),
         (["inspect", SHELF, "--task", "captoin"], "no row of task 'captoin' .* got tasks chat"),
         (["inspect", "scenes", "--task", "captoin"], "unknown task of the scenes"),
         (["inspect", "scenes", "--generated.emoji"], "has no effect on 'scenes'"),
@@ -261,7 +262,8 @@ def test_inspect_of_scenes_has_every_task(tmp_path):
         (["stats", "nothing.json"], "no data at 'nothing.json'"),
         (["stats", SHELF, "--num", "0"], "--num must be positive"),
         (["stats", SHELF, "--length", "-3"], "--length must be positive"),
-        (["stats", SHELF, "--max-images", "-3"], "--max-images must not be negative"),
+        (["stats", SHELF, "--max-images", "-3"], "--max-images must be positive: got -3"),
+        (["stats", SHELF, "--max-images", "0"], "--max-images must be positive: got 0"),
     ],
 )
 def test_wrong_options_are_one_line(words, told, capsys, tmp_path, monkeypatch):

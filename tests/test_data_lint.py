@@ -267,7 +267,7 @@ def test_examples_are_counted_and_cut_and_cannot_touch_the_terminal(folder, caps
     ("words", "told"),
     [
         (["nothing.json"], "No such file"),
-        ([NANO], "Is a directory"),
+        ([NANO], "lint takes a file: got the folder"),
         ([str(SAMPLES / "shelf.json"), "--length", "0"], "--length must be positive"),
         ([str(SAMPLES / "shelf.json"), "--processes", "0"], "--processes must be positive"),
         ([str(SAMPLES / "shelf.json"), "--tokenizer", "nowhere"], "no vocabulary"),

@@ -208,9 +208,11 @@ def test_the_eval_command_prints_the_table(tokenizer, monkeypatch, capsys, tmp_p
     papers = examination(tokenizer, SIDE, 3, seed=5)
     model = ModelThatKnows(tokenizer, papers)
     model.config = types.SimpleNamespace(image_size=SIDE)
-    monkeypatch.setattr(command, "open_model", lambda _: model)
+    opened = []
+    monkeypatch.setattr(command, "open_model", lambda options: opened.append(options) or model)
     argv = ["--num-scenes", "3", "--seed", "5", "--form", "task", "--output", str(tmp_path)]
-    assert command.main(argv) == 0
+    assert command.main([*argv, "--tensor", "2"]) == 0
+    assert [options.tensor for options in opened] == [2]
     assert "100.0 %" in capsys.readouterr().out
     assert (tmp_path / "scenes_task.md").exists()
     assert json.loads((tmp_path / "scenes_task.json").read_text())["run"]["seed"] == 5

@@ -1,5 +1,7 @@
 """Dialogues and completions: the prompts they make, what they return, and the history they keep."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from golden_model import model, write_folder
@@ -62,6 +64,17 @@ def test_pictures_are_numbered_and_kept_through_the_dialogue(scripted):
     assert len(first.history) == 1  # not changed by the second call
     assert [turn.text for turn in second.history] == ["One?", "Two?"]
     assert [len(turn.images) for turn in second.history] == [2, 1]
+
+
+def test_one_picture_needs_no_list(scripted, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(picture(7)).save(path)
+    for one in (str(path), path, path.read_bytes(), Image.open(path), picture(7)):
+        [turn] = scripted.chat("What?", images=one).history
+        assert [int(image[0, 0, 0]) for image in turn.images] == [7]
+    [turn] = scripted.chat("What?", images=np.stack([picture(7), picture(8)])).history
+    assert [int(image[0, 0, 0]) for image in turn.images] == [7, 8]
+    assert scripted.complete("What?", images=path).text == "ok"
 
 
 def test_boxes_come_out_and_go_back_in_as_tags(scripted):
@@ -145,8 +158,10 @@ def test_raw_completion_takes_every_tag(scripted):
 
 
 def test_unknown_options_and_unreadable_pictures_are_refused(scripted):
-    with pytest.raises(TypeError, match="temprature"):
+    with pytest.raises(TypeError, match=r"temprature.* did you mean 'temperature'"):
         scripted.chat("x", temprature=1)
+    with pytest.raises(TypeError, match=r"'max_tokens', expected max_new_tokens, temperature, "):
+        scripted.complete("x", max_tokens=4)
     with pytest.raises(ValueError, match=r"nowhere\.png"):
         scripted.chat("x", images=["nowhere.png"])
     with pytest.raises(ValueError, match="fetching is off"):
@@ -193,6 +208,16 @@ def test_a_real_picture_is_encoded_once_in_a_dialogue(monkeypatch, tmp_path):
     stop = (tok.im_end_id, tok.im_start_id, tok.endoftext_id)
     squares = np.stack(greedy.history[0].images)
     assert greedy.tokens == vl.generate(prompt, squares, stop_tokens=stop, max_new_tokens=6)
+
+
+def test_one_model_serves_several_threads():
+    vl = model()
+
+    def ask(number: int) -> list[int]:
+        return vl.chat("Hi", picture(number % 3), seed=number, max_new_tokens=5).tokens
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(8))) == [ask(number) for number in range(8)]
 
 
 def test_the_package_offers_its_public_names():

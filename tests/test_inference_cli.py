@@ -77,6 +77,14 @@ def test_an_answer_without_boxes_writes_nothing(folder, here, answers, capsys):
     assert not (here / "new.png").exists()
 
 
+def test_an_empty_answer_is_told(folder, here, answers, monkeypatch, capsys):
+    answers[0].extend([" ", ""])
+    assert infer.main(["--model", str(folder), "hi"]) == 0
+    assert capsys.readouterr() == ("\n", "the answer is empty\n")
+    assert talk(monkeypatch, folder, "hi") == 0
+    assert "(the answer is empty)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "prompt"),
     [
@@ -135,6 +143,10 @@ def huge_png(side: int) -> bytes:
         (["--task", "read", "hi"], "takes no prompt"),
         (["--task", "locate", "--top-p", "0.5", "hi"], "--temperature above 0"),
         (["--raw-prompt", "--task", "read"], "--task"),
+        (["--task", "locate", "hi"], "--task locate needs a picture: got none"),
+        (["--task", "caption"], "--task caption needs a picture: got none"),
+        (["--max-new-tokens", "0", "hi"], "--max-new-tokens must be positive: got 0"),
+        (["--image", "https://example.com/a.png", "hi"], "--allow-fetch"),
         (["--output", "x.png", "hi"], "--image"),
         (["--image", "cup.png", "--output", "x.txt", "hi"], "must end in"),
         (["--image", "cup.png", "--output", "no/x.png", "hi"], "no folder"),

@@ -435,6 +435,10 @@ def test_unknown_pods_name_known_ones():
     with pytest.raises(ConfigError, match="slices must be at least 1: got 0"):
         find_pod("v5e-8", 0)
     assert find_gpus("v5e-8") is None
+    with pytest.raises(ConfigError, match="got 'h100', expected h100-8"):
+        find_gpus("h100")
+    with pytest.raises(ConfigError, match="got 'a100-8', expected a100-40-8 or a100-80-8"):
+        find_gpus("a100-8")
     assert find_gpus("a100-80-8").count == 8  # type: ignore[union-attr]
 
 
@@ -563,6 +567,11 @@ def test_estimate_counts_state_exactly_and_shrinks_with_remat():
     assert estimate_memory(full, 8)["activations"] < by_class["activations"] / 3
     with pytest.raises(ConfigError, match=r"multiple of micro_batches x data x fsdp: got 8, 8 and"):
         estimate_memory(dataclasses.replace(config, micro_batches=8), 8)
+    with pytest.raises(ConfigError, match=r"got 8, 4 and 8; try --micro-batches=1"):
+        estimate_memory(dataclasses.replace(config, micro_batches=4), 8)
+    odd = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=3))
+    with pytest.raises(ConfigError, match=r"and 3; split the rows over fewer devices"):
+        estimate_memory(odd, 3)
 
 
 def test_a_refusal_is_read():
@@ -614,6 +623,9 @@ def test_options_of_the_command_and_of_the_config_may_mix():
         (["--topology", "h100-8", "--page", "x.html"], "an estimate for GPUs and --page do not"),
         (["--topology", "v5e-8", "--serve", "--search"], "--serve and --search do not go together"),
         (["--topology", "v5e-8", "--search", "--executable", "x"], "--search and --executable do"),
+        (["--topolgy", "h100-8"], "did you mean --topology? For full helptext, run qwenvl plan"),
+        (["--topology", "h100-8", "--foo", "3"], "run qwenvl plan --help"),
+        (["--topology", "h100"], "got 'h100', expected h100-8"),
     ],
 )
 def test_options_without_effect_are_refused(words, expected, capsys):

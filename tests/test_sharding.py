@@ -65,7 +65,7 @@ def test_default_mesh_is_one_device():
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (1, 4, 1), (0, 8, 1), (0, -1, 1), (-1, -1, 1)])
 def test_mesh_that_does_not_fit_names_the_numbers(sizes):
     data, fsdp, tensor = sizes
-    with pytest.raises(ConfigError, match=r"8 devices: got .*set one of them to -1"):
+    with pytest.raises(ConfigError, match=r"8 devices: got .*set exactly one of them to -1"):
         make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
 
 

@@ -1,15 +1,19 @@
 """The model that comes with the package: it is there, small, and sees."""
 
 import json
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from qwenvl_jax.cli import demo, infer
+from qwenvl_jax.cli.config_file import read_config
 from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, open_model
+from qwenvl_jax.data.pipeline import check_config
 from qwenvl_jax.evaluation.scenes import examination, sit, summarise
 
 MOST_BYTES = 16_000_000
+CONFIGS = Path(__file__).parents[1] / "configs" / "nano"
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +25,15 @@ def test_the_folder_is_whole_and_small():
     names = {path.name for path in SHIPPED_MODEL.iterdir()}
     assert {"config.json", "qwen.tiktoken", "model.safetensors"} <= names
     assert sum(path.stat().st_size for path in SHIPPED_MODEL.iterdir()) < MOST_BYTES
+
+
+@pytest.mark.parametrize("name", ["finetune", "finetune_lora"])
+def test_configs_that_go_on_from_it_have_its_sizes(name, shipped):
+    config = read_config(f"{CONFIGS}/{name}.py", ["--data.path=my.json"])
+    assert (config.init, config.data.tokenizer) == (str(SHIPPED_MODEL), str(SHIPPED_MODEL))
+    for part in ("vision", "adapter", "decoder", "image_start_id"):
+        assert getattr(config.model, part) == getattr(shipped.config, part)
+    check_config(config.data, slots=config.model.adapter.num_queries)
 
 
 def test_it_answers_better_than_a_guess(shipped):

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import pytest
 import tiny
 
 from qwenvl_jax.checkpoint.store import CheckpointError, CheckpointStore, restore_weights
+from qwenvl_jax.cli.config_file import load_config, read_config
+from qwenvl_jax.cli.options import option_names
 from qwenvl_jax.cli.plot import main as plot_main
-from qwenvl_jax.cli.train import main, read_config
+from qwenvl_jax.cli.train import main
 from qwenvl_jax.config import ConfigError, LoraConfig, OptimizerConfig, to_dict
 from qwenvl_jax.data.example import TASKS, DataError
 from qwenvl_jax.data.pipeline import check_config
@@ -480,6 +483,26 @@ def test_rows_of_the_command_take_the_place_of_the_configs_own(stage):
     data = read_config(path, ["--data.source=rows", "--data.path=my.json"]).data
     assert (data.source, data.path, data.mixture, data.tasks) == ("rows", "my.json", {}, {})
     check_config(data, slots=256)
+    assert read_config(path, ["--data.source", "rows", "--data.path", "my.json"]).data == data
+
+
+def test_a_named_vocabulary_stays_whatever_the_weights():
+    stage = str(TESTS.parent / "configs" / "stage1_pretrain.py")
+    for init in ("None", "weights/other"):
+        assert read_config(stage, [f"--init={init}"]).data.tokenizer == "weights/start"
+
+
+def test_a_config_made_from_another_takes_what_its_file_says():
+    tuned = TESTS.parent / "configs" / "finetune_adapter.py"
+    assert load_config(tuned).data.tokenizer == ""
+    assert read_config(str(tuned), ["--init=weights/chat"]).data.tokenizer == "weights/chat"
+
+
+def test_weights_that_are_not_there_are_told_before_their_vocabulary(capsys):
+    tuned = str(TESTS.parent / "configs" / "finetune.py")
+    assert main([tuned, "--init=weights/nowhere"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("train: init: there is no folder 'weights/nowhere': download it")
 
 
 def test_the_vocabulary_comes_with_the_weights_where_none_is_named(config_file):
@@ -497,7 +520,14 @@ def test_the_vocabulary_comes_with_the_weights_where_none_is_named(config_file):
     ("options", "words"),
     [
         (["--optimizer.peak_rate=1"], "Unrecognized options: --optimizer.peak_rate"),
-        (["--step=3"], "--steps"),  # the nearest name
+        (["--step=3"], "did you mean --steps?"),
+        (["--data.pth=x"], "did you mean --data.path?"),
+        (["--peak-lr", "1"], "did you mean --optimizer.peak-lr?"),
+        (["--learning_rate=1"], "did you mean --optimizer.peak-lr?"),
+        (["--optimizer.lr=1"], "did you mean --optimizer.peak-lr?"),
+        (["--batch-size=4"], "did you mean --data.rows?"),
+        (["data.length=4"], "did you mean --data.length?"),
+        (["--path=x"], "did you mean --data.path or --evaluation.path?"),
         (["--steps=many"], "invalid literal"),
         (["--optimizer.warmup-steps=100"], "warmup_steps must be smaller than steps: got 100 of 6"),
     ],
@@ -530,6 +560,9 @@ def test_what_is_wrong_with_data_is_told_before_anything_is_loaded(tmp_path):
         ("x = 1", "no get_config"),
         ("def get_config(): return 3", "got int"),
         ("def get_config(:", "line 1 is not Python"),
+        ("\nfrom qwenvl_jax.config import TrainConfg", "line 2: qwenvl_jax.config has no 'TrainC"),
+        ("from qwenvl_jax.presetz import nano", "line 1: ModuleNotFoundError"),
+        ("def get_config():\n    return TrainConfig()", "line 2: NameError: name 'TrainConfig' is"),
     ],
 )
 def test_files_that_are_no_config(tmp_path, capsys, content, words):
@@ -538,6 +571,47 @@ def test_files_that_are_no_config(tmp_path, capsys, content, words):
         path.write_text(content)
     assert main([str(path)]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ("TrainConfig(stepz=1)", "line 3: TrainConfig has no 'stepz'; did you mean 'steps'?"),
+        ("replace(MeshConfig(), fdsp=1)", "line 3: MeshConfig has no 'fdsp'; did you mean 'fsdp'?"),
+    ],
+)
+def test_a_wrong_field_in_a_config_file_has_a_near_one(tmp_path, made, words):
+    path = tmp_path / "wrong.py"
+    imports = "from dataclasses import replace\nfrom qwenvl_jax.config import *\n"
+    path.write_text(f"{imports}def get_config(): return {made}\n")
+    # Apart: the checks of shapes in these tests give such an error other words.
+    run = [sys.executable, "train.py", str(path)]
+    done = subprocess.run(run, check=False, capture_output=True, text=True, cwd=TESTS.parent)
+    assert (done.returncode, done.stderr) == (2, f"train: {path} {words}\n")
+
+
+def test_the_options_that_are_named_are_those_that_there_are(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    stage = str(TESTS.parent / "configs" / "stage2_multitask.py")
+    config = load_config(stage)
+    with pytest.raises(SystemExit):
+        read_config(stage, ["--help"])
+    shown = set(re.findall(r"--[a-z][\w./-]*", capsys.readouterr().out))
+    assert set(option_names(type(config), config)) <= shown
+
+
+def test_a_config_file_that_is_not_there_has_a_near_one(tmp_path):
+    (tmp_path / "finetune_mine.py").touch()
+    with pytest.raises(ConfigError, match=r"did you mean .*finetune_mine\.py\?"):
+        load_config(tmp_path / "finetun_mine.py")
+
+
+def test_a_bug_of_the_package_under_a_config_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwenvl_jax.presets.LoraConfig", None)
+    path = tmp_path / "mine.py"
+    path.write_text("from qwenvl_jax import presets\nget_config = lambda: presets.released_lora()")
+    with pytest.raises(TypeError):
+        load_config(path)
 
 
 def test_help_shows_an_example(capsys):

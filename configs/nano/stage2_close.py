@@ -10,14 +10,14 @@ from earlier rows, so that nothing is lost.
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.cli.config_file import load_config
 from qwenvl_jax.config import TrainConfig
 
 ROWS = "runs/nano/rows"
 
 
 def get_config() -> TrainConfig:
-    base = read_config(str(Path(__file__).with_name("stage2_lines.py")))
+    base = load_config(Path(__file__).with_name("stage2_lines.py"))
     mixture = {
         f"{ROWS}/fresh/scenes": 0.04,
         f"{ROWS}/lines/scenes": 0.06,

@@ -12,7 +12,7 @@ steps the losses of boxes are where the old grid is after as many.
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.cli.config_file import load_config
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.presets import nano
 
@@ -20,7 +20,7 @@ ROWS = "runs/nano/rows"
 
 
 def get_config() -> TrainConfig:
-    base = read_config(str(Path(__file__).with_name("stage2_longer_cells.py")))
+    base = load_config(Path(__file__).with_name("stage2_longer_cells.py"))
     mixture = {
         f"{ROWS}/train/scenes": 0.14,
         f"{ROWS}/asked/scenes": 0.08,

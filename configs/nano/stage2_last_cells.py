@@ -8,14 +8,14 @@ The loss of `stage2_longer_cells` was still falling, and two pictures were the h
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.cli.config_file import load_config
 from qwenvl_jax.config import TrainConfig
 
 ROWS = "runs/nano/rows"
 
 
 def get_config() -> TrainConfig:
-    base = read_config(str(Path(__file__).with_name("stage2_longer_cells.py")))
+    base = load_config(Path(__file__).with_name("stage2_longer_cells.py"))
     shares = {
         f"{ROWS}/cells/animals": 0.07,
         f"{ROWS}/cells/food": 0.05,

@@ -10,14 +10,14 @@ lost a little while the pages were learned.
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.cli.config_file import load_config
 from qwenvl_jax.config import TrainConfig
 
 ROWS = "runs/nano/rows"
 
 
 def get_config() -> TrainConfig:
-    base = read_config(str(Path(__file__).with_name("stage2_signs.py")))
+    base = load_config(Path(__file__).with_name("stage2_signs.py"))
     mixture = {
         f"{ROWS}/lines/scenes": 0.15,
         f"{ROWS}/asked/scenes": 0.03,

@@ -10,14 +10,14 @@ boxes. 160,000 rows of new collages ask for little else, and are two fifths of t
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.cli.config_file import load_config
 from qwenvl_jax.config import TrainConfig
 
 ROWS = "runs/nano/rows"
 
 
 def get_config() -> TrainConfig:
-    base = read_config(str(Path(__file__).with_name("stage2_longer_cells.py")))
+    base = load_config(Path(__file__).with_name("stage2_longer_cells.py"))
     mixture = {
         f"{ROWS}/train/scenes": 0.26,
         f"{ROWS}/train/animals": 0.08,

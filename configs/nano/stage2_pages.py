@@ -13,14 +13,14 @@ not teach it.
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.cli.config_file import load_config
 from qwenvl_jax.config import TrainConfig
 
 ROWS = "runs/nano/rows"
 
 
 def get_config() -> TrainConfig:
-    base = read_config(str(Path(__file__).with_name("stage2_read.py")))
+    base = load_config(Path(__file__).with_name("stage2_read.py"))
     mixture = {
         f"{ROWS}/fresh/scenes": 0.1,
         f"{ROWS}/asked/scenes": 0.05,

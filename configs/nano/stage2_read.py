@@ -14,14 +14,14 @@ from answers alone the words on pages were not learned in 1,150 steps.
 import dataclasses
 from pathlib import Path
 
-from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.cli.config_file import load_config
 from qwenvl_jax.config import TrainConfig
 
 ROWS = "runs/nano/rows"
 
 
 def get_config() -> TrainConfig:
-    base = read_config(str(Path(__file__).with_name("stage2_finer.py")))
+    base = load_config(Path(__file__).with_name("stage2_finer.py"))
     mixture = {
         f"{ROWS}/fresh/scenes": 0.11,
         f"{ROWS}/fresh/animals": 0.24,

@@ -99,6 +99,8 @@ class Talk:
             print(f"({reply.dropped_turns} oldest turns no longer fit)", file=sys.stderr)
         if not reply.is_complete:
             print(f"(cut after {len(reply.tokens)} tokens)", file=sys.stderr)
+        elif not reply.text.strip():
+            print("(the answer is empty)", file=sys.stderr)
         if reply.boxes and self._latest is not None:
             self._num_drawn += 1
             path = self._options.output_dir / f"answer-{self._num_drawn}.png"
@@ -113,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     options = parse_options(TalkOptions, argv, "chat", __doc__)
+    options.check()
     check_output(options.output_dir / "answer-1.png")
     talk = Talk(open_model(options), options)
     is_terminal = sys.stdin.isatty()

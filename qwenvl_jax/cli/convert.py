@@ -1,12 +1,14 @@
 """`python convert.py import|export|adapter|...`: released folders to ours, and back."""
 
+import functools
+import inspect
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -20,6 +22,8 @@ from rich.progress import (
 )
 
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.cli.options import told_in_one_line
+from qwenvl_jax.cli.subcommands import choose
 from qwenvl_jax.config import ConfigError
 
 _USAGE = """usage: python convert.py import SRC DST [--lora ADAPTER]
@@ -39,8 +43,8 @@ as the mean of those that spelled them. queries writes it once more with another
 embeddings, to be trained on: the adapter's grid is resized. adapter writes what a run with LoRA has
 trained as a PEFT adapter, for the released model in PyTorch.
 
-Neither needs more memory than one layer (a run: the whole model). DST must be new; it appears
-when it is complete, and a conversion that fails leaves nothing behind.
+import and export keep one tensor and its copy in memory: 3 GB at full size; a run is held whole.
+DST must be new; it appears when it is complete, and a conversion that fails leaves nothing behind.
 
 example:
   python convert.py import Qwen-VL-Chat weights/chat
@@ -58,25 +62,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         print(_USAGE, end="")
         return SUCCESS if argv else USAGE_ERROR
+    commands = {
+        "import": import_,
+        "export": export,
+        "vocabulary": vocabulary,
+        "queries": queries,
+        "adapter": adapter,
+    }
+    chosen = choose("convert.py", dict.fromkeys(commands, ""), argv, example="")
+    if isinstance(chosen, int):
+        return chosen
+    name, words = chosen
+    work = _parse(commands[name], words, f"convert.py {name}")
     # Nothing here computes: an accelerator would only be held, and its memory taken.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # A terminated conversion cleans up as an interrupted one does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        commands = {
-            "import": import_,
-            "export": export,
-            "vocabulary": vocabulary,
-            "queries": queries,
-            "adapter": adapter,
-        }
-        tyro.extras.subcommand_cli_from_dict(commands, prog="convert.py", args=list(argv))
+        work()
     finally:
         signal.signal(signal.SIGTERM, before)
     return SUCCESS
+
+
+def _parse(command: Callable[..., None], words: Sequence[str], prog: str) -> Callable[[], None]:
+    """Returns the command with its arguments, to be called where its own messages are seen."""
+
+    @functools.wraps(command)
+    def bind(*args: Any, **kwargs: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **kwargs)
+
+    given = inspect.signature(command).parameters.values()
+    options = [each.name for each in given if each.kind is not each.POSITIONAL_ONLY]
+    names = [f"--{name.replace('_', '-')}" for name in options]
+    with told_in_one_line(names):
+        return tyro.cli(bind, args=list(words), prog=prog)
 
 
 def import_(

@@ -12,6 +12,7 @@ Examples:
 """
 
 import dataclasses
+import difflib
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,12 @@ class InspectOptions:
         if not is_made and self.generated != GeneratedOptions():
             raise ConfigError(
                 f"--generated.* has no effect on {self.source!r}: expected collages or documents"
+            )
+        near = difflib.get_close_matches(self.source, NAMES, n=1)
+        if near and self.source not in NAMES and not Path(self.source).exists():
+            raise ConfigError(
+                f"no data at {self.source!r}: expected a file, a folder or what is made; did you "
+                f"mean {near[0]!r}?"
             )
         if not self.output.parent.is_dir():
             raise ConfigError(

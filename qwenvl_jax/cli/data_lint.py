@@ -70,6 +70,10 @@ def _run(argv: Sequence[str]) -> int:
             "--length must be positive and --show not negative: got "
             f"{options.length} and {options.show}"
         )
+    if options.file.is_dir():
+        raise ConfigError(
+            f"lint takes a file: got the folder {str(options.file)!r}; name a .json or .jsonl file"
+        )
     from qwenvl_jax.cli.vocabulary import open_tokenizer
     from qwenvl_jax.data.lint.problems import Problem
     from qwenvl_jax.data.lint.rows import Checks

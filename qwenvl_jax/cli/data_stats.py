@@ -66,12 +66,10 @@ class StatsOptions:
 
     def check(self) -> None:
         """Raises ConfigError for numbers that cannot be."""
-        for name in ("length", "num"):
+        for name in ("length", "max_images", "num"):
             value = getattr(self, name)
             if value is not None and value <= 0:
-                raise ConfigError(f"--{name} must be positive: got {value}")
-        if self.max_images < 0:
-            raise ConfigError(f"--max-images must not be negative: got {self.max_images}")
+                raise ConfigError(f"--{name.replace('_', '-')} must be positive: got {value}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

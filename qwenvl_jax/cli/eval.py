@@ -46,6 +46,8 @@ class EvalOptions:
     """Prompts of the multi-task stage, chat turns, or both, one table each."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of weights and arithmetic; float32 for the shipped model, bfloat16 for others."""
+    tensor: int = 1
+    """Devices to spread the model over."""
     output: Path | None = None
     """A folder for the tables as Markdown, and all scores and answers as JSON."""
 
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     options = parse_options(EvalOptions, argv, "qwenvl eval", __doc__)
     _check(options)
-    vl = open_model(AnswerOptions(model=options.model, dtype=options.dtype))
+    vl = open_model(AnswerOptions(model=options.model, dtype=options.dtype, tensor=options.tensor))
     if options.rows:
         for path in options.rows:
             _score_rows(path, options, vl)

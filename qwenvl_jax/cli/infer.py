@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Task = Literal["chat", "complete", "caption", "ground", "question", "locate", "read"]
 PROMPTLESS = ("caption", "ground", "read")
+PICTURED = (*PROMPTLESS, "question", "locate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class InferOptions(AnswerOptions):
 
     def check(self) -> None:
         """Raises ConfigError for options that contradict each other."""
+        super().check()
         if self.raw_prompt and self.task != "chat":
             raise ConfigError(f"--raw-prompt has no --task: got {self.task!r}; leave one of them")
         if self.task in PROMPTLESS and self.prompt:
@@ -54,6 +56,10 @@ class InferOptions(AnswerOptions):
         is_greedy = not self.temperature and (self.task != "chat" or self.raw_prompt)
         if is_greedy and (self.top_k is not None or self.top_p is not None):
             raise ConfigError("--top-k and --top-p need a --temperature above 0 here")
+        if self.task in PICTURED and not self.image:
+            raise ConfigError(
+                f"--task {self.task} needs a picture: got none; name one with --image PATH"
+            )
         if self.output is not None and not self.image:
             raise ConfigError("--output needs a picture to draw on: give --image")
         if self.output is not None:
@@ -79,6 +85,8 @@ def _run(argv: Sequence[str]) -> int:
     if not reply.is_complete:
         count = len(reply.tokens)
         print(f"cut after {count} tokens; --max-new-tokens allows more", file=sys.stderr)
+    elif not reply.text.strip():
+        print("the answer is empty", file=sys.stderr)
     if reply.boxes and images:
         path = options.output or Path("answer.png")
         save_drawn(images[-1], reply.boxes, path)

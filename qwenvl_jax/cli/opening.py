@@ -40,6 +40,11 @@ class AnswerOptions:
     seed: int = 0
     """The same seed gives the same answer."""
 
+    def check(self) -> None:
+        """Raises ConfigError for options that cannot be served."""
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ConfigError(f"--max-new-tokens must be positive: got {self.max_new_tokens}")
+
     def choice(self) -> dict[str, Any]:
         """Returns the options that were given, as `VL.chat` and `VL.complete` take them."""
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")

@@ -1,17 +1,33 @@
 """Command-line words to a dataclass of options, with wrong ones told as every other error is."""
 
 import contextlib
+import dataclasses
+import difflib
 import io
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from qwenvl_jax.config import ConfigError
 
 Options = TypeVar("Options")
 
 _BOX_SIDES = "\u2502 "
-_BOX_RULE = {"\u2500"}
+_BOX_RULES = ({"\u2500"}, {"-"})  # the second where the terminal's encoding is not UTF-8
 _BOX_ENDS = "\u256d\u2570"  # the lines with the title and the bottom
+
+_UNKNOWN = "Unrecognized options: "
+_MOST_HINTS = 3
+_ALIASES = {  # what other training scripts call a setting
+    "lr": "--optimizer.peak-lr",
+    "learning-rate": "--optimizer.peak-lr",
+    "batch-size": "--data.rows",
+    "epochs": "--steps",
+    "num-train-epochs": "--steps",
+    "gradient-accumulation-steps": "--micro-batches",
+    "model-max-length": "--data.length",
+    "model-name-or-path": "--init",
+    "output-dir": "--run-dir",
+}
 
 
 def parse_options(
@@ -20,10 +36,12 @@ def parse_options(
     prog: str,
     description: str | None = None,
     default: Options | None = None,
+    more_names: Sequence[str] = (),
 ) -> Options:
     """Returns the options that the words set; fields left out keep their defaults.
 
-    `default` is an instance to take them from. `--help` prints and exits, as everywhere.
+    `default` is an instance to take them from. `more_names` are options read elsewhere, which a
+    wrong one may be near to. `--help` prints and exits, as everywhere.
 
     Raises:
         ConfigError: an option that does not exist (with the nearest name) or does not fit.
@@ -31,21 +49,85 @@ def parse_options(
     import tyro
 
     start = tyro.MISSING_NONPROP if default is None else default
+    with told_in_one_line([*option_names(kind, default), *more_names]):
+        return tyro.cli(kind, args=list(argv), prog=prog, description=description, default=start)
+
+
+@contextlib.contextmanager
+def told_in_one_line(names: Sequence[str]) -> Iterator[None]:
+    """Raises what tyro says about wrong words as a ConfigError, with the nearest of the names."""
     told = io.StringIO()
     try:
         with contextlib.redirect_stderr(told):
-            return tyro.cli(
-                kind, args=list(argv), prog=prog, description=description, default=start
-            )
+            yield
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        raise ConfigError(unboxed(told.getvalue())) from None
+        raise ConfigError(_with_hint(unboxed(told.getvalue()), names)) from None
+
+
+def option_names(kind: Any, default: Any = None, prefix: str = "--") -> list[str]:
+    """Returns the options of a dataclass as they are typed, those of its parts too.
+
+    >>> option_names(MeshConfig)
+    ['--data', '--fsdp', '--tensor']
+    """
+    import tyro
+
+    names = []
+    for field in dataclasses.fields(kind):
+        name = prefix + field.name.replace("_", "-")
+        value = None if default is None else getattr(default, field.name)
+        if dataclasses.is_dataclass(field.type):
+            names += option_names(field.type, value, f"{name}.")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for i, part in enumerate(value):
+                names += option_names(part, part, f"{name}.{i}.")
+        elif isinstance(value, dict) and value:  # then its keys are options, and it is none
+            names += [f"{name}.{key.replace('_', '-')}" for key in value]
+        elif tyro.conf.Positional not in getattr(field.type, "__metadata__", ()):
+            names.append(name)
+    return names
+
+
+def nearest_options(word: str, names: Sequence[str]) -> list[str]:
+    """Returns the options that somebody who typed `word` may have meant, likeliest first.
+
+    >>> nearest_options("--peak-lr=1e-4", ["--steps", "--optimizer.peak-lr"])
+    ['--optimizer.peak-lr']
+    """
+    typed = word.split("=")[0].strip("-").replace("_", "-")
+    leaf = typed.rpartition(".")[2]
+    alias = _ALIASES.get(leaf)
+    if alias is not None and alias in names:
+        return [alias]
+    leaves = [name.strip("-").rpartition(".")[2] for name in names]
+    whole = difflib.get_close_matches(f"--{typed}", names, n=1, cutoff=0.75)
+    near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+    if whole and (not near or leaf != near[0]):
+        return whole
+    same = [name for name, own in zip(names, leaves, strict=True) if own in near]
+    return sorted(same, key=lambda name: (name not in whole, name))[:_MOST_HINTS]
+
+
+def _with_hint(text: str, names: Sequence[str]) -> str:
+    """Returns tyro's message about unknown words with the option that was meant, if one is near."""
+    if not text.startswith(_UNKNOWN):
+        return text
+    words, *others = text.split("; ")
+    typed = words.removeprefix(_UNKNOWN).split(", ")
+    unknown = next((word for word in typed if word.startswith("-")), typed[0])
+    near = nearest_options(unknown, names)
+    if not near:
+        return text
+    return " ".join([f"{words}; did you mean {' or '.join(near)}?", *others[-1:]])
 
 
 def unboxed(text: str) -> str:
     """Returns what tyro put into a box as one line."""
-    parts = [" ".join(line.strip(_BOX_SIDES).split()) for line in text.splitlines()]
-    parts = ["; " if set(part) == _BOX_RULE else f"{part} " for part in parts if part]
-    inside = [part for part in parts if part[0] not in _BOX_ENDS]
-    return "".join(inside).replace(" ; ", "; ").strip() or text.strip()
+    lines = [" ".join(line.strip(_BOX_SIDES).split()) for line in text.splitlines()]
+    lines = [line for line in lines if line and line[0] not in _BOX_ENDS]
+    if len(lines) > 2 and set(lines[1]) == {"-"}:  # in ASCII a title stands over a rule
+        lines = lines[2:]
+    parts = ["; " if set(line) in _BOX_RULES else f"{line} " for line in lines]
+    return "".join(parts).replace(" ; ", "; ").strip() or text.strip()

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwenvl_jax.cli.config_file import read_config
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
 from qwenvl_jax.cli.host_memory import give_freed_memory_back
-from qwenvl_jax.cli.options import parse_options
-from qwenvl_jax.cli.train import read_config
+from qwenvl_jax.cli.options import option_names, parse_options
 from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 
 DOES_NOT_FIT = 1
@@ -81,8 +81,9 @@ def _run(argv: Sequence[str]) -> int:
         print(_USAGE, end="")
         return SUCCESS if argv and argv[0] in ("-h", "--help") else USAGE_ERROR
     ours, overrides = split_options(argv[1:])
+    # The config's first: an option that is neither's may be a misspelt one of ours.
+    config = read_config(argv[0], overrides, "qwenvl plan", option_names(PlanOptions))
     options = parse_options(PlanOptions, ours, prog="qwenvl plan")
-    config = read_config(argv[0], overrides)
     # The TPU compiler runs on the host; an accelerator of this machine would only be held.
     os.environ["JAX_PLATFORMS"] = "cpu"
     from qwenvl_jax.planning.gpus import find_gpus, gpu_text

@@ -1,15 +1,13 @@
 """`python train.py CONFIG [--a.b=c ...]`: starts a training run, or goes on with it."""
 
-import dataclasses
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwenvl_jax.cli.config_file import read_config
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
 from qwenvl_jax.cli.host_memory import computes_on_cpu, keep_freed_memory, share_one_pool
-from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError, TrainConfig
 
 _USAGE = """usage: python train.py CONFIG [--a.b=c ...]
@@ -40,6 +38,7 @@ def _run(argv: Sequence[str]) -> int:
         print(_USAGE, end="")
         return SUCCESS if argv and argv[0] in ("-h", "--help") else USAGE_ERROR
     config = read_config(argv[0], argv[1:])
+    check_init(config)
     if computes_on_cpu():
         share_one_pool()
     join_cluster()
@@ -56,59 +55,17 @@ def _keep_memory() -> None:
         keep_freed_memory()
 
 
-def read_config(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
-    """Returns the TrainConfig of a config file, with `--a.b=c` overrides applied.
+def check_init(config: TrainConfig) -> None:
+    """Raises ConfigError where weights and vocabulary are to come from a folder that is not there.
 
-    Raises:
-        ConfigError: no such file, no get_config() in it that returns a TrainConfig, or an override
-            that does not fit (with the nearest name).
+    A run that goes on has weights of its own, and may have a vocabulary elsewhere.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ConfigError(f"no config file {path}: expected a Python file, e.g. configs/nano/*.py")
-    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file: expected a name that ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(f"{path} line {error.lineno} is not Python: {error.msg}") from error
-    get_config = getattr(module, "get_config", None)
-    config = get_config() if callable(get_config) else None
-    if not isinstance(config, TrainConfig):
+    init = config.init
+    if init is not None and config.data.tokenizer == init and not Path(init).exists():
         raise ConfigError(
-            f"{path} has no get_config() that returns a TrainConfig: got {type(config).__name__}"
+            f"init: there is no folder {init!r}: download it (README, Install), or name another "
+            "with --init"
         )
-    if config.data.tokenizer == config.init:  # filled in, in a config that this one is made from
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=""))
-    config = _without_its_own_rows(config, overrides)
-    config = parse_options(TrainConfig, overrides, prog=f"train.py {path}", default=config)
-    return _with_tokenizer(config)
-
-
-def _without_its_own_rows(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
-    """Returns the config without a mixture or drawn tasks that rows of the command's replace."""
-    names = {word.split("=")[0] for word in overrides}
-    data = config.data
-    if "--data.path" in names:
-        data = dataclasses.replace(data, mixture={})
-    if "--data.source=rows" in overrides:
-        data = dataclasses.replace(data, tasks={})
-    return dataclasses.replace(config, data=data)
-
-
-def _with_tokenizer(config: TrainConfig) -> TrainConfig:
-    """Returns the config with the vocabulary of `init` where it names none."""
-    if config.data.tokenizer:
-        return config
-    if config.init is None:
-        raise ConfigError(
-            "data.tokenizer is empty and there is no init to take it from: name a qwen.tiktoken "
-            "file or a folder that holds one"
-        )
-    data = dataclasses.replace(config.data, tokenizer=config.init)
-    return dataclasses.replace(config, data=data)
 
 
 def join_cluster() -> None:

@@ -82,7 +82,7 @@ def open_image(
         if not allow_fetch:
             raise ImageError(
                 f"fetching is off: got the address {_short(source)}, expected a file or a data "
-                "URL; download it first, or pass allow_fetch=True"
+                "URL; download it first, or pass allow_fetch=True (infer.py: --allow-fetch)"
             )
         return _from_bytes(fetch_bytes(source), f"the picture at {_short(source)}", max_pixels)
     if scheme == "file" or "://" in source:

@@ -6,13 +6,17 @@ their features are cached by content (`pictures.py`), so a later turn does not r
 """
 
 import dataclasses
+import difflib
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from qwenvl_jax.image import load_image, to_square
+from qwenvl_jax.image.load import ImageSource
 from qwenvl_jax.inference.errors import InputError
 from qwenvl_jax.inference.sampling import GREEDY, Sampling
 from qwenvl_jax.prompt.boxes import parse_boxes
@@ -67,6 +71,24 @@ class ChatOptions(TextOptions):
     max_window: int = RELEASED_WINDOW  # ids of system and history; older turns are dropped
 
 
+Options = TypeVar("Options", bound=TextOptions)
+
+
+def make_options(kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """Returns the options of a call.
+
+    Raises:
+        TypeError: one does not exist; the nearest and all others are named.
+    """
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"no such option: got {name!r}, expected {', '.join(names)}{hint}")
+    return kind(**given)
+
+
 class Turn(NamedTuple):
     """A question, its pictures as uint8 [Y, X, 3] squares, and what was answered."""
 
@@ -77,6 +99,7 @@ class Turn(NamedTuple):
 
 
 History = Sequence[Turn | tuple[str, str]]  # plain pairs are a question and its answer
+Pictures = ImageSource | Sequence[ImageSource] | None  # one picture, or several
 
 
 class Reply(NamedTuple):
@@ -139,7 +162,7 @@ class TextStream:
 def chat_stream(
     vl: "VL",
     text: str,
-    images: Sequence[Any],
+    images: Pictures,
     history: History,
     options: ChatOptions,
 ) -> TextStream:
@@ -173,7 +196,7 @@ def chat_stream(
 
 
 def complete_stream(
-    vl: "VL", text: str, images: Sequence[Any], options: TextOptions, *, raw: bool = False
+    vl: "VL", text: str, images: Pictures, options: TextOptions, *, raw: bool = False
 ) -> TextStream:
     """Returns the stream of what follows the pictures and the text, up to the end of the text.
 
@@ -224,5 +247,13 @@ def _question(text: str, images: Sequence[np.ndarray], live: Sequence[str]) -> M
     return Message("user", [*map(Picture, images), text], live)
 
 
-def _load_squares(vl: "VL", images: Sequence[Any]) -> tuple[np.ndarray, ...]:
-    return tuple(to_square(load_image(image), vl.config.image_size) for image in images)
+def _load_squares(vl: "VL", images: Pictures) -> tuple[np.ndarray, ...]:
+    return tuple(to_square(load_image(image), vl.config.image_size) for image in _several(images))
+
+
+def _several(images: Any) -> list[Any]:
+    """Returns the pictures, also where one comes without a list; a 4-D array holds several."""
+    one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+    if isinstance(images, one) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        return [images]
+    return [] if images is None else list(images)

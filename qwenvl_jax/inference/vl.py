@@ -32,7 +32,7 @@ from qwenvl_jax.inference.generate import Generator
 from qwenvl_jax.inference.pictures import PictureFeatures
 from qwenvl_jax.inference.prompts import LongContext, Prompts
 from qwenvl_jax.inference.sampling import GREEDY, Sampling
-from qwenvl_jax.inference.session import History, Reply, TextStream
+from qwenvl_jax.inference.session import History, Pictures, Reply, TextStream
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from qwenvl_jax.sharding import make_mesh
@@ -207,14 +207,15 @@ class VL:
     def chat(
         self,
         text: str,
-        images: Sequence[Any] | None = None,
+        images: Pictures = None,
         history: History | None = None,
         **options: Any,
     ) -> Reply:
         """Returns the answer to one message, its boxes, and the history to pass next time.
 
-        `images` are paths, bytes, PIL images or uint8 arrays, shown before the text. Options are
-        the fields of `session.ChatOptions`: system, max_new_tokens, temperature, seed, live_tags...
+        `images` are paths, bytes, PIL images or uint8 arrays, shown before the text; a single one
+        needs no list. Options are the fields of `session.ChatOptions`: system, max_new_tokens,
+        temperature, seed, live_tags...
 
             >>> reply = vl.chat("Where is the dog?", images=["park.jpg"])  # doctest: +SKIP
             >>> reply = vl.chat("And the cat?", history=reply.history)  # doctest: +SKIP
@@ -224,17 +225,17 @@ class VL:
     def chat_stream(
         self,
         text: str,
-        images: Sequence[Any] | None = None,
+        images: Pictures = None,
         history: History | None = None,
         **options: Any,
     ) -> TextStream:
         """Returns an iterator over pieces of the answer's text; at its end `.reply` is whole."""
         return session.chat_stream(
-            self, text, images or (), history or (), session.ChatOptions(**options)
+            self, text, images, history or (), session.make_options(session.ChatOptions, options)
         )
 
     def complete(
-        self, text: str, images: Sequence[Any] | None = None, raw: bool = False, **options: Any
+        self, text: str, images: Pictures = None, raw: bool = False, **options: Any
     ) -> Reply:
         """Returns what follows pictures and text, as the base model was trained: no roles.
 
@@ -242,9 +243,8 @@ class VL:
 
             >>> vl.complete("Generate the caption in English:", ["park.jpg"])  # doctest: +SKIP
         """
-        return session.complete_stream(
-            self, text, images or (), session.TextOptions(**options), raw=raw
-        ).reply
+        chosen = session.make_options(session.TextOptions, options)
+        return session.complete_stream(self, text, images, chosen, raw=raw).reply
 
     def _batch(
         self,

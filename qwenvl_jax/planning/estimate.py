@@ -50,7 +50,7 @@ def estimate_memory(
     if config.data.rows % (config.micro_batches * shards):
         raise ConfigError(
             "data.rows must be a multiple of micro_batches x data x fsdp: got "
-            f"{config.data.rows}, {config.micro_batches} and {shards}"
+            f"{config.data.rows}, {config.micro_batches} and {shards}; {_fitting(config, shards)}"
         )
     state = state or state_memory(config, num_devices)
     rows = config.data.rows // config.micro_batches // shards
@@ -85,6 +85,16 @@ def estimate_memory(
     by_class["pictures"] = int(patches * model.vision.patch_size**2 * 3 * wide)
     by_class["temporaries"] = int(working * wide + 2 * wide * layer_weights / tensor)
     return by_class
+
+
+def _fitting(config: TrainConfig, shards: int) -> str:
+    """Returns the most micro-batches that fit, as an option, or else rows that do."""
+    rows = config.data.rows
+    fewer = range(config.micro_batches, 0, -1)
+    number = next((m for m in fewer if rows % (m * shards) == 0), None)
+    if number is not None:
+        return f"try --micro-batches={number}"
+    return "split the rows over fewer devices, with --mesh.tensor, or change --data.rows"
 
 
 @functools.cache  # a search asks for one model and table many times

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from typing import Any
 
-from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.config import ConfigError, TrainConfig
 from qwenvl_jax.planning.estimate import estimate_memory
 from qwenvl_jax.planning.pods import GB, GiB
 from qwenvl_jax.planning.useful import useful_flops
@@ -40,9 +40,18 @@ def find_gpus(name: str) -> Gpus | None:
 
     >>> find_gpus("a100-80-8").count
     8
+
+    Raises:
+        ConfigError: the name of a GPU without how many.
     """
     found = re.fullmatch(rf"({'|'.join(_KINDS)})-(\d+)", name)
     if found is None or int(found[2]) < 1:
+        near = [kind for kind in _KINDS if kind.split("-")[0] == name.split("-")[0]]
+        if near:
+            examples = " or ".join(f"{kind}-8" for kind in near)
+            raise ConfigError(
+                f"a topology is a kind and a number: got {name!r}, expected {examples}"
+            )
         return None
     memory, peak = _KINDS[found[1]]
     return Gpus(name=name, count=int(found[2]), memory_bytes=memory, peak_flops=peak)

@@ -1,0 +1,36 @@
+"""Fine-tunes the model that comes with the package on a conversation file: to try it on a laptop.
+
+    python train.py configs/nano/finetune.py --data.path=my.json
+    qwenvl chat --model runs/nano/finetune
+
+`my.json` is the format of the original `finetune.py` (docs/data.md). The model knows little of the
+world: what it takes from a file is the manner of its answers, and the file's own pictures. Then the
+same command with `configs/finetune.py` trains the released weights.
+"""
+
+from qwenvl_jax.cli.opening import SHIPPED_MODEL
+from qwenvl_jax.config import DataConfig, OptimizerConfig, TrainConfig
+from qwenvl_jax.presets import nano, released_finetune
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        run_dir="runs/nano/finetune",
+        steps=300,
+        seed=0,
+        init=str(SHIPPED_MODEL),
+        model=nano(),
+        data=DataConfig(
+            source="rows",
+            path="my.json",
+            mask="released",
+            cut_turns=True,
+            length=512,
+            max_images=8,
+            image_size=112,
+            rows=4,
+            tokenizer="",  # that of `init`
+        ),
+        optimizer=OptimizerConfig(peak_lr=3e-4, end_lr=0.0, warmup_steps=10, beta2=0.95),
+        parameters=released_finetune(weight_decay=0.1),
+    )
