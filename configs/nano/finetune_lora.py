@@ -5,6 +5,8 @@
     python convert.py adapter runs/nano/finetune_lora adapter
 
 As `configs/nano/finetune.py`, with pairs beside the decoder's matrices, which stay as they are.
+
+Cost: 9 minutes, at 1.8 s a step on two cores that other work shared.
 """
 
 import dataclasses
