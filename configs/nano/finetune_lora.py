@@ -5,6 +5,8 @@
     python convert.py adapter runs/nano/finetune_lora adapter
 
 As `configs/nano/finetune.py`, with pairs beside the decoder's matrices, which stay as they are.
+
+Cost: 9 minutes, computed from 40 steps of 1.8 s on two cores that other work shared.
 """
 
 import dataclasses
