@@ -1,6 +1,6 @@
 """Stage 2 of the small model, on from `stage2_signs`: lines of pages, and drawn scenes once more.
 
-What ships. New pages, most of them to be read, one line or all; and new drawn scenes, which had
+New pages, most of them to be read, one line or all; and new drawn scenes, which had
 lost a little while the pages were learned.
 
     configs/nano/rows.sh lines
