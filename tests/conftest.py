@@ -23,16 +23,23 @@ def _usual_memory(monkeypatch):
     monkeypatch.setattr(host_memory, "_set", lambda parameters: None)
 
 
-@pytest.fixture(scope="module")
-def quick_compiles(tmp_path_factory):
-    """Has XLA hurry, and the runs of a file share what they have compiled: for whole runs.
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiles(request, tmp_path_factory):
+    """Has XLA hurry, and all tests share what they have compiled: they take half of the time.
 
-    They are then compiled in half of the time. What a file compares is compiled alike.
+    What a file compares is compiled alike. The mark `full_compiles` leaves a file as users have it:
+    those with the published numbers, and those that ask what the compiler makes of a program.
     """
+    if request.node.get_closest_marker("full_compiles"):
+        yield
+        return
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent  # of all workers
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     before["jax_disable_most_optimizations"] = False  # a flag that is written, not read
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update(names[0], str(folder / "compiled"))
     jax.config.update(names[1], 0.0)
     jax.config.update("jax_disable_most_optimizations", True)
     yield

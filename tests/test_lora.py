@@ -36,8 +36,6 @@ from qwenvl_jax.training.optimizer import describe_plan, plan_parameters
 from qwenvl_jax.training.state import make_layout, random_weights, start_state
 from qwenvl_jax.training.step import batch_loss, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # Every kind of matrix: stacked and not, one and two dimensions on either side.
 EVERYWHERE = LoraConfig(
     rank=3, alpha=6.0, targets=("vit.*", "adapter.*", "decoder.blocks.*"), dropout=0.3

@@ -16,6 +16,8 @@ from qwenvl_jax.sharding import make_mesh
 
 DEPTH, WIDTH = 12, 256
 
+pytestmark = pytest.mark.full_compiles
+
 
 def table(dtype=jnp.bfloat16) -> jax.Array:
     return jax.random.normal(jax.random.key(0), (11, 3, 5)).astype(dtype)

@@ -8,6 +8,8 @@ from golden_model import CASES, greedy, ids, load, model, outputs, pictures
 from qwenvl_jax.config import MeshConfig
 from qwenvl_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.full_compiles
+
 
 def difference(ours: np.ndarray, golden: np.ndarray) -> float:
     assert ours.shape == golden.shape

@@ -28,6 +28,8 @@ from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.planning.work import exchange_groups, measure
 from qwenvl_jax.sharding import MESH_AXES, mesh_sizes, placements
 
+pytestmark = pytest.mark.full_compiles
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A loop of five turns around a product and an exchange in flight, which is listed in both fusions

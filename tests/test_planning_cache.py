@@ -14,6 +14,8 @@ from qwenvl_jax.planning.cache import (
     program_digest,
 )
 
+pytestmark = pytest.mark.full_compiles
+
 FITS = CompiledProgram(
     text="HloModule step",
     sizes=Sizes(arguments=7, results=5, shared=3, temporaries=11, code=2),

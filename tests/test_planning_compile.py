@@ -28,6 +28,8 @@ from qwenvl_jax.sharding import MESH_AXES, make_mesh
 from qwenvl_jax.sharding import describe as describe_placement
 from qwenvl_jax.training.state import make_layout
 
+pytestmark = pytest.mark.full_compiles
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "plans"
 STAGES = ("stage1_pretrain", "stage2_multitask", "stage3_chat")

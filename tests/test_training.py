@@ -32,8 +32,6 @@ from qwenvl_jax.training.state import (
 )
 from qwenvl_jax.training.step import make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # --- loss ---------------------------------------------------------------------------------------
 
 

@@ -22,8 +22,6 @@ from qwenvl_jax.training.heldout import held_out
 from qwenvl_jax.training.loop import train
 from qwenvl_jax.training.state import make_layout
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 STEPS = 5
 TASKS = {"caption": 1.0, "ref_grounding": 1.0, "vqa": 1.0}
 

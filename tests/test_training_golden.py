@@ -19,6 +19,8 @@ from qwenvl_jax.sharding import batch_sharding, make_mesh
 from qwenvl_jax.training.state import make_layout, start_state
 from qwenvl_jax.training.step import make_train_step
 
+pytestmark = pytest.mark.full_compiles
+
 GOLDEN = Path(__file__).parent / "golden"
 PICTURES = {"two_images": [1, 0], "one_image": [0]}
 LENGTH = 59  # longer than both sequences: padding must change nothing

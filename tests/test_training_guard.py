@@ -21,10 +21,7 @@ from qwenvl_jax.training.run_dir import open_run
 from qwenvl_jax.training.skips import joined, last_skipped, parse_skips
 from qwenvl_jax.training.state import make_layout
 
-pytestmark = [
-    pytest.mark.timeout(900),  # whole runs; a machine with other work compiles slowly
-    pytest.mark.usefixtures("quick_compiles"),
-]
+pytestmark = pytest.mark.timeout(900)  # whole runs; a machine with other work compiles slowly
 
 
 def run(run_dir, steps=6, **changes):

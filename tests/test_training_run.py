@@ -76,7 +76,7 @@ def start(run_dir: Path, compiled: Path, pause: float) -> subprocess.Popen:
     environment = os.environ | {
         "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
         # One device, as `python train.py` has it; half of the compile time, and just as repeatable.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
