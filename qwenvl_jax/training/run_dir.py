@@ -14,13 +14,13 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 
-from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
+from qwenvl_jax.config import ConfigError, TrainConfig, save_json, to_dict
 from qwenvl_jax.training.manifest import (
     describe_start,
     saved_inputs,
@@ -105,17 +105,13 @@ class RunDir:
         """Writes what this start is: from now on the directory is this run's."""
         if jax.process_index() > 0:
             return
-        write_atomically(
-            self.path / "config.json", json.dumps(to_dict(self._config), indent=1) + "\n"
-        )
+        _replace(self.path / "config.json", lambda beside: save_json(self._config, beside))
         # The directory alone is then a model for infer, chat and eval.
         vocabulary = tokenizer_file(self._config.data.tokenizer)
         copy = self.path / "qwen.tiktoken"
         has_file = vocabulary.is_file()
         if has_file and not (copy.is_file() and filecmp.cmp(vocabulary, copy, shallow=False)):
-            beside = copy.with_name(copy.name + ".new")
-            shutil.copyfile(vocabulary, beside)
-            os.replace(beside, copy)
+            _replace(copy, lambda beside: shutil.copyfile(vocabulary, beside))
         self._write()
 
     def skip(self, steps: SkipRange) -> None:
@@ -277,8 +273,13 @@ def truncate_metrics(path: Path, last_step: int) -> int:
 
 
 def write_atomically(path: Path, text: str) -> None:
+    _replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file written beside its place, and moves it there when it is whole."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
+    write(beside)
     os.replace(beside, path)
 
 
