@@ -17,6 +17,8 @@
 #   configs/nano/rows.sh signs       into runs/nano/rows/signs: which Chinese signs stand in each cell of others
 #   configs/nano/rows.sh lines       into runs/nano/rows/lines: new drawn scenes, and pages to be read line by line
 #   configs/nano/rows.sh close       into runs/nano/rows/close: new pages of the same kind, and animals to be named
+#   configs/nano/rows.sh last        into runs/nano/rows/last: new pages once more, and animals and food to be named
+#   configs/nano/rows.sh last_pairs  into runs/nano/rows/last_pairs: new dialogues about two collages
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
 #
@@ -69,11 +71,18 @@ case $1 in
     scenes=0 animals=40000 food=0 english=30000 chinese=30000 skip=600000
     collages_tasks=$named_tasks
     documents_tasks="ocr_vqa ocr_vqa ocr_vqa ocr ocr ocr vqa chat" ;;
+  last)
+    scenes=0 animals=70000 food=16000 english=26000 chinese=26000 skip=700000
+    collages_tasks=$named_tasks
+    documents_tasks="ocr_vqa ocr_vqa ocr_vqa ocr ocr ocr vqa chat" ;;
+  last_pairs)
+    scenes=0 animals=12000 food=12000 english=0 chinese=0 skip=800000
+    collages_tasks="compare either" ;;
   dialogue)
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|close|dialogue|heldout" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|close|last|last_pairs|dialogue|heldout" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1
