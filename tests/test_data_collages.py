@@ -276,6 +276,27 @@ def test_rows_are_pure_and_splits_differ():
         source[50]
 
 
+def test_without_english_there_are_no_rows_whose_prompts_are_english():
+    source = Collages(60, "train", side=SIDE, languages=("zh",))
+    rows = [source[i] for i in range(60)]
+    assert {row.fields["language"] for row in rows} == {"zh"}
+    assert {row.task for row in rows} == {"caption", "vqa", "ref_grounding", "chat"}
+    assert (
+        source.fingerprint != Collages(60, "train", side=SIDE, languages=("zh", "en")).fingerprint
+    )
+    with pytest.raises(DataError, match=r"grounded_caption are written in English only: got"):
+        Collages(1, "train", side=SIDE, languages=("zh",), tasks=("vqa", "grounded_caption"))
+
+
+def test_emoji_of_another_font_are_other_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(cutouts, "emoji_kinds", lambda font: [])
+    fonts = [tmp_path / "a.ttf", tmp_path / "b.ttf"]
+    for size, font in enumerate(fonts):
+        font.write_bytes(bytes(size))
+    one, two = (Collages(1, "train", side=SIDE, emoji_font=font).fingerprint for font in fonts)
+    assert one != two
+
+
 def test_rows_of_every_task_become_samples_with_live_places():
     tokenizer = load_tokenizer(NANO, slots=4)
     box_id = tokenizer.encode_raw("<box>")[0]

@@ -15,10 +15,12 @@ import pytest
 from finetune_rows import NANO, SIDE, SLOTS, Rows, data_config, encoded, same, write_rows
 from PIL import Image
 
+from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.holes import Hole, Tally
 from qwenvl_jax.data.pipeline import batches
 from qwenvl_jax.data.record import Record
+from qwenvl_jax.data.sizes import UNUSABLE, sizes_of
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -264,3 +266,47 @@ def test_a_list_goes_on_after_a_restart_and_a_torn_line(tmp_path):
     kept = [line for line in file.read_text().splitlines() if line.endswith("}")]
     assert [json.loads(line)["step"] for line in kept[:1]] == [3]
     assert "row 2" in kept[-1]
+
+
+def test_equal_keys_of_two_sources_are_two_holes_and_a_torn_line_spoils_no_other(tmp_path):
+    file = tmp_path / "quarantine.jsonl"
+    file.write_text('{"key": "torn')
+    holes = [HOLE._replace(source=source) for source in ("a", "b", "a")]
+    Tally(0.9, file).list(0, holes)
+    Tally(0.9, file).list(5, holes)
+    torn, *lines = file.read_text().splitlines()
+    assert torn == '{"key": "torn'
+    assert [(json.loads(line)["source"], json.loads(line)["step"]) for line in lines] == [
+        ("a", 0),
+        ("b", 0),
+    ]
+
+
+def test_a_row_that_was_mended_is_used_again_but_not_by_a_run_that_began_without(
+    tmp_path, monkeypatch, tok
+):
+    rows = [caption(f"good {number}", encoded(number)) for number in range(4)]
+    held = Rows(rows)
+    monkeypatch.setattr("qwenvl_jax.data.sources.open.open_source", lambda _: held)
+    whole = type(held).__getitem__
+
+    def damaged(self, index):
+        if index == 2:
+            raise DataError("row 2 is damaged")
+        return whole(self, index)
+
+    config = data_config(path="any", max_bad_fraction=0.9)
+
+    def first(step, **changes):
+        return next(batches(config, 0, step, slots=SLOTS, folder=tmp_path, **changes))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(held), "__getitem__", damaged)
+        first(0)
+        assert list(listed(tmp_path)) == ["any[2]"]
+        first(1)
+    assert UNUSABLE not in sizes_of(held, tok).sizes
+    with pytest.raises(ConfigError, match="got 0 now, expected those that its quarantine"):
+        first(1)
+    first(1, may_change=True)
+    first(1)

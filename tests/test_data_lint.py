@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +22,11 @@ from qwenvl_jax.data.lint.rows import Checks, check_rows, duplicate_ids, id_hash
 from qwenvl_jax.data.lint.text import picture_faults, text_faults
 from qwenvl_jax.data.sources.conversations import Conversations
 from qwenvl_jax.data.sources.json_rows import find_rows
+from qwenvl_jax.data.workers import spread
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
 
 NANO = "qwenvl_jax/assets/nano"
+HERE = Path(__file__).parent
 SAMPLES = Path("tests/data/conversations")
 IMG = "<img>a.png</img>\n"
 
@@ -157,6 +163,7 @@ def test_faults_of_a_row(name, folder):
         ("cut.png", ["picture_unreadable"], []),
         ("empty.png", ["picture_unreadable"], ["picture_unreadable"]),
         ("page.png", ["picture_unreadable"], ["picture_unreadable"]),
+        ("long" * 99, ["picture_unreadable"], ["picture_unreadable"]),  # no system has such names
     ],
 )
 def test_picture_files(name, thorough, quick, folder):
@@ -315,6 +322,29 @@ def fail(rows: range):
 def test_an_error_in_a_pass_reaches_the_caller(processes):
     with pytest.raises(ConfigError, match="at 0"):
         list(pass_over(fail, 3000, processes, "rows"))
+
+
+def die(rows: range):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_of_a_pass_is_told():
+    with pytest.raises(ConfigError, match=r"was killed, .* use a smaller --processes"):
+        list(pass_over(die, 3000, 2, "rows"))
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    """Its output ends when the last process that could write to it has ended."""
+    program = "from test_data_lint import kill_the_parent as kill; kill()"
+    environment = {"PYTHONPATH": f"{HERE}:{HERE.parent}", "PATH": ""}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def kill_the_parent() -> None:
+    for _ in spread(abs, range(100), 2):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys):

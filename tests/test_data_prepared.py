@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from prepared_rows import Pairs, picture, plan
 
 import qwenvl_jax
+from qwenvl_jax.cli.data import main
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.prepare import Progress, prepare, processes
 from qwenvl_jax.data.record import FIELDS, Record
-from qwenvl_jax.data.shard import PrepareError
+from qwenvl_jax.data.shard import Plan, PrepareError
 from qwenvl_jax.data.sizes import measure, sizes_of
+from qwenvl_jax.data.sources.eval_files import EvalFile
 from qwenvl_jax.data.sources.prepared import Prepared
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
@@ -164,6 +167,31 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
     with pytest.raises(PrepareError, match=r"holds something else: got thesis\.tex"):
         prepare(plan(tmp_path, Pairs()), processes(1))
     assert files_of(tmp_path) == {"thesis.tex": b"dear"}
+
+
+def test_a_run_killed_before_it_had_a_plan_goes_on(folder, tmp_path):
+    (tmp_path / "out" / "parts").mkdir(parents=True)
+    (tmp_path / "out" / "plan.json.7.tmp").write_text("{")
+    prepare(plan(tmp_path / "out", Pairs(), tokenizer=NANO), processes(1))
+    assert files_of(tmp_path / "out") == files_of(folder)
+
+
+def test_pictures_of_another_folder_are_another_preparation(tmp_path):
+    file = tmp_path / "my.jsonl"
+    file.write_text('{"image": "a.png", "question": "What?", "answer": "red"}\n')
+    for colour in ("red", "blue"):
+        (tmp_path / colour).mkdir()
+        Image.new("RGB", (40, 40), colour).save(tmp_path / colour / "a.png")
+    out = tmp_path / "out"
+    command = ["prepare", str(file), str(out), "--pictures"]
+    assert main([*command, str(tmp_path / "red")]) == 0
+    assert main([*command, str(tmp_path / "red")]) == 0
+    with pytest.raises(PrepareError, match=r"pictures of another folder \(--pictures\)"):
+        prepare(Plan(stream=EvalFile(file, tmp_path / "blue"), folder=out), processes(1))
+    index = json.loads((out / "index.json").read_text())
+    del index["made_from"]["pictures"]  # as an older version wrote it
+    (out / "index.json").write_text(json.dumps(index))
+    assert main([*command, str(tmp_path / "red")]) == 0
 
 
 def test_two_at_once_are_refused(tmp_path):

@@ -20,7 +20,7 @@ from qwenvl_jax.data.record import Record, encode_record
 from qwenvl_jax.data.sources.eval_files import EvalFile
 from qwenvl_jax.data.sources.lines import ranges, read_lines
 from qwenvl_jax.data.sources.open_stream import open_stream
-from qwenvl_jax.data.sources.pairs import Span, grounded_phrases, without_nesting
+from qwenvl_jax.data.sources.pairs import Span, grounded_phrases, rows_of, without_nesting
 from qwenvl_jax.data.sources.parquet_files import ParquetFiles
 from qwenvl_jax.data.sources.prepared import Prepared
 from qwenvl_jax.data.sources.stream import First, Refusal
@@ -359,6 +359,54 @@ def test_a_long_document_without_blank_lines_is_cut(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"a line of some words\n" * 200_000)
     assert sum(len(row.fields["text"].split()) for row in read(TextFiles(path))) == 1_000_000
+
+
+@given(st.lists(st.text("ab\n ", max_size=30), max_size=12), st.integers(1, 40))
+def test_no_range_loses_the_rest_of_a_document_that_was_cut(tmp_path_factory, parts, size):
+    root = tmp_path_factory.mktemp("long")
+    path = root / "a.txt"
+    path.write_bytes("".join(parts).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwenvl_jax.data.sources.text_files.MAX_DOCUMENT", 5)
+        rows = [row for shard in ranges([path], root, size) for row in TextFiles(path).read(shard)]
+    found = "".join(row.fields["text"] for row in rows if isinstance(row, Record))
+    assert "".join(found.split()) == "".join("".join(parts).split())
+    assert len({row.key for row in rows if isinstance(row, Record)}) == len(rows)
+
+
+def test_marks_of_other_editors_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\r\n\r\nthree".encode())
+    assert [row.fields["text"] for row in read(TextFiles(tmp_path))] == ["one\ntwo", "three"]
+    captions = {
+        "images": [{"id": 1, "image": "a.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "a dog"}],
+    }
+    (tmp_path / "c.json").write_text(json.dumps(captions), encoding="utf-8-sig")
+    stream = open_stream(tmp_path / "c.json")
+    assert isinstance(stream, EvalFile)
+    assert [row.fields["text"] for row in read(stream)] == ["a dog"]
+
+
+def test_a_text_in_the_place_of_several_is_one():
+    (row,) = rows_of("k", JPG, {"captions": "a dog"})
+    assert row.fields == {"text": "a dog", "language": "en"}
+
+
+def test_a_table_of_addresses_is_refused_and_no_file_of_this_machine_is_read(tmp_path):
+    (tmp_path / "secret.png").write_bytes(JPG)
+    table = pyarrow.table({"image": [str(tmp_path / "secret.png")], "caption": ["a dog"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="its column image holds text, expected the bytes"):
+        read(ParquetFiles(tmp_path))
+
+
+def test_folders_within_a_tar_are_no_rows(tmp_path):
+    (tmp_path / "in" / "x").mkdir(parents=True)
+    (tmp_path / "in" / "x" / "1.jpg").write_bytes(JPG)
+    (tmp_path / "in" / "x" / "1.txt").write_text("a dog")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "in", "in")
+    assert [row.key for row in read(TarShards(tmp_path))] == ["a.tar/in/x/1"]
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -1,22 +1,17 @@
 """One pass over all rows of a source, in this process or spread over several, with progress."""
 
-import concurrent.futures
-import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.data.workers import WorkerKilled, spread
 
 Result = TypeVar("Result")
 
 _CHUNK = 512  # rows
 _ROWS_A_PROCESS = 4096  # fewer are done before another process has started
-_AHEAD = 4  # chunks a process: what is waiting stays small
-
-_work: Callable[[range], Any] | None = None  # of a worker process
 
 
 def pass_over(
@@ -24,10 +19,11 @@ def pass_over(
 ) -> Iterator[Result]:
     """Yields `work(rows)` for runs of rows, in order.
 
-    `work` is pickled once a process. `processes` None is as many as there are cores, but one where
+    `processes` None is as many as there are cores, but one where
     the rows are few. Progress goes to the terminal's error stream as a bar, elsewhere as lines.
 
-    Raises: ConfigError for a number of processes that cannot be; what `work` raises.
+    Raises: ConfigError for a number of processes that cannot be, and where one was killed; what
+    `work` raises.
     """
     if processes is not None and processes <= 0:
         raise ConfigError(f"--processes must be positive: got {processes}")
@@ -41,30 +37,10 @@ def pass_over(
 def _spread(
     work: Callable[[range], Result], chunks: list[range], processes: int
 ) -> Iterator[Result]:
-    # Not forked: the tokenizer's and the terminal's threads would be copied half-way.
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(processes, context, _start, (work,))
-    waiting: list[concurrent.futures.Future] = []
     try:
-        for chunk in chunks:
-            waiting.append(pool.submit(_call, chunk))
-            if len(waiting) >= _AHEAD * processes:
-                yield waiting.pop(0).result()
-        while waiting:
-            yield waiting.pop(0).result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start(work: Callable[[range], Any]) -> None:
-    global _work  # noqa: PLW0603 - what a worker keeps between its calls
-    _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells the person
-
-
-def _call(chunk: range) -> Any:
-    assert _work is not None  # `_start` ran before
-    return _work(chunk)
+        yield from spread(work, chunks, processes)
+    except WorkerKilled as error:
+        raise ConfigError(f"{error}; use a smaller --processes") from error
 
 
 def _told(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,13 +23,14 @@ class Hole(NamedTuple):
     key: str
     reason: str  # one of a few: "row", "sample", "length", "picture"
     detail: str  # the whole message
+    source: str = ""  # the path of its source, as the config gives it: keys are unique in there
 
 
 class Tally:
     """Counts samples and holes since this start, and writes each hole to a file once."""
 
     def __init__(self, max_bad_fraction: float, file: Path | None = None):
-        """`file` gets one JSON line a hole: key, reason, detail, step. Lines in it stay."""
+        """`file` gets one JSON line a hole: its fields and the step. Lines in it stay."""
         self._limit, self._file = max_bad_fraction, file
         self._listed = _keys(file) if file is not None else set()
         self._recent_samples = self._recent_bad = 0.0  # halved when the window is full
@@ -55,11 +57,13 @@ class Tally:
 
     def list(self, step: int, holes: Iterable[Hole]) -> None:
         """Writes the holes that have not been listed yet; a disk that is full is an OSError."""
-        new = {hole.key: hole for hole in holes if hole.key not in self._listed}
+        found = {(hole.source, hole.key): hole for hole in holes}
+        new = {place: hole for place, hole in found.items() if place not in self._listed}
         self._listed.update(new)
         if new and self._file is not None:
             lines = [json.dumps(hole._asdict() | {"step": step}) + "\n" for hole in new.values()]
             with self._file.open("a", encoding="utf-8") as file:
+                file.write("\n" if _is_cut(self._file) else "")
                 file.writelines(lines)
 
 
@@ -72,7 +76,15 @@ def too_many(num_bad: int, num_samples: int, limit: float, last: Hole) -> str:
     )
 
 
-def _keys(file: Path) -> set[str]:
+def _is_cut(file: Path) -> bool:
+    """Returns whether a kill in the middle of a write has left a line without its end."""
+    with file.open("rb") as written:
+        size = written.seek(0, os.SEEK_END)
+        written.seek(max(size - 1, 0))
+        return written.read(1) not in (b"", b"\n")
+
+
+def _keys(file: Path) -> set[tuple[str, str]]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -80,7 +92,8 @@ def _keys(file: Path) -> set[str]:
     found = set()
     for line in lines:
         try:
-            found.add(json.loads(line)["key"])
-        except (ValueError, KeyError, TypeError):  # cut off by a kill in the middle of the write
+            hole = json.loads(line)
+            found.add((hole["source"], hole["key"]))
+        except (ValueError, KeyError, TypeError):  # cut off by a kill, or of an older version
             continue
     return found

@@ -29,6 +29,7 @@ from qwenvl_jax.image.transform import to_square
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 LOOK_AHEAD = 8  # samples; more fills rows better and drops more at the end of a batch
+_PATIENCE = 1000  # samples refused one after the other, where there may be no end of them
 TASK_NUMBERS = {name: number for number, name in enumerate(TASKS)}
 
 
@@ -46,22 +47,29 @@ def fill_rows(
     """Returns rows of samples that keep both limits, and the refusals of samples that no row holds.
 
     What is left in the look-ahead after the last row is dropped: at most `LOOK_AHEAD` samples. Rows
-    at the end are empty where the samples run out.
+    at the end are empty where the samples run out, or so many are refused that they never would.
     """
     waiting: list[Example] = []
     refusals: list[DataError] = []
     rows: list[list[Example]] = []
+    refused = 0  # since the last that fits
     for _ in range(num_rows):
         row: list[Example] = []
         tokens_left, images_left = length, max_images
         while True:
-            while len(waiting) < LOOK_AHEAD and (example := next(examples, None)) is not None:
+            while (
+                len(waiting) < LOOK_AHEAD
+                and refused < _PATIENCE
+                and (example := next(examples, None)) is not None
+            ):
                 try:
                     check_fits(example, length, max_images)
                 except DataError as refusal:
                     refusals.append(refusal)
+                    refused += 1
                 else:
                     waiting.append(example)
+                    refused = 0
             fitting = [
                 i
                 for i, example in enumerate(waiting)

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import functools
 import itertools
-import json
 import logging
 import os
 import random
@@ -37,6 +36,7 @@ from qwenvl_jax.data.rows import (
 )
 from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
 from qwenvl_jax.data.sources.scenes import Split
+from qwenvl_jax.data.unchanged import check_as_usable, check_unchanged
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 
 MAX_REFUSED = 0.05  # of the samples of a step of scenes; past it the limits are wrong
@@ -159,6 +159,8 @@ def batches(
             now = fingerprint(config, tokenizer, sources)
             check_unchanged(Path(folder), now, first_step, share.process, may_change)
         opened = open_rows(config, tokenizer, seed, sources)
+        if folder is not None:
+            check_as_usable(Path(folder), opened, first_step, share.process, may_change)
         if first_step == 0 and share.process == 0:
             tally.list(0, unusable_rows(opened, tokenizer, config))
         # Decoding leaves Python's lock alone; drawing scenes does not.
@@ -201,31 +203,6 @@ def _made_ahead(
 def _leave_ctrl_c_to_the_parent(_worker: int, _num_workers: int) -> None:
     """A terminal sends it to all processes; the parent saves what it has, and then ends workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def check_unchanged(
-    folder: Path, now: str, first_step: int, process: int = 0, may_change: bool = False
-) -> None:
-    """Keeps the fingerprint of a run's data in `folder`, and compares it when the run goes on.
-
-    Raises: ConfigError where the data, the vocabulary or the plan are not those of before, unless
-    they `may_change`.
-    """
-    file = folder / "data.json"
-    before = None
-    if first_step and file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))["fingerprint"]
-        if before != now and not may_change:
-            raise ConfigError(
-                f"the data are not those that {folder} was trained with: got fingerprint "
-                f"{now[:16]}, expected {before[:16]}; another row, order, vocabulary or packing "
-                f"limit gives later steps other samples: give back the old data, choose another "
-                f"run_dir, or say that you mean it with --allow-change data"
-            )
-    if before != now and process == 0:
-        beside = file.with_name(f"{file.name}.new")
-        beside.write_text(json.dumps({"fingerprint": now}) + "\n", encoding="utf-8")
-        os.replace(beside, file)
 
 
 def _num_cores() -> int:

@@ -6,21 +6,17 @@ ended, and another is refused. When all shards are done it gives way to `index.j
 
 import contextlib
 import fcntl
+import functools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from qwenvl_jax.data.shard import PARTS, Plan, PrepareError, appearing, write_shard
 from qwenvl_jax.data.sources.prepared import INDEX, REFUSED, check_files, read_index
+from qwenvl_jax.data.workers import WorkerKilled, spread
 
 _PLAN = "plan.json"
 
@@ -82,51 +78,26 @@ def prepare(
 def processes(num_workers: int) -> Engine:
     """Returns the engine of one machine: that many processes, or this one where it is one.
 
-    They are spawned, and import nothing that starts an accelerator. They end with this process,
-    however it ends.
+    They import nothing that starts an accelerator.
     """
 
     def run(plan: Plan, jobs: Sequence[Job]) -> Iterator[Mapping[str, Any]]:
+        write = functools.partial(_write, plan)
         if num_workers == 1:
-            yield from (write_shard(plan, *job) for job in jobs)
+            yield from map(write, jobs)
             return
-        context = multiprocessing.get_context("spawn")
-        lives, held = cast("tuple[Connection, Connection]", context.Pipe(duplex=False))
-        pool = ProcessPoolExecutor(num_workers, context, _start, (plan, lives))
         try:
-            for future in as_completed([pool.submit(_write, *job) for job in jobs]):
-                yield future.result()
-        except BrokenProcessPool as error:
+            yield from spread(write, jobs, num_workers, in_order=False)
+        except WorkerKilled as error:
             raise PrepareError(
-                "a worker process was killed, as the system does when memory runs out; use a "
-                "smaller --num-workers, and run the same command to go on"
+                f"{error}; use a smaller --num-workers, and run the same command to go on"
             ) from error
-        finally:
-            held.close()
-            pool.shutdown(cancel_futures=True)
 
     return run
 
 
-_plan_of_worker: Plan | None = None
-
-
-def _start(plan: Plan, parent_lives: Connection) -> None:
-    global _plan_of_worker  # noqa: PLW0603 - a pool's initializer has no other place
-    _plan_of_worker = plan
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and stops us
-    threading.Thread(target=_end_with, args=(parent_lives,), daemon=True).start()
-
-
-def _end_with(parent_lives: Connection) -> None:
-    """Waits for the other end to be closed, by the parent or by its death, and ends the process."""
-    parent_lives.poll(None)
-    os._exit(1)  # nothing is lost: what is not whole has no name yet
-
-
-def _write(shard: str, number: int, num_shards: int) -> dict[str, Any]:
-    assert _plan_of_worker is not None  # `_start` ran first
-    return write_shard(_plan_of_worker, shard, number, num_shards)
+def _write(plan: Plan, job: Job) -> dict[str, Any]:
+    return write_shard(plan, *job)
 
 
 # --- the folder ---------------------------------------------------------------------------------
@@ -152,27 +123,30 @@ def _begin(folder: Path, facts: Mapping[str, Any]) -> None:
     try:
         begun = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if names := sorted(path.name for path in folder.iterdir()):
+        half = {PARTS, *(path.name for path in folder.glob(f"{_PLAN}.*.tmp"))}  # of a killed run
+        if names := sorted({path.name for path in folder.iterdir()} - half):
             raise PrepareError(
                 f"{folder} holds something else: got {', '.join(names[:5])}, expected a new or "
                 "empty folder; choose another one"
             ) from None
-        (folder / PARTS).mkdir()
         with appearing(folder / _PLAN) as file:
             file.write(json.dumps(facts, indent=1).encode())
-        return
-    _check_same(folder, begun, facts)
+    else:
+        _check_same(folder, begun, facts)
     (folder / PARTS).mkdir(exist_ok=True)
     for path in [*folder.glob("*.tmp"), *(folder / PARTS).glob("*.tmp")]:
         path.unlink()
 
 
 def _check_same(folder: Path, begun: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    differing = [name for name in facts if begun.get(name) != facts[name]]
+    # Older versions did not note where pictures lie.
+    differing = [name for name in facts if begun.get(name, facts[name]) != facts[name]]
     if not differing:
         return
     if "source" in differing:
         what = "from another source, or the source has changed since"
+    elif "pictures" in differing:
+        what = "with the pictures of another folder (--pictures)"
     elif "cut" in differing:
         what = "with another --limit or --rows-per-shard"
     else:

@@ -120,6 +120,14 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer, sources: dict[str, Sou
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def digest_of_unusable(opened: OpenRows) -> str:
+    """Returns a digest of which rows no step holds; the order of the others follows from it."""
+    digest = hashlib.sha256()
+    for rows in opened.unusable.values():
+        digest.update(f"{len(rows)}\n".encode() + rows.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
 def unusable_rows(opened: OpenRows, tokenizer: Tokenizer, config: DataConfig) -> Iterator[Hole]:
     """Yields the reason for every row that no step holds; each is read once more for it."""
     for name, rows in opened.unusable.items():
@@ -165,16 +173,16 @@ def read_sample(
     try:
         record = source[index]
     except (DataError, OSError) as error:
-        return Hole(f"{name}[{index}]", "row", str(error))
+        return Hole(f"{name}[{index}]", "row", str(error), name)
     try:
         example = example_of(record, tokenizer, config.mask)
         image_slots(example, tokenizer)
     except DataError as error:
-        return Hole(record.key, "sample", str(error))
+        return Hole(record.key, "sample", str(error), name)
     try:
         check_fits(example, config.length, config.max_images)
     except DataError as error:
-        return Hole(record.key, "length", str(error))
+        return Hole(record.key, "length", str(error), name)
     return example
 
 
@@ -224,7 +232,8 @@ class RowMaker:
         holes = []
         numbers = step * config.rows + self._rows[slots.row]
         within = np.arange(len(slots.row)) - first_of_row
-        decoded = map(self._decode, samples, places, numbers.tolist(), within.tolist())
+        names = [self._sources[number][0] for number in slots.source.tolist()]
+        decoded = map(self._decode, samples, names, places, numbers.tolist(), within.tolist())
         for row, sample in zip(slots.row.tolist(), decoded, strict=True):
             if isinstance(sample, Hole):
                 holes.append(sample)
@@ -253,11 +262,11 @@ class RowMaker:
                 f"{len(example.ids)} tokens and {len(example.images)} pictures, expected at most "
                 f"{tokens} and {pictures}; its source has changed since, so prepare it again"
             )
-            return Hole(example.key, "length", detail)
+            return Hole(example.key, "length", detail, name)
         return example
 
     def _decode(
-        self, sample: Example | Hole, places: np.ndarray, row: int, within: int
+        self, sample: Example | Hole, name: str, places: np.ndarray, row: int, within: int
     ) -> Example | Hole:
         """Returns the sample with its pixels written to its places, views of the batch's images.
 
@@ -273,5 +282,5 @@ class RowMaker:
                 decoded = pixels(sample, image, size)
                 place[...] = decoded if rng is None else varied(decoded, strength, rng)
         except DataError as error:
-            return Hole(sample.key, "picture", str(error))
+            return Hole(sample.key, "picture", str(error), name)
         return sample._replace(images=tuple(places[: len(sample.images)]))

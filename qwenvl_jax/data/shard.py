@@ -57,12 +57,24 @@ class Plan:
         return {
             "format": FORMAT,
             "source": self.stream.fingerprint,
+            "pictures": _folder_of_pictures(self.stream),
             "shards": len(shards),
             "cut": hashlib.sha256("\n".join(shards).encode()).hexdigest(),
             "rules": [rule.__name__ for rule in chain(self.rules)],
             "limits": limits if self.rules else {},
             "tokenizer": None if vocabulary is None else vocabulary.fingerprint,
         }
+
+
+def _folder_of_pictures(stream: Stream) -> str | None:
+    """Returns a digest of the folder that a stream's pictures lie in; None for one that has none.
+
+    No fingerprint has it, since data may move; but rows of one folder have one folder's pictures.
+    """
+    pictures = getattr(stream, "pictures", None)
+    if pictures is None:
+        return None
+    return hashlib.sha256(str(Path(pictures).resolve()).encode()).hexdigest()[:16]
 
 
 def write_shard(plan: Plan, shard: str, number: int, num_shards: int) -> dict[str, Any]:

@@ -4,9 +4,8 @@ Measuring tokenises every row and opens no picture. What it finds is kept in the
 under the fingerprints of source and vocabulary, so another run on the same data starts at once.
 """
 
-import concurrent.futures
+import functools
 import hashlib
-import multiprocessing
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ import numpy as np
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import FIELDS, Source
 from qwenvl_jax.data.tasks import example_of
+from qwenvl_jax.data.workers import WorkerKilled, spread
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 UNUSABLE = -1
@@ -40,6 +40,9 @@ def sizes_of(
 ) -> Sizes:
     """Returns the sizes of all rows of a source; `num_workers` processes measure where needed.
 
+    Rows that could not be used are looked at each time: a prepared file that was damaged may have
+    been given back, which no fingerprint tells.
+
     A source may know them: its method `sizes(tokenizer)` returns the array, or None; `tasks()`
     those of the tasks.
     """
@@ -53,6 +56,8 @@ def sizes_of(
     measured = _load(place)
     if measured is None or len(measured.sizes) != len(source):
         measured = measure(source, tokenizer, num_workers)
+        _save(place, measured)
+    elif _mended(measured, source, tokenizer):
         _save(place, measured)
     return measured
 
@@ -82,35 +87,29 @@ def measure(source: Source, tokenizer: Tokenizer, num_workers: int = 0) -> Sizes
 def _parts(
     source: Source, tokenizer: Tokenizer, starts: range, num_workers: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    measure_part = functools.partial(_measure_part, source, tokenizer)
     if num_workers < 2 or len(starts) < 2 * num_workers:
-        for start in starts:
-            yield _measure_part(source, tokenizer, start)
+        yield from map(measure_part, starts)
         return
-    # spawned, as grain's workers are: a fork would copy threads of jax in the middle of their work
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(
-        num_workers, context, initializer=_remember, initargs=(source, tokenizer)
-    ) as pool:
-        yield from pool.map(_measure_remembered, starts)
+    try:
+        yield from spread(measure_part, starts, num_workers)
+    except WorkerKilled as error:
+        raise DataError(f"{error}; use a smaller data.num_workers") from error
 
 
-_remembered: tuple[Source, Tokenizer] | None = None  # of a worker process: sent once, not by part
-
-
-def _remember(source: Source, tokenizer: Tokenizer) -> None:
-    global _remembered  # noqa: PLW0603  the one thing that a pool's process can keep
-    _remembered = (source, tokenizer)
-
-
-def _measure_remembered(start: int) -> tuple[np.ndarray, np.ndarray]:
-    assert _remembered is not None  # the initializer ran
-    return _measure_part(*_remembered, start)
+def _mended(measured: Sizes, source: Source, tokenizer: Tokenizer) -> bool:
+    """Returns whether rows that could not be used now can, after noting their sizes."""
+    unusable = np.flatnonzero(measured.sizes[:, 0] == UNUSABLE)
+    for index in unusable.tolist():
+        now = _measure_part(source, tokenizer, index, index + 1)
+        measured.sizes[index], measured.tasks[index] = now[0][0], now[1][0]
+    return bool((measured.sizes[unusable, 0] != UNUSABLE).any())
 
 
 def _measure_part(
-    source: Source, tokenizer: Tokenizer, start: int
+    source: Source, tokenizer: Tokenizer, start: int, end: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    end = min(start + _PART, len(source))
+    end = min(start + _PART, len(source)) if end is None else end
     sizes = np.full((end - start, 2), UNUSABLE, np.int32)
     tasks = np.zeros(end - start, np.uint8)
     order = list(FIELDS)

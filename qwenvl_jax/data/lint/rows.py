@@ -165,9 +165,9 @@ def _file_faults(source: Conversations, path: str, decode: bool) -> Iterable[Fau
 @functools.lru_cache(_CACHED_PICTURES)
 def _picture_fault(path: Path, decode: bool) -> tuple[str, str]:
     """Returns the kind and the detail of what is wrong with a picture's file; empty for nothing."""
-    if not path.is_file():
-        return "picture_missing", f"{path}{', which is a folder' if path.is_dir() else ''}"
     try:
+        if not path.is_file():
+            return "picture_missing", f"{path}{', which is a folder' if path.is_dir() else ''}"
         if decode:
             load_image(path)
         else:

@@ -19,7 +19,13 @@ from PIL import Image
 
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import Record
-from qwenvl_jax.data.sources import collage_cells, collage_chat, collage_facts, cutouts
+from qwenvl_jax.data.sources import (
+    collage_cells,
+    collage_chat,
+    collage_facts,
+    cutouts,
+    emoji_objects,
+)
 from qwenvl_jax.data.sources.backgrounds import photo_files
 from qwenvl_jax.data.sources.collage_rows import ENGLISH_ONLY, fields_of
 from qwenvl_jax.data.sources.composition import (
@@ -44,6 +50,7 @@ TASKS = (
 # Only where they are asked for:
 CELLS = "cells"  # rows of vqa that list what lies in each cell
 EITHER = "either"  # rows of the task chat about one or the other of two pictures
+_ENGLISH = (*ENGLISH_ONLY, CELLS)
 _VERSION = 1  # raise it when the same settings give other rows
 _QUALITY = (80, 95)  # of the JPEG
 
@@ -52,7 +59,8 @@ _QUALITY = (80, 95)  # of the JPEG
 class Collages:
     """A Source of `num` rows.
 
-    `tasks` and `languages` ("en", "zh") are equally likely. `emoji` and a `folder` of cut-outs with
+    `tasks` and `languages` ("en", "zh") are equally likely; without English, those that are written
+    in English only are left out. `emoji` and a `folder` of cut-outs with
     captions add objects to the drawn shapes; `photos` is a folder of backgrounds. A picture shows
     up to `most_kinds` kinds of objects. `questions` are the kinds asked for in vqa and chat,
     equally likely; a picture that allows none of them is asked another. Objects whose Chinese name
@@ -84,6 +92,12 @@ class Collages:
                 f"{MOST_KINDS} kinds in a picture: got num {self.num}, side {self.side}, "
                 f"most_kinds {self.most_kinds}"
             )
+        if self.tasks not in (TASKS, self._tasks):
+            english = sorted({task for task in self.tasks if task in _ENGLISH})
+            raise DataError(
+                f"{', '.join(english)} are written in English only: got the languages "
+                f"{', '.join(self.languages)}, expected en among them; leave these tasks out"
+            )
         photo_files(self.photos)
         if not self.kinds:  # made now, so that missing material is noticed at once
             raise DataError("no objects are left for collages; give emoji or a folder")
@@ -100,6 +114,13 @@ class Collages:
         return tuple(k for k in allowed if self.split == "heldout" or not k.is_held_out)
 
     @property
+    def _tasks(self) -> tuple[str, ...]:
+        """The tasks that can be written in the languages."""
+        if "en" in self.languages:
+            return self.tasks
+        return tuple(task for task in self.tasks if task not in _ENGLISH)
+
+    @property
     def fingerprint(self) -> str:
         """Digest of the settings and of the material they name."""
         return self._digest
@@ -108,13 +129,15 @@ class Collages:
     def _digest(self) -> str:
         """Digest of the settings and of the material's names and sizes; paths do not matter."""
         digest = hashlib.blake2b(digest_size=16)
-        settings = (self.num, self.split, self.side, self.languages, self.tasks)
+        settings = (self.num, self.split, self.side, self.languages, self._tasks)
         if self.most_kinds != Collages.most_kinds:  # so that older digests stay
             settings = (*settings, self.most_kinds)
         if self.questions != Collages.questions:
             settings = (*settings, self.questions)
         digest.update(repr((_VERSION, *settings)).encode())
         files = [Path(path) for k in self.kinds if k.origin == "folder" for path in k.pictures]
+        if self.emoji or self.emoji_font is not None:
+            files.append(self.emoji_font or emoji_objects.find_emoji_font())
         for path in (*files, *photo_files(self.photos)):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         for kind in self.kinds:
@@ -132,9 +155,8 @@ class Collages:
         if not 0 <= index < self.num:
             raise IndexError(f"row {index} of {self.num} collages")
         rng = random.Random(f"collages/{self.split}/{index}")
-        task = rng.choice(self.tasks)
-        is_english = task in (*ENGLISH_ONLY, CELLS) and "en" in self.languages
-        language = "en" if is_english else rng.choice(self.languages)
+        task = rng.choice(self._tasks)
+        language = "en" if task in _ENGLISH else rng.choice(self.languages)
         pool = self._pools[language]
         unseen = [kind for kind in pool if kind.is_held_out]
         first = rng.choice(unseen) if self.split == "heldout" and index % 2 and unseen else None

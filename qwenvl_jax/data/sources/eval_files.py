@@ -68,7 +68,7 @@ class EvalFile:
         """Yields one row for each picture, with its captions as `texts`; the file is read whole."""
         name = self.path.name
         try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            stored = json.loads(self.path.read_text(encoding="utf-8-sig"))
             texts: dict[Any, list[str]] = collections.defaultdict(list)
             for note in stored["annotations"]:
                 texts[note["image_id"]].append(note["caption"])

@@ -1,5 +1,6 @@
 """One path to its stream: what lies there says how it is read."""
 
+import codecs
 import json
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def open_stream(path: Path, pictures: Path | None = None) -> Stream | None:
 def _json_kind(path: Path) -> str | None:
     """Returns "eval" or "text" by the first row of a JSON file, or None where it is neither."""
     with path.open("rb") as file:
-        head = file.read(_HEAD).lstrip()
+        head = file.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
     if path.suffix.lower() == ".json":
         # a list holds conversations; COCO's captions are one object
         return "eval" if head.startswith(b"{") and b'"images"' in head else None

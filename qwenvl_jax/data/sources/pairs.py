@@ -66,7 +66,8 @@ def rows_of(key: str, image: bytes | None, columns: Mapping[str, Any]) -> Iterat
 def _texts(key: str, columns: Mapping[str, Any]) -> list[str]:
     found = [columns[name] for name in TEXTS if columns.get(name)][:1]
     for name in ALL_TEXTS:
-        found += columns.get(name) or []
+        several = columns.get(name) or []
+        found += [several] if isinstance(several, str) else several
     texts = list(dict.fromkeys(text for text in found if isinstance(text, str) and text.strip()))
     if not texts:
         raise Refusal(key, "no text", f"it has no text: got {', '.join(columns) or 'no columns'}")

@@ -45,10 +45,10 @@ class ParquetFiles:
                 names = table.schema_arrow.names
                 picture = next((name for name in _PICTURES if name in names), None)
                 if picture is None:
-                    raise DataError(
-                        f"{path} holds no pictures: got the columns {', '.join(names)}, expected "
-                        "one of jpg, png, webp, image; download them with img2dataset first"
-                    )
+                    raise _no_pictures(path, f"got the columns {', '.join(names)}")
+                kind = table.schema_arrow.field(picture).type
+                if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+                    raise _no_pictures(path, f"its column {picture} holds text")
                 wanted = [picture, *(name for name in COLUMNS if name in names)]
                 for batch in table.iter_batches(_BATCH, columns=wanted, use_threads=False):
                     for place in range(batch.num_rows):
@@ -66,6 +66,13 @@ class ParquetFiles:
                     raise  # the disk, not the data; Arrow's own have no number
                 told = f"the file is cut or damaged behind row {number}: {error}; download it again"
                 yield Refusal(shard, "damaged shard", told)
+
+
+def _no_pictures(path: Path, got: str) -> DataError:
+    return DataError(
+        f"{path} holds no pictures: {got}, expected the bytes of files in one of jpg, png, webp, "
+        "image; download them with img2dataset first"
+    )
 
 
 def _bytes(picture: Any) -> bytes | None:

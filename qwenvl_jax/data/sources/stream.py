@@ -65,6 +65,11 @@ class InRanges(NamedTuple):
         digest = self.source.fingerprint
         return f"{digest} from row {self.start}" if self.start else digest
 
+    @property
+    def pictures(self) -> Path | None:
+        """The folder of pictures that lie apart from the rows."""
+        return getattr(self.source, "pictures", None)
+
     def shards(self) -> list[str]:
         starts = range(self.start, self.end, self.rows_per_shard)
         return [f"{i}:{min(i + self.rows_per_shard, self.end)}" for i in starts]
@@ -90,6 +95,11 @@ class First(NamedTuple):
     @property
     def fingerprint(self) -> str:
         return self.stream.fingerprint
+
+    @property
+    def pictures(self) -> Path | None:
+        """The folder of pictures that lie apart from the rows."""
+        return getattr(self.stream, "pictures", None)
 
     def shards(self) -> list[str]:
         return [f"first {self.num_rows}"]

@@ -40,7 +40,8 @@ class TarShards:
         with (self.files.root / shard).open("rb") as file:
             try:
                 with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar:
-                    for name, members in itertools.groupby(tar, key=_name):
+                    files = (member for member in tar if member.isfile())
+                    for name, members in itertools.groupby(files, key=_name):
                         try:
                             image, columns = _sample(f"{shard}/{name}", tar, members)
                             yield from rows_of(f"{shard}/{name}", image, columns)
@@ -80,7 +81,7 @@ def _sample(
     columns: dict[str, Any] = {}
     for member in members:
         kind = member.name.rpartition("/")[2].partition(".")[2].lower()
-        file = tar.extractfile(member) if member.isfile() else None
+        file = tar.extractfile(member)
         if file is None or kind not in (*_PICTURES, "txt", "json"):
             continue
         if member.size > MAX_BYTES:

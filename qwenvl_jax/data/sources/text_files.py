@@ -14,6 +14,8 @@ ENDINGS = (".txt", ".jsonl")
 # packed, so shorter pieces waste nothing.
 MAX_CHARACTERS = 3000
 MAX_DOCUMENT = 2**20  # bytes in memory at a time; a file without blank lines is cut here
+_VERSION = 2  # raise it when the same files give other rows
+_MARK = "\ufeff"  # which some editors write before the first line
 
 
 class TextFiles:
@@ -28,7 +30,7 @@ class TextFiles:
 
     @property
     def fingerprint(self) -> str:
-        return self.files.fingerprint(kind="text", characters=MAX_CHARACTERS)
+        return self.files.fingerprint(kind="text", characters=MAX_CHARACTERS, version=_VERSION)
 
     def shards(self) -> list[str]:
         return ranges(self.files.paths(), self.files.root)
@@ -49,23 +51,25 @@ class TextFiles:
         length = (self.files.root / name).stat().st_size
         begin, size = 0, 0
         lines: list[bytes] = []
+        is_ours = False  # the document of the last line; parts of it may have been given out
         is_inside = start > 0 and not self._blank_before(name, start)
         for place, line in read_lines(f"{name}[{start}:{length}]", self.files.root):
             if line.strip():
-                if not lines and place >= end:
+                if place >= end and not is_ours:
                     return
                 if is_inside:
                     continue
                 begin, size = (begin, size + len(line)) if lines else (place, len(line))
                 lines.append(line)
-                if size < MAX_DOCUMENT:
-                    continue
-            else:
-                is_inside = False
+                is_ours = True
+                if size >= MAX_DOCUMENT:
+                    yield _decoded(name, begin, b"".join(lines))
+                    lines = []
+                continue
             if lines:
                 yield _decoded(name, begin, b"".join(lines))
-            lines = []
-            if place >= end and not line.strip():
+            lines, is_ours, is_inside = [], False, False
+            if place >= end:
                 return
         if lines:
             yield _decoded(name, begin, b"".join(lines))
@@ -101,7 +105,8 @@ class TextFiles:
 
 def _decoded(name: str, place: int, document: bytes) -> tuple[int, str | Refusal]:
     try:
-        return place, document.decode()
+        text = document.decode().replace("\r\n", "\n")
+        return place, text if place else text.removeprefix(_MARK)
     except UnicodeDecodeError as error:
         return place, Refusal(f"{name}@{place}", "not UTF-8", f"its text is not UTF-8: {error}")
 
