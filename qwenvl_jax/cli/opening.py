@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwenvl_jax.config import ConfigError, MeshConfig
+from qwenvl_jax.inference.shipped import SHIPPED_MODEL
 
 if TYPE_CHECKING:
     import numpy as np
 
     from qwenvl_jax.inference.vl import VL
 
-SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "nano"
 DRAWN_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
