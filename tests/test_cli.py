@@ -134,6 +134,29 @@ def test_a_reader_that_goes_away_is_no_error():
     assert (done.returncode, done.stderr) == (SUCCESS, "")
 
 
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [
+        ("latin-1", b"\\u72d7 caf\xe9\n"),
+        ("ascii:surrogateescape", b"\\u72d7 caf\\xe9\n"),
+        ("ascii:replace", b"? caf?\n"),  # somebody has decided
+        ("utf-8", "狗 café\n".encode()),
+    ],
+)
+def test_what_an_encoding_lacks_is_escaped(encoding, printed):
+    code = (
+        "import sys; from qwenvl_jax.cli.errors import run_command\n"
+        "sys.exit(run_command('t', lambda argv: print('\\u72d7 caf\\xe9') or 0, []))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+    )
+    assert (done.returncode, done.stdout) == (SUCCESS, printed), done.stderr
+
+
 def test_options_become_fields():
     assert parse_options(MeshConfig, ["--tensor", "2"], "t") == MeshConfig(tensor=2)
     start = MeshConfig(data=4)

@@ -1,6 +1,7 @@
 """Scoring on held-out scenes: prompts are those of training, and marks say what is right."""
 
 import json
+import shlex
 import types
 
 import numpy as np
@@ -11,7 +12,7 @@ from qwenvl_jax.data import tasks
 from qwenvl_jax.data.sources.scene_rows import scene_example, scene_of
 from qwenvl_jax.data.sources.scenes import HELD_OUT_PAIRS, HELD_OUT_WORDS, scene
 from qwenvl_jax.evaluation import report
-from qwenvl_jax.evaluation.marks import Score
+from qwenvl_jax.evaluation.marks import Mark, Score, mean_marks
 from qwenvl_jax.evaluation.scenes import (
     FORMS,
     SUBJECTS,
@@ -23,7 +24,7 @@ from qwenvl_jax.evaluation.scenes import (
     sit,
     summarise,
 )
-from qwenvl_jax.evaluation.sheet import Exchange, Sitting, draw_sheet, wrap
+from qwenvl_jax.evaluation.sheet import Exchange, Sitting, _width, draw_sheet, wrap
 from qwenvl_jax.prompt.boxes import format_box
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
 
@@ -239,7 +240,27 @@ def test_lines_are_no_wider_than_asked_and_lose_nothing():
     lines = wrap(text, 200)
     assert len(lines) > 2
     assert " ".join(lines) == text
-    assert wrap("unbreakable" * 9, 200) == ["unbreakable" * 9]
+    assert wrap("", 200) == [""]
+
+
+@pytest.mark.parametrize(
+    "text", ["unbreakable" * 9, "请用方框标出图中所有的红色圆形和蓝色星形" * 2]
+)
+def test_a_word_wider_than_a_line_is_cut(text):
+    for start in ("", "so it says: "):
+        lines = wrap(f"{start}{text} end", 200)
+        assert "".join(lines).replace(" ", "") == f"{start}{text}end".replace(" ", "")
+        assert len(lines) > 3
+        assert max(_width(line) for line in lines) <= 200
+        assert lines[0].startswith(start + text[0])
+
+
+def test_a_mean_over_what_was_known_is_never_below_nothing():
+    marks = [Mark("question: all", value, True) for value in (0.1, 0.2, 0.3, 0.7)]
+    marks += [Mark("question: all", 0.0, False)] * 3
+    [score] = mean_marks(marks, ["question"])
+    assert 0.0 <= score.known_value < 1e-9
+    assert Score("m", 0.1 + 0.2, 3, 0.9 + 1e-15, 1).known_value == 0.0
 
 
 def test_the_sheet_draws_boxes_and_grows_with_its_text(tokenizer):
@@ -254,6 +275,14 @@ def test_the_sheet_draws_boxes_and_grows_with_its_text(tokenizer):
     longer = draw_sheet("title", [Sitting(drawn.image, [wrong] * 9)])
     assert longer.height > boxed.height
     assert longer.width == boxed.width
+
+
+@pytest.mark.parametrize("seed", ["-1", "999999999999"])
+def test_the_demo_names_a_seed_that_it_cannot_take(seed, capsys):
+    from qwenvl_jax.cli import demo
+
+    assert demo.main(["--seed", seed]) == 2
+    assert f"--seed must lie in 0 .. {demo.MAX_SEED}: got {seed}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("knows", "verdict"), [(True, "right"), (False, "wrong")])
@@ -279,12 +308,18 @@ def test_the_demo_says_which_answers_are_right(
         return types.SimpleNamespace(text=answer)
 
     vl.chat = chat
+    folder = tmp_path / "my model"
     monkeypatch.setattr(demo, "open_model", lambda _: vl)
     sheet = tmp_path / "demo.png"
     argv = ["--scenes", "3", "--seed", "2", "--output", str(sheet), "--pictures", str(tmp_path)]
-    assert demo.main(argv) == 0
+    assert demo.main([*argv, "--model", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert printed.count(f"({verdict})") == len(papers) + len(made) == 11
-    assert "python infer.py --image" in printed
+    commands = [line for line in printed.splitlines() if line.startswith("python infer.py")]
+    assert len(commands) == 11
+    for line in commands:
+        words = shlex.split(line)[2:]
+        assert words[:3] == ["--model", str(folder), "--image"]
+        assert words[-3:-1] == ["--temperature", "0"]
     assert sheet.stat().st_size > 0
     assert len(list(tmp_path.glob("scene_*.png"))) == len(list(tmp_path.glob("coll*.png"))) == 3

@@ -3,6 +3,7 @@
 import io
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from qwenvl_jax.evaluation.rows import (
     row_paper,
     row_papers,
     sit_rows,
+    split_by_length,
     summarise_rows,
 )
 from qwenvl_jax.prompt.boxes import parse_boxes
@@ -68,10 +70,13 @@ class ModelThatKnows:
 
     def __init__(self, tokenizer, papers):
         self.tokenizer = tokenizer
-        self.config = types.SimpleNamespace(image_size=SIDE)
+        decoder = types.SimpleNamespace(max_positions=2048)
+        self.config = types.SimpleNamespace(image_size=SIDE, decoder=decoder)
         self.known = {(tuple(p.tokens), p.images_IYXC.tobytes()): p.expected for p in papers}
 
     def generate_batch(self, tokens, images, *, max_new_tokens, stop_tokens):
+        longest = max(len(ids) for ids in tokens) + max_new_tokens
+        assert longest <= self.config.decoder.max_positions
         assert {self.tokenizer.endoftext_id, self.tokenizer.im_end_id} == set(stop_tokens)
         answers = [
             self.known[tuple(ids), shown.tobytes()]
@@ -205,6 +210,70 @@ def test_the_command_scores_each_path_and_keeps_the_answers(
     assert [answer["key"] for answer in record["answers"]] == [paper.key for paper in papers]
     assert record["run"]["rows"] == "made"
     assert np.mean([a["answer"] == a["expected"] for a in record["answers"]]) == 1.0
+
+
+class Rows(list):
+    fingerprint = "made"
+
+
+def test_rows_too_long_for_the_model_are_left_out_by_name(tokenizer, monkeypatch, capsys, tmp_path):
+    from qwenvl_jax.data.sources import open as opening
+
+    rows = [record("vqa", question="How many? " * k, answer="3") for k in (1, 2, 99)]
+    rows = Rows(row._replace(key=f"row/{k}") for k, row in enumerate(rows))
+    papers = row_papers(rows, 3, tokenizer, SIDE)
+    fitting, too_long = split_by_length(papers, tokenizer, 120)
+    assert {paper.key for paper in fitting} == {"row/0", "row/1"}
+    assert [paper.key for paper in too_long] == ["row/2"]
+    exact = len(too_long[0].tokens) + 32
+    assert split_by_length(papers, tokenizer, exact)[1] == []
+    assert len(split_by_length(papers, tokenizer, exact - 1)[1]) == 1
+
+    model = ModelThatKnows(tokenizer, papers)
+    model.config.decoder.max_positions = 120
+    monkeypatch.setattr(opening, "open_source", lambda path: rows)
+    monkeypatch.setattr(command, "open_model", lambda _: model)
+    argv = ["--rows", "made", "--output", str(tmp_path)]
+    assert command.main(argv) == 0
+    told = capsys.readouterr().err
+    assert "made: 1 of 3 rows are left out" in told
+    assert "the model's 120 positions: row/2" in told
+    assert len(json.loads((tmp_path / "rows_made.json").read_text())["answers"]) == 2
+    model.config.decoder.max_positions = 8
+    assert command.main(argv) == 2
+    assert "3 of them longer than the model's 8 positions" in capsys.readouterr().err
+
+
+def test_results_of_paths_that_end_alike_have_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("en/heldout", "zh/heldout", "food/1.0.0", "scenes/1.0.0", "pages", "zh/x"):
+        (tmp_path / folder).mkdir(parents=True)
+    paths = [Path(name) for name in ("en/heldout", "zh/heldout", "food/1.0.0", "scenes/1.0.0")]
+    files = [Path(name) for name in ("a/x.json", "pages/x.json", "zh/x", "pages.json", "pages")]
+    assert command.row_names([*paths, *files]) == [
+        *("en_heldout", "zh_heldout", "food_1.0.0", "scenes_1.0.0"),
+        *("a_x", "pages_x", "zh_x", "pages.json", "pages"),
+    ]
+    assert command.row_names([Path("food/1.0.0"), Path("en/rows.v2.jsonl")]) == ["1.0.0", "rows.v2"]
+
+
+def test_what_is_wrong_with_paths_is_found_before_the_model_is_loaded(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "open_model", lambda _: pytest.fail("loaded the model"))
+    chats = tmp_path / "a.json"
+    said = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yes"}]
+    chats.write_text(json.dumps([{"id": "1", "conversations": said}]))
+    for argv, message in (
+        (["--rows", "a.json", "nowhere"], "no data at 'nowhere'"),
+        (["--rows", "a.json", "./a.json"], "--rows names 'a.json' more than once"),
+        (["--output", "a.json"], "--output is no folder: got the file 'a.json'"),
+        (["--output", "a.json/scores"], "--output is no folder: got the file 'a.json'"),
+        (["--seed", "-1"], "--seed must lie in 0 .. 2**63 - 1: got -1"),
+    ):
+        assert command.main(argv) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

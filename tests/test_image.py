@@ -130,6 +130,22 @@ def test_transparent_16_bit_colour_is_white():
     assert load_image(png16_rgb([seen, hidden], hidden)).tolist() == [[RED, WHITE]]
 
 
+@pytest.mark.parametrize(("bits", "row"), [(2, 0b01_10_00_11), (4, 0x5A)])
+def test_transparent_gray_of_few_bits_is_white(bits, row):
+    num, most = 8 // bits, (1 << bits) - 1
+    values = [row >> bits * place & most for place in reversed(range(num))]
+    encoded = b"\x89PNG\r\n\x1a\n" + b"".join(
+        [
+            png_chunk(b"IHDR", struct.pack(">IIBBBBB", num, 1, bits, 0, 0, 0, 0)),
+            png_chunk(b"tRNS", struct.pack(">H", values[0])),
+            png_chunk(b"IDAT", zlib.compress(bytes([0, row]))),
+            png_chunk(b"IEND", b""),
+        ]
+    )
+    seen = [[value * 255 // most] * 3 for value in values[1:]]
+    assert load_image(encoded).tolist() == [[WHITE, *seen]]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_colours_under_alpha_zero_never_show(mode):
     hidden = Image.new("RGBA", (3, 2), (0, 0, 0, 0))

@@ -135,6 +135,35 @@ def test_a_stream_gives_text_as_it_comes_and_the_reply_at_the_end(scripted):
     assert not cut.is_complete  # the script's two tokens are all that was allowed
 
 
+def test_a_stream_that_is_left_or_read_twice_gives_its_whole_answer(scripted):
+    scripted.script += [["one ", "two", " three"]] * 3
+    left = scripted.chat_stream("Count.")
+    assert next(iter(left)) == "one "
+    whole = scripted.chat("Count.")
+    assert left.reply == whole
+    assert whole.text == "one two three"
+    taken_up = scripted.chat_stream("Count.")
+    for piece in taken_up:
+        assert piece == "one "
+        break
+    assert list(taken_up) == ["two", " three"]
+    assert list(taken_up) == []
+    assert taken_up.reply == whole
+
+
+def test_an_interrupted_stream_has_no_reply(scripted, monkeypatch):
+    def stream(vl, tokens, images, **options):
+        yield vl.tokenizer.encode_raw("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VL, "stream", stream)
+    answer = scripted.chat_stream("Count.")
+    with pytest.raises(KeyboardInterrupt):
+        list(answer)
+    with pytest.raises(RuntimeError, match="not whole: its stream was interrupted"):
+        _ = answer.reply
+
+
 def test_completion_has_pictures_then_text_and_no_roles(scripted):
     tok = scripted.tokenizer
     scripted.script.append(["<box>(3,4),(5,6)</box>"])

@@ -142,6 +142,8 @@ def huge_png(side: int) -> bytes:
         ([], "prompt is missing"),
         (["--task", "read", "hi"], "takes no prompt"),
         (["--task", "locate", "--top-p", "0.5", "hi"], "--temperature above 0"),
+        (["--temperature", "0", "--top-p", "0.5", "hi"], "--temperature above 0"),
+        (["--seed", "-1", "hi"], "--seed must lie in 0 .. 2**63 - 1: got -1"),
         (["--raw-prompt", "--task", "read"], "--task"),
         (["--task", "locate", "hi"], "--task locate needs a picture: got none"),
         (["--task", "caption"], "--task caption needs a picture: got none"),
@@ -204,6 +206,57 @@ def test_a_wrong_line_does_not_end_the_dialogue(folder, here, answers, monkeypat
     assert "chat: picture 'nowhere.png' does not exist" in err
     assert "commands:" in out
     assert "hello" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--temperature", "0", "--top-k", "3"), "--temperature above 0"),
+        (("--seed", "-1"), "--seed must lie in"),
+    ],
+)
+def test_a_dialogue_refuses_options_as_a_single_question_does(
+    folder, here, monkeypatch, capsys, options, message
+):
+    assert talk(monkeypatch, folder, "Hi", options=options) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("chat: ")
+    assert message in err
+
+
+def test_a_mistyped_command_is_an_error_in_a_pipe(folder, here, answers, monkeypatch, capsys):
+    answers[0].append("hello")
+    assert talk(monkeypatch, folder, "/imge cup.png", "Hi") == 2
+    out, err = capsys.readouterr()
+    assert "chat: no such command: got '/imge', expected one of these commands: /image" in err
+    assert "hello" in out
+    assert talk(monkeypatch, folder, "/help") == 0
+
+
+def test_a_line_that_is_no_text_is_named_and_the_next_is_answered(
+    folder, here, answers, monkeypatch, capsys
+):
+    answers[0].append("hello")
+    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nHi\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", piped)
+    assert chat.main(["--model", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert r"chat: line 1 is not text in utf-8: got 'caf\udce9?'" in err
+    assert "hello" in out
+    assert len(answers[1]) == 1
+
+
+def test_pictures_of_a_message_that_is_too_long_do_not_wait(
+    folder, here, answers, monkeypatch, capsys
+):
+    answers[0].append("hello")
+    assert talk(monkeypatch, folder, "/image cup.png", "x" * 9000, "Hi") == 2
+    out, err = capsys.readouterr()
+    assert "too long" in err
+    assert "(1 pictures no longer wait)" in err
+    assert "hello" in out
+    assert "Picture 1" not in answers[1][0]["text"]
 
 
 def test_a_stopped_answer_leaves_the_dialogue_as_it_was(folder, here, answers, monkeypatch, capsys):

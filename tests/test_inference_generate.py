@@ -184,5 +184,11 @@ def test_wrong_requests_name_the_row():
     small = np.zeros((1, 28, 28, 3), np.uint8)
     with pytest.raises(InputError, match=r"same side: got \[28, 224\]"):
         vl.generate_batch([ids("one_image")] * 2, [small, pictures("one_image")])
+    with pytest.raises(InputError, match=r"got seed 9223372036854775807 and 2 rows"):
+        vl.generate_batch([[5], [6]], seed=2**63 - 1)
+    with pytest.raises(InputError, match=r"seed must lie in .* got 9223372036854775808"):
+        vl.generate_batch([[5], [6]], seed=2**63)
+    with pytest.raises(InputError, match=r"stop_tokens .* got 2147483648"):
+        vl.generate([5], stop_tokens=[2**31])
     with pytest.raises(TypeError, match="temprature"):
         vl.generate([5], temprature=1.0)

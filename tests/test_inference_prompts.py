@@ -1,6 +1,7 @@
 """What is checked and laid out on the host before anything compiles."""
 
 import dataclasses
+import inspect
 
 import numpy as np
 import pytest
@@ -80,6 +81,7 @@ def test_a_lone_image_tag_is_ordinary_text():
         ([IMG, *[PAD] * 16], 1, "position 0 .* then the end"),
         ([IMG, *[PAD] * 16, 9], 1, "position 0 .* then id 9"),
         ([5, *[PAD] * 16, END], 1, "position 1 does not follow <img>"),
+        ([IMG, *b"a.png", *[PAD] * 11, END], 1, "position 0 must hold .* got id 97; paths inside"),
         ([IMG, *[104] * 16, END], 1, "position 0 must hold <imgpad>.* got id 104; paths inside"),
     ],
 )
@@ -93,6 +95,7 @@ def test_misaligned_pictures_are_named(ids, num_images, message):
     [
         ([], "non-empty list of ids"),
         ([[1, 2]], "got shape .1, 2."),
+        ([[1, 2], [3]], "must be one list of ids: got lists of several lengths"),
         ([1.5], "float64"),
         ([4, 448], "got 448 at position 1"),
         ([-1], "got -1 at position 0"),
@@ -152,6 +155,27 @@ def test_reference_layout_counts_from_the_left_padding():
     assert batch.position_start_B.tolist() == [0, 61]
 
 
+def test_an_unknown_long_context_is_named():
+    none = np.zeros((0, 16, 256), np.float32)
+    unchecked = inspect.unwrap(prompts.lay_out)  # outside the tests no annotation is checked
+    with pytest.raises(InputError, match=r"one of \('row', 'reference'\): got 'left'"):
+        unchecked(
+            [np.array([5], np.int32)],
+            [np.array([], np.int32)],
+            [none],
+            config(),
+            rows=1,
+            long_context="left",
+        )
+
+
+def test_stop_tokens_are_ids_of_the_model():
+    assert prompts.check_stop_tokens([0, 447], config()) == (0, 447)
+    for wrong in (-1, 448, 2**31):
+        with pytest.raises(InputError, match=rf"stop_tokens must lie in 0 \.\. 447: got {wrong}"):
+            prompts.check_stop_tokens([3, wrong], config())
+
+
 def test_each_different_picture_is_encoded_once():
     calls = []
 
@@ -184,6 +208,8 @@ def test_many_pictures_go_through_the_tower_in_parts():
     many = np.arange(MAX_AT_ONCE + 5, dtype=np.uint8)[:, None, None, None] * np.ones(
         (1, 14, 14, 3), np.uint8
     )
-    out = PictureFeatures(encode, (1, 2))(many)
+    features = PictureFeatures(encode, (1, 2))
+    out = features(many)
+    assert all(kept.base is None for kept in features._kept.values())  # no view keeps its batch
     assert sizes == [MAX_AT_ONCE, 6]  # five, padded to their bucket
     assert out[:, 0, 0].tolist() == list(range(MAX_AT_ONCE + 5))

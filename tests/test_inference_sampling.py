@@ -47,13 +47,28 @@ def test_filters_keep_what_sorting_keeps(top_k, top_p, temperature):
         expected = kept(logits_BV[b], top_k, top_p, temperature)
         assert set(np.flatnonzero(np.isfinite(filtered[b])).tolist()) == expected
         finite = np.isfinite(filtered[b])
-        np.testing.assert_allclose(filtered[b][finite], logits_BV[b][finite] / temperature, 1e-6)
+        below = logits_BV[b][finite] - logits_BV[b].max()
+        np.testing.assert_allclose(filtered[b][finite], below / temperature, 1e-6)
 
 
 def test_a_tiny_top_p_still_leaves_the_likeliest():
     logits_BV = logits_of(6, seed=2)
     rows = [Sampling(temperature=1.0, top_p=1e-6, seed=b) for b in range(6)]
     assert choose_all(logits_BV, rows) == logits_BV.argmax(axis=-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 6e-38, 1.2e-38, 1e-39, 1e-45, 1e-300])
+def test_the_smallest_temperatures_take_the_likeliest(temperature):
+    logits_BV = logits_of(6, seed=4) + 40
+    rows = [Sampling(temperature=temperature, top_k=b, seed=b) for b in range(6)]
+    assert choose_all(logits_BV, rows) == logits_BV.argmax(axis=-1).tolist()
+
+
+def test_a_top_k_beyond_the_devices_integers_keeps_all():
+    logits_BV = logits_of(6, seed=5)
+    rows = [Sampling(temperature=2.0, top_k=2**31, seed=b) for b in range(6)]
+    everything = [Sampling(temperature=2.0, seed=b) for b in range(6)]
+    assert choose_all(logits_BV, rows) == choose_all(logits_BV, everything)
 
 
 def test_draws_follow_the_probabilities():

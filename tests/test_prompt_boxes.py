@@ -151,6 +151,19 @@ def test_list_format_writes_quads_lone_phrases_and_continued_numbers():
         from_list_format([{"box": (1, 2, 3)}])
 
 
+def test_list_format_takes_texts_and_refuses_what_is_no_whole_number():
+    written = "<box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>"
+    for places in (
+        ["(1,2),(3,4)", "(5,6),(7,8)"],
+        [(1, 2, 3, 4), "(5,6),(7,8)"],
+        [1.0, "2", 3, 4, [5, 6], np.float32(7), 8],
+    ):
+        assert from_list_format([{"box": places}]) == written
+    for wrong in (0.1, "half", float("nan"), None):
+        with pytest.raises(ValueError, match="must be a whole number: got"):
+            from_list_format([{"box": (wrong, 2, 3, 4)}])
+
+
 # --- pixels -------------------------------------------------------------------------------------
 
 

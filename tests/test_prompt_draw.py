@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from qwenvl_jax.image import load_image
 from qwenvl_jax.prompt import draw, fonts
 from qwenvl_jax.prompt.boxes import parse_boxes
 from qwenvl_jax.prompt.draw import draw_boxes
@@ -152,6 +153,28 @@ def test_pil_pictures_of_every_mode(mode):
     # Two pixels thick, on the far edge too.
     assert [drawn.getpixel((x, 20)) for x in (0, 1, 48, 49)] == [draw._PALETTE[0]] * 4
     assert image.tobytes() == before
+
+
+def as_shown() -> dict[str, Image.Image]:
+    turned = Image.fromarray(
+        np.arange(48 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(48, 32, 3)
+    )
+    turned.getexif()[0x0112] = 6
+    faint = Image.new("RGBA", (48, 32), (255, 0, 0, 51))
+    deep = Image.fromarray(np.full((32, 48), 257 * 200, np.uint16))
+    palette = Image.new("P", (48, 32))
+    palette.info["transparency"] = 0
+    return {"turned": turned, "faint": faint, "deep": deep, "palette": palette}
+
+
+@pytest.mark.parametrize("name", ["turned", "faint", "deep", "palette"])
+def test_pil_pictures_are_drawn_on_as_the_model_saw_them(name):
+    image = as_shown()[name]
+    seen = load_image(image)
+    assert seen.shape == (32, 48, 3)
+    np.testing.assert_array_equal(np.asarray(draw_boxes(image, [])), seen)
+    box = [{"ref": None, "box": (0, 0, 500, 300)}]
+    assert draw_boxes(image, box).tobytes() == draw_boxes(seen, box).tobytes()
 
 
 def test_what_cannot_be_drawn_is_said():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import qwenvl_jax
 from qwenvl_jax.cli import demo, infer
 from qwenvl_jax.cli.config_file import read_config
 from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, open_model
@@ -25,6 +26,13 @@ def test_the_folder_is_whole_and_small():
     names = {path.name for path in SHIPPED_MODEL.iterdir()}
     assert {"config.json", "qwen.tiktoken", "model.safetensors"} <= names
     assert sum(path.stat().st_size for path in SHIPPED_MODEL.iterdir()) < MOST_BYTES
+
+
+def test_it_is_what_opens_without_a_path():
+    vl = qwenvl_jax.from_pretrained()
+    assert vl.folder == SHIPPED_MODEL
+    assert vl.config.dtype == "float32"
+    assert vl.tokenizer.decode(vl.tokenizer.encode("a cat")) == "a cat"
 
 
 @pytest.mark.parametrize("name", ["finetune", "finetune_lora"])

@@ -9,6 +9,7 @@ Examples:
 """
 
 import dataclasses
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, is_user_error, one_line, run_command
 from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, save_drawn
 from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,8 +62,10 @@ class Talk:
             self._history, self._waiting, self._latest = (), [], None
         elif word == "/history":
             self._show_history()
-        elif word.startswith("/"):
+        elif word == "/help":
             print(HELP)
+        elif word.startswith("/"):
+            raise ConfigError(f"no such command: got {word!r}, expected one of these {HELP}")
         elif word:
             self._say(line.strip())
         return True
@@ -80,9 +84,15 @@ class Talk:
             print(f"> {pictures}{turn.text}\n{turn.answer}")
 
     def _say(self, text: str) -> None:
-        stream = self._vl.chat_stream(
-            text, self._waiting, self._history, live_tags=True, **self._options.choice()
-        )
+        try:
+            stream = self._vl.chat_stream(
+                text, self._waiting, self._history, live_tags=True, **self._options.choice()
+            )
+        except ValueError:
+            if self._waiting:  # or they would make the next message too long as well
+                print(f"({len(self._waiting)} pictures no longer wait)", file=sys.stderr)
+                self._waiting = []
+            raise
         try:
             for piece in stream:
                 print(piece, end="", flush=True)
@@ -119,11 +129,14 @@ def _run(argv: Sequence[str]) -> int:
     check_output(options.output_dir / "answer-1.png")
     talk = Talk(open_model(options), options)
     is_terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # `_check_text` names the line instead
     if is_terminal:
         print(HELP)
     has_failed = False
-    for line in _lines(is_terminal):
+    for number, line in enumerate(_lines(is_terminal), start=1):
         try:
+            _check_text(line, number)
             if not talk.take(line):
                 break
         except KeyboardInterrupt:
@@ -135,6 +148,15 @@ def _run(argv: Sequence[str]) -> int:
             print(f"chat: {one_line(error)}", file=sys.stderr)
     # A person saw the message and went on; a script needs to hear of it.
     return USAGE_ERROR if has_failed and not is_terminal else SUCCESS
+
+
+def _check_text(line: str, number: int) -> None:
+    """Raises ConfigError for a line with bytes that the terminal's encoding does not have."""
+    if any("\udc80" <= char <= "\udcff" for char in line):
+        raise ConfigError(
+            f"line {number} is not text in {sys.stdin.encoding}: got {line[:60]!a}; save it "
+            "in that encoding, or set PYTHONIOENCODING to its own"
+        )
 
 
 def _lines(is_terminal: bool) -> Iterator[str]:

@@ -11,6 +11,7 @@ Examples:
 
 import dataclasses
 import itertools
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
     from qwenvl_jax.evaluation.scenes import Paper
     from qwenvl_jax.evaluation.sheet import Exchange
     from qwenvl_jax.inference.vl import VL
+
+
+NUM_COLLAGES = 2**31
+COLLAGES_A_SEED = 97
+MAX_SEED = NUM_COLLAGES // COLLAGES_A_SEED // 2  # there are collages to look at for each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,8 @@ def _run(argv: Sequence[str]) -> int:
     options = parse_options(DemoOptions, argv, "qwenvl demo", __doc__)
     if options.scenes <= 0:
         raise ConfigError(f"--scenes must be positive: got {options.scenes}")
+    if not 0 <= options.seed <= MAX_SEED:
+        raise ConfigError(f"--seed must lie in 0 .. {MAX_SEED}: got {options.seed}")
     check_output(options.output)
 
     import numpy as np
@@ -71,7 +79,7 @@ def _run(argv: Sequence[str]) -> int:
         Image.fromarray(scene.image).save(path)
         exchanges = []
         for paper in papers_of(scene, vl):
-            answer = _ask(vl, paper.asked, {path: scene.image})
+            answer = _ask(vl, options.model, paper.asked, {path: scene.image})
             exchanges.append(_told(paper.asked, answer, is_right(paper, answer), expected(paper)))
         sittings.append(Sitting(scene.image, exchanges))
     for number, paper in enumerate(collages(options, vl), start=1):
@@ -82,7 +90,7 @@ def _run(argv: Sequence[str]) -> int:
         for path, image in shown.items():
             Image.fromarray(image).save(path)
         asked = question_of(paper)
-        answer = _ask(vl, asked, shown)
+        answer = _ask(vl, options.model, asked, shown)
         right = all(mark.value == 1.0 for mark in row_marks(paper, answer))
         exchange = _told(asked, answer, right, paper.expected)
         sittings.append(Sitting(np.concatenate(paper.images_IYXC, axis=1), [exchange]))
@@ -92,9 +100,11 @@ def _run(argv: Sequence[str]) -> int:
     return SUCCESS
 
 
-def _ask(vl: "VL", asked: str, images: "Mapping[Path, np.ndarray]") -> str:
-    given = " ".join(f"--image {path}" for path in images)
-    print(f'\npython infer.py {given} "{asked}"')
+def _ask(vl: "VL", model: Path | None, asked: str, images: "Mapping[Path, np.ndarray]") -> str:
+    """Returns the answer, after printing the command that gives it again."""
+    words = [] if model is None else ["--model", shlex.quote(str(model))]
+    words += [f"--image {shlex.quote(str(path))}" for path in images]
+    print(f'\npython infer.py {" ".join(words)} --temperature 0 "{asked}"')
     with waiting("answering"):
         reply = vl.chat(asked, images=[*images.values()], temperature=0.0, max_new_tokens=96)
     return reply.text
@@ -143,11 +153,15 @@ def collages(options: DemoOptions, vl: "VL") -> "Iterator[RowPaper]":
     side = vl.config.image_size
     for language, task, form in (("en", "compare", "text"), ("zh", "chat", "place")):
         rows = Collages(
-            2**31, "heldout", side=max(side, 64), languages=(language,), tasks=(task,), most_kinds=2
+            NUM_COLLAGES,
+            "heldout",
+            side=max(side, 64),
+            languages=(language,),
+            tasks=(task,),
+            most_kinds=2,
         )
-        papers = (
-            row_paper(rows[i], vl.tokenizer, side) for i in itertools.count(options.seed * 97)
-        )
+        first = options.seed * COLLAGES_A_SEED
+        papers = (row_paper(rows[i], vl.tokenizer, side) for i in itertools.count(first))
         yield next(paper for paper in papers if paper is not None and paper.form == form)
 
 

@@ -5,7 +5,9 @@ operating system. Anything else is a bug and keeps its traceback. `QWENVL_DEBUG=
 traceback of both.
 """
 
+import codecs
 import dis
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -48,6 +50,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _print_every_character() -> None:
+    r"""Lets a character that standard output's encoding lacks be printed as `\u4e2d`."""
+    out = sys.stdout
+    if not isinstance(out, io.TextIOWrapper) or codecs.lookup(out.encoding).name == "utf-8":
+        return
+    if out.errors in ("strict", "surrogateescape"):  # else somebody has decided
+        out.reconfigure(errors="backslashreplace")
+
+
 def run_command(
     name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None
 ) -> int:
@@ -57,6 +68,7 @@ def run_command(
     argv: without the program's name; None takes it from the command line.
     """
     leave_out_absent_tpu()
+    _print_every_character()
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:

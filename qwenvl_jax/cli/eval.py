@@ -18,14 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwenvl_jax.cli.errors import SUCCESS, run_command
-from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, open_model
+from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, check_seed, open_model
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
+    from qwenvl_jax.data.record import Source
     from qwenvl_jax.evaluation.marks import Score
+    from qwenvl_jax.evaluation.rows import RowPaper
     from qwenvl_jax.evaluation.scenes import Form
     from qwenvl_jax.inference.vl import VL
+
+MAX_NAMED = 3  # rows that a message names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     options = parse_options(EvalOptions, argv, "qwenvl eval", __doc__)
     _check(options)
+    sources = _open_sources(options.rows)
     vl = open_model(AnswerOptions(model=options.model, dtype=options.dtype, tensor=options.tensor))
     if options.rows:
-        for path in options.rows:
-            _score_rows(path, options, vl)
+        for path, name, source in zip(options.rows, row_names(options.rows), sources, strict=True):
+            _score_rows(path, name, source, options, vl)
     else:
         for form in ("task", "chat") if options.form == "both" else (options.form,):
             _score_scenes(form, options, vl)
@@ -76,6 +81,15 @@ def _check(options: EvalOptions) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} must be positive: got {getattr(options, name)}"
             )
+    check_seed(options.seed)
+    if options.output is not None:
+        there = next(p for p in (options.output, *options.output.parents) if p.exists())
+        if not there.is_dir():
+            raise ConfigError(f"--output is no folder: got the file {str(there)!r}; name another")
+    whole = [path.resolve() for path in options.rows]
+    for path in options.rows:
+        if whole.count(path.resolve()) > 1:
+            raise ConfigError(f"--rows names {str(path)!r} more than once; name it once")
     idle = ("num_scenes", "form") if options.rows else ("num_rows",)
     for name in idle:
         if getattr(options, name) != getattr(EvalOptions(), name):
@@ -83,6 +97,32 @@ def _check(options: EvalOptions) -> None:
                 f"--{name.replace('_', '-')} has no effect {'with' if options.rows else 'without'} "
                 "--rows; leave it out"
             )
+
+
+def _open_sources(paths: Sequence[Path]) -> "list[Source]":
+    """Returns the rows of each path; what is not there is found before the model is loaded."""
+    from qwenvl_jax.data.sources.open import open_source
+
+    return [open_source(path) for path in paths]
+
+
+def row_names(paths: Sequence[Path]) -> list[str]:
+    """Returns a name for the results of each path: its last part, and more where two are alike.
+
+    >>> row_names([Path("en/heldout"), Path("zh/heldout"), Path("food.json")])
+    ['en_heldout', 'zh_heldout', 'food']
+    """
+    whole = [path.resolve() for path in paths]
+    short = [path if path.is_dir() else path.with_suffix("") for path in whole]
+    # a folder beside a file of its name: the file keeps its ending
+    told = [s if short.count(s) == 1 else w for s, w in zip(short, whole, strict=True)]
+    parts = [path.parts[1:] for path in told]  # without the root
+    names = []
+    for own in parts:
+        depths = range(1, len(own))
+        alone = (d for d in depths if sum(other[-d:] == own[-d:] for other in parts) == 1)
+        names.append("_".join(own[-next(alone, len(own)) :]))
+    return names
 
 
 def _score_scenes(form: "Form", options: EvalOptions, vl: "VL") -> None:
@@ -100,12 +140,10 @@ def _score_scenes(form: "Form", options: EvalOptions, vl: "VL") -> None:
     _tell(title, options, f"scenes_{form}", run, summarise(papers, answers), kept)
 
 
-def _score_rows(path: Path, options: EvalOptions, vl: "VL") -> None:
-    from qwenvl_jax.data.sources.open import open_source
-    from qwenvl_jax.evaluation.rows import facts, row_papers, sit_rows, summarise_rows
+def _score_rows(path: Path, name: str, source: "Source", options: EvalOptions, vl: "VL") -> None:
+    from qwenvl_jax.evaluation.rows import facts, sit_rows, summarise_rows
 
-    side = vl.config.image_size
-    papers = row_papers(open_source(path), options.num_rows, vl.tokenizer, side, options.seed)
+    papers = _papers_that_fit(path, source, options, vl)
     with _watch(str(path), len(papers)) as on_progress:
         start = time.perf_counter()
         answers = sit_rows(vl, papers, on_progress)
@@ -113,7 +151,32 @@ def _score_rows(path: Path, options: EvalOptions, vl: "VL") -> None:
     title = f"{path}, {len(papers)} rows, seed {options.seed}"
     kept = [facts(*pair) for pair in zip(papers, answers, strict=True)]
     run = {"rows": str(path), "seconds": round(seconds, 1)}
-    _tell(title, options, f"rows_{path.stem}", run, summarise_rows(papers, answers), kept)
+    _tell(title, options, f"rows_{name}", run, summarise_rows(papers, answers), kept)
+
+
+def _papers_that_fit(
+    path: Path, source: "Source", options: EvalOptions, vl: "VL"
+) -> "list[RowPaper]":
+    """Returns what the rows ask; says which are too long for the model and left out."""
+    from qwenvl_jax.evaluation.rows import row_papers, split_by_length
+
+    drawn = row_papers(source, options.num_rows, vl.tokenizer, vl.config.image_size, options.seed)
+    most = vl.config.decoder.max_positions
+    papers, too_long = split_by_length(drawn, vl.tokenizer, most)
+    if too_long:
+        named = ", ".join(paper.key for paper in too_long[:MAX_NAMED])
+        more = ", ..." if len(too_long) > MAX_NAMED else ""
+        print(
+            f"{path}: {len(too_long)} of {len(drawn)} rows are left out: question and answer "
+            f"exceed the model's {most} positions: {named}{more}",
+            file=sys.stderr,
+        )
+    if not papers:
+        raise ConfigError(
+            f"--rows {path} has nothing to ask: got {len(drawn)} rows with a question, "
+            f"{len(too_long)} of them longer than the model's {most} positions; name other rows"
+        )
+    return papers
 
 
 def _tell(

@@ -44,6 +44,11 @@ class InferOptions(AnswerOptions):
     allow_fetch: bool = False
     """Pictures may be http addresses."""
 
+    @property
+    def is_greedy(self) -> bool:
+        is_dialogue = self.task == "chat" and not self.raw_prompt
+        return super().is_greedy or (self.temperature is None and not is_dialogue)
+
     def check(self) -> None:
         """Raises ConfigError for options that contradict each other."""
         super().check()
@@ -53,9 +58,6 @@ class InferOptions(AnswerOptions):
             raise ConfigError(f"--task {self.task} takes no prompt: got {self.prompt!r}")
         if self.task not in PROMPTLESS and not self.prompt.strip():
             raise ConfigError('the prompt is missing: say what to ask, infer.py "What is it?"')
-        is_greedy = not self.temperature and (self.task != "chat" or self.raw_prompt)
-        if is_greedy and (self.top_k is not None or self.top_p is not None):
-            raise ConfigError("--top-k and --top-p need a --temperature above 0 here")
         if self.task in PICTURED and not self.image:
             raise ConfigError(
                 f"--task {self.task} needs a picture: got none; name one with --image PATH"

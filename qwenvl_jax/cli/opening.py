@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwenvl_jax.config import ConfigError, MeshConfig
+from qwenvl_jax.inference.shipped import SHIPPED_MODEL
 
 if TYPE_CHECKING:
     import numpy as np
 
     from qwenvl_jax.inference.vl import VL
 
-SHIPPED_MODEL = Path(__file__).resolve().parents[1] / "assets" / "nano"
 DRAWN_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -44,12 +44,26 @@ class AnswerOptions:
         """Raises ConfigError for options that cannot be served."""
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens must be positive: got {self.max_new_tokens}")
+        check_seed(self.seed)
+        if self.is_greedy and (self.top_k is not None or self.top_p is not None):
+            raise ConfigError("--top-k and --top-p need a --temperature above 0 here")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest word is always taken; a dialogue draws unless it is told not to."""
+        return self.temperature == 0
 
     def choice(self) -> dict[str, Any]:
         """Returns the options that were given, as `VL.chat` and `VL.complete` take them."""
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
         given = {name: getattr(self, name) for name in names}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def check_seed(seed: int) -> None:
+    """Raises ConfigError for what no generator of random numbers takes."""
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed must lie in 0 .. 2**63 - 1: got {seed}")
 
 
 def open_model(options: AnswerOptions) -> "VL":

@@ -32,7 +32,8 @@ class Score(NamedTuple):
         """The mean over what training had; None where there is no such mark."""
         known = self.count - self.new_count
         rest = self.value * self.count - (self.new_value or 0.0) * self.new_count
-        return rest / known if known else None
+        # Marks lie in 0..1; the difference of two sums can lie a rounding beside it.
+        return min(max(rest / known, 0.0), 1.0) if known else None
 
 
 def mean_marks(marks: Iterable[Mark], subjects: Sequence[str]) -> list[Score]:

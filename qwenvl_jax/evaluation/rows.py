@@ -13,6 +13,7 @@ first answer. What the row says there decides how an answer is marked:
 Rows that say `objects: unseen` show what no training row showed or named, and count apart.
 
     papers = row_papers(open_source("runs/nano/rows/heldout/food"), 500, vl.tokenizer, 112)
+    papers, too_long = split_by_length(papers, vl.tokenizer, vl.config.decoder.max_positions)
     scores = summarise_rows(papers, sit_rows(vl, papers))
 """
 
@@ -110,6 +111,23 @@ def row_paper(record: Record, tokenizer: Tokenizer, side: int) -> RowPaper | Non
     )
 
 
+def split_by_length(
+    papers: Sequence[RowPaper], tokenizer: Tokenizer, max_positions: int
+) -> tuple[list[RowPaper], list[RowPaper]]:
+    """Returns the papers that a model of so many positions can sit, and those that are too long."""
+    lengths = [len(paper.tokens) + _answer_room(paper, tokenizer) for paper in papers]
+    pairs = [*zip(papers, lengths, strict=True)]
+    return (
+        [paper for paper, length in pairs if length <= max_positions],
+        [paper for paper, length in pairs if length > max_positions],
+    )
+
+
+def _answer_room(paper: RowPaper, tokenizer: Tokenizer) -> int:
+    """Returns how many tokens an answer may have."""
+    return -(-(len(tokenizer.encode_raw(paper.expected)) + _MARGIN) // 32) * 32
+
+
 def _said(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
     ends = (tokenizer.endoftext_id, tokenizer.im_end_id)
     return [token for token in ids if token not in ends]
@@ -134,11 +152,13 @@ def _form(expected: str, record: Record) -> Form:
 def sit_rows(
     vl: "VL", papers: Sequence[RowPaper], on_progress: Callable[[int], None] = lambda done: None
 ) -> list[str]:
-    """Returns the model's greedy answer to each paper, as text with its tags."""
+    """Returns the model's greedy answer to each paper, as text with its tags.
+
+    Raises: InputError for a paper that is too long; `split_by_length` finds those before.
+    """
     tokenizer = vl.tokenizer
     stop = (tokenizer.endoftext_id, tokenizer.im_end_id)
-    room = [len(tokenizer.encode_raw(paper.expected)) + _MARGIN for paper in papers]
-    limits = [-(-tokens // 32) * 32 for tokens in room]
+    limits = [_answer_room(paper, tokenizer) for paper in papers]
     order = sorted(range(len(papers)), key=lambda i: (limits[i], len(papers[i].tokens)))
     answers, done = [""] * len(papers), 0
     for limit in sorted(set(limits)):

@@ -86,15 +86,30 @@ def _readable(answer: str) -> str:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Returns the text in lines no wider than so many pixels; a longer word has its own line."""
+    """Returns the text in lines no wider than so many pixels.
+
+    Lines end between words; a word that is wider than a line, as Chinese is, ends anywhere.
+    """
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _width(longer) > width:
+        if _width(longer) <= width:
+            lines[-1] = longer
+        elif _width(word) <= width:
             lines.append(word)
         else:
-            lines[-1] = longer
+            lines[-1:] = _broken(longer, word, width)
     return lines
+
+
+def _broken(line: str, word: str, width: int) -> list[str]:
+    """Returns a line that ends in a wide word, cut inside that word only."""
+    lines = [line[: len(line) - len(word)]]
+    for char in word:
+        if lines[-1] and _width(lines[-1] + char) > width:
+            lines.append("")
+        lines[-1] += char
+    return [part.rstrip() for part in lines]
 
 
 def _width(text: str) -> float:

@@ -101,7 +101,7 @@ def decode(stream: io.BufferedReader | io.BytesIO, name: str, max_pixels: int) -
     with image:
         check_size(image.size, name, max_pixels)
         try:
-            _shorten_colour_key(image)
+            _scale_colour_key(image)
             image.load()
         except MemoryError:
             raise
@@ -217,11 +217,16 @@ def _looks_like(head: bytes) -> str:
     return "plain text"
 
 
-def _shorten_colour_key(image: ImageFile.ImageFile) -> None:
-    """Brings the transparent colour of a 16-bit RGB PNG to the 8 bits that Pillow decodes to."""
+def _scale_colour_key(image: ImageFile.ImageFile) -> None:
+    """Brings the transparent colour of a PNG to the 8 bits that Pillow decodes its pixels to."""
     key = image.info.get("transparency")
-    if isinstance(key, tuple) and any(tile.args == "RGB;16B" for tile in image.tile):
+    kinds = {tile.args for tile in image.tile if isinstance(tile.args, str)}
+    if isinstance(key, tuple) and "RGB;16B" in kinds:
         image.info["transparency"] = tuple(value >> 8 for value in key)
+    for bits, kind in ((2, "L;2"), (4, "L;4")):
+        if isinstance(key, int) and kind in kinds:
+            most = (1 << bits) - 1
+            image.info["transparency"] = (key & most) * (255 // most)
 
 
 def _orientation(image: Image.Image, name: str) -> int:

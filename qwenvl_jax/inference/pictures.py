@@ -49,7 +49,8 @@ class PictureFeatures:
         fresh = self._encode_all(image_IYXC[list(missing.values())])
         found.update(zip(missing, fresh, strict=True))
         with self._lock:
-            self._kept.update((key, found[key]) for key in missing)
+            # Copies: a view would keep the features of its whole batch.
+            self._kept.update((key, found[key].copy()) for key in missing)
             while len(self._kept) > self._max_kept:
                 self._kept.popitem(last=False)
         return np.stack([found[key] for key in keys])

@@ -7,7 +7,7 @@ the position.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -38,7 +38,13 @@ def check_ids(tokens: Any, config: ModelConfig, row: str) -> np.ndarray:
     Raises:
         InputError: not a non-empty list of whole numbers, or an id outside the vocabulary.
     """
-    ids = np.asarray(tokens)
+    try:
+        ids = np.asarray(tokens)
+    except ValueError as error:  # lists of several lengths
+        raise InputError(
+            f"{row}: tokens must be one list of ids: got lists of several lengths; one row is one "
+            "list, see generate_batch"
+        ) from error
     if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise InputError(
             f"{row}: tokens must be a non-empty list of ids: "
@@ -51,6 +57,17 @@ def check_ids(tokens: Any, config: ModelConfig, row: str) -> np.ndarray:
             f"got {ids[outside[0]]} at position {outside[0]}"
         )
     return ids.astype(np.int32)
+
+
+def check_stop_tokens(tokens: Sequence[int], config: ModelConfig) -> tuple[int, ...]:
+    """Returns the ids that end an answer; InputError where the model has no such id."""
+    for token in tokens:
+        if not 0 <= token < config.decoder.vocab_size:
+            raise InputError(
+                f"stop_tokens must lie in 0 .. {config.decoder.vocab_size - 1}: got {token}; "
+                "leave it out"
+            )
+    return tuple(tokens)
 
 
 def check_images(images: Any, config: ModelConfig, row: str) -> np.ndarray:
@@ -93,6 +110,15 @@ def find_pictures(ids: np.ndarray, num_images: int, config: ModelConfig, row: st
     """
     slots = config.adapter.num_queries
     start_id, end_id, pad_id = config.image_start_id, config.image_end_id, config.image_pad_id
+    # First: a path is followed by <imgpad>, which would be told as a span too short.
+    for begin in np.flatnonzero(ids == start_id):
+        end = begin + slots + 1
+        if end < len(ids) and ids[end] == end_id and ids[begin + 1] != pad_id:
+            raise InputError(
+                f"{row}: the picture at position {begin} must hold <imgpad> (id {pad_id}) in every "
+                f"slot: got id {ids[begin + 1]}; paths inside ids, as the released tokenizer "
+                "writes them, are not read: pass the pictures as arrays"
+            )
     is_pad = np.concatenate([[False], ids == pad_id, [False]])
     first = np.flatnonzero(is_pad[1:] & ~is_pad[:-1])  # runs of <imgpad>
     past = np.flatnonzero(is_pad[:-1] & ~is_pad[1:])
@@ -106,14 +132,6 @@ def find_pictures(ids: np.ndarray, num_images: int, config: ModelConfig, row: st
             raise InputError(
                 f"{row}: the picture at position {begin - 1} must be <img>, {slots} <imgpad>, "
                 f"</img> (id {end_id}): got {end - begin} <imgpad>, then {after}"
-            )
-    for begin in np.flatnonzero(ids == start_id):
-        end = begin + slots + 1
-        if end < len(ids) and ids[end] == end_id and ids[begin + 1] != pad_id:
-            raise InputError(
-                f"{row}: the picture at position {begin} must hold <imgpad> (id {pad_id}) in every "
-                f"slot: got id {ids[begin + 1]}; paths inside ids, as the released tokenizer "
-                "writes them, are not read: pass the pictures as arrays"
             )
     if len(first) != num_images:
         raise InputError(
@@ -148,7 +166,14 @@ def lay_out(
     """Returns checked prompts as one batch of `rows` rows, padded to bucket sizes.
 
     `image_starts[b]` is int32 [n], `features[b]` [n, Q, D].
+
+    Raises:
+        InputError: a `long_context` that does not exist.
     """
+    if long_context not in get_args(LongContext):
+        raise InputError(
+            f"long_context must be one of {get_args(LongContext)}: got {long_context!r}"
+        )
     lengths = [len(row) for row in ids]
     longest = max(lengths)
     tokens_BL = np.zeros((rows, prompt_bucket(longest, config)), np.int32)

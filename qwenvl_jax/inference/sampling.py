@@ -20,6 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from qwenvl_jax.inference.errors import InputError
 
 GREEDY = 0.0
+# Devices flush what is smaller to zero, and dividing by it would give no order.
+SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+ALL_TOKENS = 2**31 - 1  # as many as the device's integers count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +65,12 @@ class SamplingArrays(NamedTuple):
 def stack(rows: Sequence[Sampling]) -> SamplingArrays:
     """Returns the rows' values as host arrays."""
     seeds = [(row.seed >> 32, row.seed & 0xFFFFFFFF) for row in rows]
+    temperatures = [
+        row.temperature if row.temperature >= SMALLEST_TEMPERATURE else GREEDY for row in rows
+    ]
     return SamplingArrays(
-        temperature_B=host_array([row.temperature for row in rows], np.float32),
-        top_k_B=host_array([row.top_k for row in rows], np.int32),
+        temperature_B=host_array(temperatures, np.float32),
+        top_k_B=host_array([min(row.top_k, ALL_TOKENS) for row in rows], np.int32),
         top_p_B=host_array([row.top_p for row in rows], np.float32),
         repetition_penalty_B=host_array([row.repetition_penalty for row in rows], np.float32),
         seed_B2=host_array(seeds, np.uint32),
@@ -105,9 +111,11 @@ def choose(
 def keep_likely(logits_BV: Float[Array, "B V"], sampling: SamplingArrays) -> Float[Array, "B V"]:
     """Returns logits over temperature, minus infinity where top-k or top-p leave a token out.
 
-    Tokens exactly as likely as the last one kept are kept too. The likeliest always stays.
+    Each row's likeliest has 0, so that a small temperature makes no two of them infinite. Tokens
+    exactly as likely as the last one kept are kept too. The likeliest always stays.
     """
     is_drawn_B1 = sampling.temperature_B[:, None] > GREEDY
+    logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)
     logits_BV = logits_BV / jnp.where(is_drawn_B1, sampling.temperature_B[:, None], 1.0)
     ranked_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     vocab_size = logits_BV.shape[-1]

@@ -112,7 +112,10 @@ class Reply(NamedTuple):
 
 
 class TextStream:
-    """Iterates over the pieces of an answer's text as they come; then `.reply` is the whole."""
+    """Iterates once over the pieces of an answer's text as they come; `.reply` is the whole.
+
+    A loop that was left goes on with the next piece.
+    """
 
     def __init__(
         self,
@@ -134,8 +137,12 @@ class TextStream:
             every=options.every,
             **dataclasses.asdict(options.sampling()),
         )
+        self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _run(self) -> Iterator[str]:
         tokens: list[int] = []
         pieces: list[str] = []
         for new in self._tokens:
@@ -151,11 +158,14 @@ class TextStream:
 
     @property
     def reply(self) -> Reply:
-        """The whole answer; runs what is left of it first."""
+        """The whole answer; runs what is left of it first.
+
+        Raises: RuntimeError where an error or an interrupt has ended the stream before.
+        """
+        for _ in self:
+            pass
         if self._reply is None:
-            for _ in self:
-                pass
-        assert self._reply is not None  # the loop above ends by setting it
+            raise RuntimeError("the answer is not whole: its stream was interrupted; ask again")
         return self._reply
 
 

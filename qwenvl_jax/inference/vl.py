@@ -33,6 +33,7 @@ from qwenvl_jax.inference.pictures import PictureFeatures
 from qwenvl_jax.inference.prompts import LongContext, Prompts
 from qwenvl_jax.inference.sampling import GREEDY, Sampling
 from qwenvl_jax.inference.session import History, Pictures, Reply, TextStream
+from qwenvl_jax.inference.shipped import SHIPPED_MODEL
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from qwenvl_jax.sharding import make_mesh
@@ -44,22 +45,27 @@ Images = Sequence[np.ndarray] | np.ndarray | jax.Array | None  # uint8 [n, Y, X,
 
 
 def from_pretrained(
-    path: str | Path,
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    path: str | Path | None = None,
+    dtype: Literal["bfloat16", "float32"] | None = None,
     mesh: Mesh | None = None,
 ) -> "VL":
     """Returns the model of a folder: a released PyTorch one, or one of ours.
 
-    `dtype` is that of the weights and of the arithmetic; norms, softmax, rotary angles and logits
-    are float32 either way. `mesh` (see `sharding.make_mesh`) spreads the weights; None is the first
-    device.
+    Without a path it is the small model that comes with the package. `dtype` is that of the weights
+    and of the arithmetic; norms, softmax, rotary angles and logits are float32 either way. None is
+    bfloat16, and float32 for the small model. `mesh` (see `sharding.make_mesh`) spreads the
+    weights; None is the first device.
 
     Raises:
-        InputError: the folder, its config or its weights cannot be used; says which file and why.
+        InputError: there is no such dtype.
+        ConversionError: the folder, its config or its weights cannot be used; says which file and
+            why.
     """
+    if dtype is None:
+        dtype = "float32" if path is None else "bfloat16"
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {DTYPES}: got {dtype!r}")
-    folder = Path(path)
+    folder = SHIPPED_MODEL if path is None else Path(path)
     mesh = make_mesh() if mesh is None else mesh
     config = dataclasses.replace(read_config(folder), dtype=dtype, param_dtype=dtype)
     graphdef, abstract = abstract_state(config, mesh)
@@ -168,12 +174,18 @@ class VL:
         """
         if len(tokens) == 0:
             return []
+        if 0 <= seed < 2**63 < seed + len(tokens):
+            raise InputError(
+                f"seed + rows must be at most 2**63, as row b draws with seed + b: got seed {seed} "
+                f"and {len(tokens)} rows; choose a smaller seed"
+            )
+        stop = prompts_lib.check_stop_tokens(stop_tokens, self.config)
         choices = [Sampling(seed=seed + b, **sampling) for b in range(len(tokens))]
         limits = [max_new_tokens] * len(tokens)
         prompts = self._batch(tokens, images, limits, long_context)
         if max_new_tokens == 0:
             return [[] for _ in tokens]
-        return self._generator.run(prompts, choices, limits, [tuple(stop_tokens)] * len(tokens))
+        return self._generator.run(prompts, choices, limits, [stop] * len(tokens))
 
     def stream(
         self,
@@ -190,8 +202,9 @@ class VL:
         if every < 1:
             raise InputError(f"every must be 1 or more: got {every}")
         choice = Sampling(**sampling)
+        stop = prompts_lib.check_stop_tokens(stop_tokens, self.config)
         prompts = self._batch([tokens], [images], [max_new_tokens], long_context)
-        return self._stream(prompts, choice, max_new_tokens, tuple(stop_tokens), every)
+        return self._stream(prompts, choice, max_new_tokens, stop, every)
 
     def _stream(
         self, prompts: Prompts, choice: Sampling, max_new: int, stop: tuple[int, ...], every: int

@@ -1,10 +1,11 @@
 """Boxes and quads of an answer, drawn over its picture with Pillow."""
 
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from qwenvl_jax.prompt.boxes import box_to_pixels, quad_to_pixels
 from qwenvl_jax.prompt.fonts import Font, font_for
@@ -31,7 +32,8 @@ def draw_boxes(
 ) -> Image.Image:
     """Returns an RGB copy of the picture with the boxes and quads of `parse_boxes` drawn on it.
 
-    `image` is uint8[Y, X, 3] or a PIL picture; coordinates are 0..999, clipped to it. Places of one
+    `image` is uint8[Y, X, 3] or a PIL picture, drawn as the model sees it: upright, over white, 16
+    bits scaled down. Coordinates are 0..999, clipped to it. Places of one
     phrase share a colour, in the order in which phrases appear (use `inherit_ref=True` when parsing
     so that all boxes of a phrase count as its own). Lines and letters grow with the picture; labels
     stay inside it and avoid each other where they can. Beyond `max_boxes`, a note in the corner
@@ -61,12 +63,29 @@ def draw_boxes(
 
 def _to_canvas(image: np.ndarray | Image.Image) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB") if image.mode != "RGB" else image.copy()
+        return _as_seen(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(
             f"a picture to draw on must be uint8[Y, X, 3]: got {image.dtype}{list(image.shape)}"
         )
     return Image.fromarray(image).copy()
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    """Returns an upright RGB copy: the pixels of `image.load_image`, which this room cannot see."""
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except (SyntaxError, struct.error, ValueError, OSError, KeyError, TypeError, IndexError):
+        upright = image.copy()  # the pixels are whole and only the hint is not
+    if upright.mode.startswith("I;16"):
+        gray_YX = np.asarray(upright).astype(np.uint32)
+        return Image.fromarray(((gray_YX + 128) // 257).astype(np.uint8)).convert("RGB")
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    rgba = upright.convert("RGBA")
+    canvas = Image.new("RGB", rgba.size, "white")
+    canvas.paste(rgba, mask=rgba.getchannel("A"))
+    return canvas
 
 
 def _draw_place(

@@ -1,5 +1,6 @@
 """The released list format: a message as a list of small dicts, and as one string."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ def from_list_format(elements: Sequence[Mapping[str, Any]], first_picture: int =
         >>> from_list_format([{"image": "a.png"}, {"text": "compare"}])
         'Picture 1: <img>a.png</img>\\ncompare'
 
-    Raises: ValueError for an element with none of these keys.
+    Raises: ValueError for an element with none of these keys, and for a place that is not written
+    in whole numbers.
     Source: released `from_list_format`. Differs: quads, a lone phrase, the numbers.
     """
     text, number = "", first_picture
@@ -43,6 +45,8 @@ def _place_texts(value: Any, count: int) -> list[str]:
     """Returns the inside of each tag, for one place or a list of them."""
     if isinstance(value, str):
         return [value]
+    if any(isinstance(item, str) and "," in item for item in value):
+        return [text for item in value for text in _place_texts(item, count)]
     flat = _flatten(value)
     if len(flat) % count:
         raise ValueError(f"a place needs {count} coordinates: got {value!r}")
@@ -50,9 +54,18 @@ def _place_texts(value: Any, count: int) -> list[str]:
 
 
 def _flatten(value: Any) -> list[int]:
-    if isinstance(value, Iterable):
+    if isinstance(value, Iterable) and not isinstance(value, str):
         return [leaf for item in value for leaf in _flatten(item)]
-    return [int(value)]
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number.is_integer():
+        raise ValueError(
+            f"a coordinate must be a whole number: got {value!r}; turn pixels or parts of the "
+            "picture into 0..999 with box_from_pixels"
+        )
+    return [int(number)]
 
 
 def to_list_format(text: str) -> list[dict[str, str]]:

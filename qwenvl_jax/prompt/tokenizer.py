@@ -293,7 +293,8 @@ class Tokenizer:
 
             >>> tok.chat_ids([("What is it?", None)])
 
-        Raises: TokenizerError where the last turn is answered or another is not.
+        Raises: ChatError where the last turn is answered or another is not, TokenizerError where
+        both `raw` and `live` are given.
         """
         if raw and live:
             raise TokenizerError("raw=True makes every tag live already: leave out `live`")
