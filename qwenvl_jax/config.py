@@ -337,7 +337,7 @@ class EvaluationConfig:
 class TrainConfig:
     """One run. The resolved values are printed, and saved beside every checkpoint."""
 
-    run_dir: str  # checkpoints and metrics; the same command on it goes on with the run
+    run_dir: str  # for checkpoints and metrics; a run that is in it resumes
     steps: int  # updates in all, each of `data.rows` packed rows
     seed: int  # of data order, dropout and new weights
     init: str | None  # a checkpoint to start from (ours or released); None: random weights
@@ -353,7 +353,7 @@ class TrainConfig:
     guard: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     log_every: int = 10  # steps between two lines on the terminal
-    skip_steps: tuple[str, ...] = ()  # "A:B": the batches of steps A to B are passed over
+    skip_steps: tuple[str, ...] = ()  # "A:B": the batches of steps A to B are left out
     allow_change: tuple[str, ...] = ()  # settings that this start may change, of a run begun before
     simulate_fault: tuple[str, ...] = ()  # "NAME@STEP", to see what happens (docs/reliability.md)
 
