@@ -7,15 +7,16 @@ text. Look at it first: qwenvl data lint my.json. The folder gives the vocabular
 `--run-dir`, is a model for `qwenvl chat`; docs/conversion.md tells the way back to PyTorch.
 
 The values are those of `finetune_ds.sh`: rate 1e-5, cosine, weight decay 0.1, beta2 0.95, 2,048
-tokens, 128 sequences a step, bf16 with everything computed again in the backward pass, the tower
-frozen. Differs: rows are packed, so a step holds more than 128 dialogues where they are short; and
-its length is in steps, not epochs. Five epochs of n dialogues are 5 n / 128 steps if none shares a
-row: `--steps=500 --optimizer.warmup-steps=5` is right for about 13,000.
+tokens, 128 sequences a step, bf16, full recomputation in the backward pass, the tower frozen.
+Differs: dialogues are packed, so a step holds more than 128 of them where they are short; and the
+length of a run is in steps, not epochs. Five epochs of n dialogues are 5 n / 128 steps if each has
+a row of its own: 500 steps are right for about 13,000 dialogues. For another number set --steps and
+--optimizer.warmup-steps (docs/training.md, How many steps).
 
-Cost: all of the decoder and most of the adapter are trained, 7.8 of 9.7 billion parameters: 101 GB
-of weights and moments in float32, over all devices together, and gradients and activations beside
-them: by estimate four H100 are enough and two are not (docs/training.md, Fine-tuning). As it stands
-for up to 8 devices; on 16 add --micro-batches=8 or --mesh.tensor=2.
+Cost: the decoder and most of the adapter are trained, 7.8 of 9.7 billion parameters. Weights and
+moments take 101 GB in float32 over all devices together; gradients and activations come on top. By
+estimate four H100 are enough and two are not (docs/training.md, Fine-tuning). The values below suit
+up to 8 devices; on 16 add --micro-batches=8 or --mesh.tensor=2.
 Disk, computed: 94 GB a checkpoint, 12 bytes a trained parameter; three are kept, and for a moment a
 fourth: 375 GB, and 7 GB of frozen weights once.
 Expect: the loss of the first steps tells whether the prompt format is right: below 2 for ordinary

@@ -2,13 +2,13 @@
 
     python train.py configs/finetune_adapter.py --data.path=my.json --init=Qwen-VL-Chat
 
-As `configs/finetune.py`, but the decoder stays as it is: fewer parameters are trained than by the
-original's LoRA (112 million), and few bytes are needed beside the weights. It can teach what to
-look at, in pictures unlike those of training (scans, maps, drawings), but no other manner of
+As `configs/finetune.py`, but the decoder is frozen: fewer parameters are trained than by the
+original's LoRA (112 million), so little memory is needed beside the weights. It can teach the model
+what to look at in pictures unlike those of training (scans, maps, drawings), but no other manner of
 speaking.
 
-Cost: 39 GB of weights and 1 GB of moments in float32, over all devices together: one H100 by
-estimate (docs/training.md); docs/pods.md has what it takes on 8 chips.
+Cost: 39 GB of weights and 1 GB of moments in float32, over all devices together. By estimate one
+H100 is enough (docs/training.md); docs/pods.md has figures for 8 TPU chips.
 Disk, computed: 1.1 GB a checkpoint, 38 GB of frozen weights once.
 """
 

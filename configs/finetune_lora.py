@@ -2,15 +2,15 @@
 
     python train.py configs/finetune_lora.py --data.path=my.json --init=Qwen-VL-Chat
 
-As `configs/finetune.py`, with the values of `finetune_lora_ds.sh`: pairs of rank 64 beside the
-decoder's attention and the first two matrices of its MLP. What is frozen is kept in bfloat16. The
-result is a model as any other: `qwenvl chat`, `python convert.py import` and a later `--init` read
-the pairs folded into their kernels.
-Differs: queries, keys and values have a pair each. Dropout is 0.05, as there.
+As `configs/finetune.py`, with the values of `finetune_lora_ds.sh`: LoRA pairs of rank 64 beside the
+decoder's attention and the first two matrices of its MLP. Frozen weights are kept in bfloat16. The
+result can be used as any other model: `qwenvl chat`, `python convert.py import` and a later
+`--init` merge the pairs automatically.
+Differs: queries, keys and values have a pair each. Dropout is 0.05, as in the original.
 
-For the base model, Qwen-VL, train the embeddings and the head too, as the original does: the
-tokens that a dialogue is written with are new to it. That is another 1,245 million parameters, and
-a config of one's own:
+For the base model, Qwen-VL, train the embeddings and the head too, as the original does: the base
+model has not learned the tokens that mark the turns of a dialogue. That is another 1,245 million
+parameters, and needs a config of your own:
 
     def get_config() -> TrainConfig:
         base = load_config("configs/finetune_lora.py")
@@ -19,8 +19,8 @@ a config of one's own:
 
 with the imports of this file, and `--init=Qwen-VL`.
 
-Cost: 19 GB of frozen weights and 1.5 GB of pairs with their moments, over all devices together: one
-A100 of 40 GB by estimate (docs/training.md); docs/pods.md has what it takes on 8 chips.
+Cost: 19 GB of frozen weights and 1.5 GB of pairs with their moments, over all devices together. By
+estimate one A100 of 40 GB is enough (docs/training.md); docs/pods.md has figures for 8 TPU chips.
 Disk, computed: 1.5 GB a checkpoint, 19 GB of frozen weights once.
 """
 

@@ -7,8 +7,9 @@ Cost: about 1.5 billion pairs, 1.8e22 FLOP with the frozen decoder's forward pas
 counted; at half of the peak rate 10,000 H100 hours or 52,000 v5e chip-hours (a calculation).
 Disk, computed: 23 GB a checkpoint, 12 bytes a trained parameter; three are kept, for a moment
 four: 93 GB, and 31 GB of frozen weights once.
-Expect: with the paper's pairs, loss from about 3.0 to 1.8 (read off its Figure 6); not with the
-drawn captions that stand here. Tower and adapter are trained, 1.9 of 9.7 billion parameters.
+Expect: with the paper's pairs, a loss from about 3.0 to 1.8 (read off its Figure 6). The drawn
+captions that this config reads give other losses. Tower and adapter are trained, 1.9 of 9.7 billion
+parameters.
 
 The paper's 1.4 billion pairs are not published whole. With pairs of your own (docs/web_data.md):
 

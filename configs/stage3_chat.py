@@ -8,7 +8,7 @@ Disk, computed: 94 GB a checkpoint, 12 bytes a trained parameter; three are kept
 four: 375 GB, and 7 GB of frozen weights once.
 Expect: more than a third of the steps are warm-up, as in the paper.
 
-The paper trains on 350,000 dialogues that are not published: give your own by --data.path=my.json
+The paper's 350,000 dialogues are not published: give your own with --data.path=my.json
 """
 
 import dataclasses

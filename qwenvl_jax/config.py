@@ -57,7 +57,7 @@ class VisionConfig:
     num_layers: int
     num_heads: int
     mlp_dim: int  # M
-    patch_size: int
+    patch_size: int  # side in pixels
     table_side: int  # the stored position table is table_side x table_side
     norm_eps: float = 1e-6
     attention: Literal["global", "window"] = "global"
@@ -142,10 +142,10 @@ class ModelConfig:
     image_size: int  # side in pixels that pictures are resized to unless the caller says otherwise
     image_start_id: int  # `<img>`; `</img>` and `<imgpad>` are the next two ids
     dtype: DType = "float32"  # of activations and matrix products
-    param_dtype: DType = "float32"
+    param_dtype: DType = "float32"  # of the weights
     attention_backend: AttentionBackend = "xla"  # "auto": splash on TPU, xla_chunked elsewhere
     attention_block: int = 512  # queries and keys that the splash kernel works on at once
-    remat: RematPolicy = "none"
+    remat: RematPolicy = "none"  # "none" keeps all for the backward pass, "full" recomputes it
     vit_remat: RematPolicy | None = None  # of the tower; None: as `remat`
     lora: LoraConfig = LoraConfig()
 
@@ -188,10 +188,10 @@ class DataConfig:
     """What a training row is made of."""
 
     source: str  # "scenes"; "text": the same without pictures; "rows": `path` or `mixture`
-    length: int  # L
+    length: int  # L, tokens of a packed row
     max_images: int  # picture slots of one row
     image_size: int  # side in pixels
-    rows: int  # B: global batch, in rows
+    rows: int  # B: packed rows of a step, over all devices
     tokenizer: str  # a qwen.tiktoken file or a folder that holds one; "": the run's `init`
     num_workers: int = 0  # processes that make batches; 0: threads of this one
     attend_across: bool = False  # samples of a row see those before them, as examples
@@ -204,7 +204,7 @@ class DataConfig:
     mixture: dict[str, float] = dataclasses.field(default_factory=dict)  # such path -> its weight
     mixing: Mixing = "weights"  # what the weights of the mixture are; see `data/mixture.py`
     temperature: float = 1.0  # of mixing="temperature": more draws the shares together
-    mask: LossMask = "released"  # of dialogues
+    mask: LossMask = "released"  # assistant_only: no loss on the markers of other turns
     cut_turns: bool = False  # a dialogue longer than a row loses its last turns, else it is refused
     same_task_rows: bool = False  # a row holds samples of one task
     vary_pictures: float = 0.0  # brightness, contrast and colour, each by up to this share
@@ -227,13 +227,13 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW with linear warm-up and cosine decay (paper Table 8); weight decay is a row's."""
 
-    peak_lr: float
-    end_lr: float
-    warmup_steps: int
+    peak_lr: float  # learning rate at the end of the warm-up
+    end_lr: float  # at the last step
+    warmup_steps: int  # from 0 up to `peak_lr`; fewer than `steps`
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # a longer gradient is scaled down to this
 
     def __post_init__(self):
         _positive(self, "peak_lr", "eps", "clip_norm")
@@ -285,17 +285,17 @@ class ParameterRule:
 class MeshConfig:
     """How many devices each mesh axis spans; `fsdp=-1` takes what is left."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = 1  # copies of the model
+    fsdp: int = -1  # splits weights, moments and the batch
+    tensor: int = 1  # splits heads, MLPs and the vocabulary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """How often to save, and how many saves to keep."""
 
-    every_steps: int = 1000
-    keep: int = 3
+    every_steps: int = 1000  # and at the end, and when the run is stopped
+    keep: int = 3  # the newest ones; older ones are deleted
 
     def __post_init__(self):
         _positive(self, "every_steps", "keep")
@@ -337,23 +337,23 @@ class EvaluationConfig:
 class TrainConfig:
     """One run. The resolved values are printed, and saved beside every checkpoint."""
 
-    run_dir: str
-    steps: int
-    seed: int
+    run_dir: str  # for checkpoints and metrics; a run that is in it resumes
+    steps: int  # updates in all, each of `data.rows` packed rows
+    seed: int  # of data order, dropout and new weights
     init: str | None  # a checkpoint to start from (ours or released); None: random weights
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig
     parameters: tuple[ParameterRule, ...]  # what trains, and how fast; the first match decides
     frozen_dtype: DType | None = None  # of parameters that do not train; None: model.param_dtype
-    micro_batches: int = 1  # gradient accumulation, weighted by scored tokens
+    micro_batches: int = 1  # gradient accumulation: parts of a step, one after another
     loss_chunk: int = 256  # tokens of a device whose logits exist at once
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    log_every: int = 10
-    skip_steps: tuple[str, ...] = ()  # "A:B": the batches of steps A to B are passed over
+    log_every: int = 10  # steps between two lines on the terminal
+    skip_steps: tuple[str, ...] = ()  # "A:B": the batches of steps A to B are left out
     allow_change: tuple[str, ...] = ()  # settings that this start may change, of a run begun before
     simulate_fault: tuple[str, ...] = ()  # "NAME@STEP", to see what happens (docs/reliability.md)
 

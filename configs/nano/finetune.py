@@ -3,13 +3,13 @@
     python train.py configs/nano/finetune.py --data.path=my.json
     qwenvl chat --model runs/nano/finetune
 
-`my.json` is the format of the original `finetune.py` (docs/data.md). The model knows little of the
-world: what it takes from a file is the manner of its answers, and the file's own pictures. Then the
-same command with `configs/finetune.py` trains the released weights.
+`my.json` has the format of the original `finetune.py` (docs/data.md). The model knows little of the
+world: from a file it learns how to answer, and the file's own pictures. The same command with
+`configs/finetune.py` trains the released weights.
 
 Cost: 7 minutes, computed from 40 steps of 1.3 s on two cores that other work shared.
-Expect: the five dialogues of tests/data/conversations/shelf.json, from a loss of 4.6 to
-0.016 at step 50: it knows them by heart. Fewer steps keep more of what the model knew before.
+Expect: on the six dialogues of tests/data/conversations/shelf.json the loss falls from 4.6 to 0.016
+at step 50: the model knows them by heart. Fewer steps keep more of what it knew before.
 """
 
 from qwenvl_jax.cli.opening import SHIPPED_MODEL

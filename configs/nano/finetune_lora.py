@@ -4,7 +4,7 @@
     qwenvl chat --model runs/nano/finetune_lora
     python convert.py adapter runs/nano/finetune_lora adapter
 
-As `configs/nano/finetune.py`, with pairs beside the decoder's matrices, which stay as they are.
+As `configs/nano/finetune.py`, with LoRA pairs beside the decoder's matrices, which are frozen.
 
 Cost: 9 minutes, computed from 40 steps of 1.8 s on two cores that other work shared.
 """
