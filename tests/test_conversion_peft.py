@@ -133,6 +133,18 @@ def test_everything_that_does_not_fit_is_named_at_once(base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_trained_whole_must_be_there(base, tmp_path, capsys):
+    trained = adapter_tensors(read_all(base))
+    kept = write_adapter(tmp_path / "kept", trained, modules_to_save=["lm_head"])
+    import_released(base, tmp_path / "whole", lora=kept)
+    lost = write_adapter(tmp_path / "a", trained, modules_to_save=["wte", "lm_head", "head"])
+    assert main(["import", str(base), str(tmp_path / "out"), "--lora", str(lost)]) == 2
+    said = capsys.readouterr().err
+    assert "2 problems: adapter: wte was trained whole, but its weights are not in" in said
+    assert "adapter: head was trained whole" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -142,6 +154,7 @@ def test_everything_that_does_not_fit_is_named_at_once(base, tmp_path):
         ({"alpha_pattern": {"w1": 3}}, "alpha_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"lora_alpha": None}, "lora_alpha is None, expected a number"),
+        ({"modules_to_save": "wte"}, "modules_to_save is 'wte', expected a list of names"),
     ],
 )
 def test_adapters_of_another_kind_are_refused(base, tmp_path, settings, said):
