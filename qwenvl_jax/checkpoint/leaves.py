@@ -115,11 +115,11 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def disk_bytes(leaf: Leaf) -> int:
-    """Returns what `write_leaf` takes of a disk: whole chunks, in whole blocks, and a block more."""
+    """Returns what `write_leaf` takes of a disk: whole chunks, in whole blocks."""
     chunk = chunk_shape(leaf.shape, leaf.dtype.itemsize)
     number = math.prod(-(-size // part) for size, part in zip(leaf.shape, chunk, strict=True))
     size = math.prod(chunk) * leaf.dtype.itemsize
-    return (number * -(-size // DISK_BLOCK) + 1) * DISK_BLOCK
+    return (number * -(-size // DISK_BLOCK) + 1) * DISK_BLOCK  # one for what describes it
 
 
 def _blocks(leaf: Leaf, chunk: tuple[int, ...]) -> Iterator[tuple[int, int]]:
