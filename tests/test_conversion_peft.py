@@ -1,5 +1,6 @@
 """A PEFT adapter is added to the released tensors that it was trained beside, and to no others."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,9 +11,15 @@ from released_files import GOLDEN, golden_tensors, read_all, save_safetensors, s
 
 from qwenvl_jax.checkpoint.weights import WeightsError
 from qwenvl_jax.cli.convert import main
+from qwenvl_jax.config import LoraConfig
+from qwenvl_jax.conversion.config import model_config_from_released
 from qwenvl_jax.conversion.load import read_config
+from qwenvl_jax.conversion.peft_export import export_adapter
 from qwenvl_jax.conversion.run import export_released, import_released
 from qwenvl_jax.conversion.slots import ConversionError
+from qwenvl_jax.model.lora import is_lora
+from qwenvl_jax.model.qwenvl import abstract_state
+from qwenvl_jax.sharding import named_variables
 
 RANK, ALPHA = 4, 16
 MODULES = [
@@ -188,3 +195,23 @@ def test_what_is_no_adapter_or_no_model_is_said(base, tmp_path, capsys):
         import_released(tmp_path / "ours", tmp_path / "twice", lora=adapter)
     with pytest.raises(WeightsError, match="there already"):
         import_released(base, tmp_path / "ours")
+
+
+def test_a_pair_that_pytorch_would_not_call_is_not_written(tmp_path, monkeypatch):
+    config = model_config_from_released(json.loads((GOLDEN / "tiny.config.json").read_text()))
+    lora = LoraConfig(rank=RANK, targets=("adapter.attn.o_proj", "decoder.blocks.mlp.up_proj"))
+    config = dataclasses.replace(config, lora=lora)
+    shapes = {n: v.get_value().shape for n, v in named_variables(abstract_state(config)[1]).items()}
+    trained = {name: np.ones(shape, "f4") for name, shape in shapes.items() if is_lora(name)}
+    room = "qwenvl_jax.conversion.peft_export"
+    monkeypatch.setattr(f"{room}.run_config", lambda run: config)
+    monkeypatch.setattr(f"{room}.read_json", lambda path: {})
+    monkeypatch.setattr(f"{room}.restore_trained", lambda run: trained)
+    with pytest.raises(ConversionError) as error:
+        export_adapter(tmp_path, tmp_path / "a")
+    assert error.value.problems == [
+        "adapter: transformer.visual.attn_pool.attn.out_proj is read by "
+        "torch.nn.MultiheadAttention, not called: a pair has no effect"
+    ]
+    trained = {name: array for name, array in trained.items() if name.startswith("decoder")}
+    assert export_adapter(tmp_path, tmp_path / "a") == config.decoder.num_layers
