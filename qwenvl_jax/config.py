@@ -125,10 +125,11 @@ class LoraConfig:
         _positive(self, "alpha")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"LoraConfig.dropout must be in [0, 1): got {self.dropout}")
-        if self.rank < 0 or (self.rank > 0 and not self.targets):
+        has_pairs, idle = self.rank > 0, self.dropout and not self.rank
+        if self.rank < 0 or has_pairs != bool(self.targets) or idle:
             raise ConfigError(
-                "LoraConfig must have a rank of 0, or a positive one and targets: got "
-                f"rank={self.rank}, targets={self.targets}"
+                "LoraConfig must have a rank of 0 and no more, or a positive one and targets: got "
+                f"rank={self.rank}, targets={self.targets}, dropout={self.dropout}"
             )
 
 

@@ -91,12 +91,21 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
         ConfigError: they do not multiply to the number of devices.
     """
     sizes = [config.data, config.fsdp, config.tensor]
-    if sizes.count(-1) == 1 and 0 not in sizes:
-        sizes[sizes.index(-1)] = max(1, num_devices // -math.prod(sizes))
+    has_rest = sizes.count(-1) == 1 and -math.prod(sizes) > 0
+    taken = -math.prod(sizes)
+    if has_rest:
+        sizes[sizes.index(-1)] = max(1, num_devices // taken)
     if min(sizes) < 1 or math.prod(sizes) != num_devices:
+        tensor = config.tensor if config.tensor > 0 and num_devices % config.tensor == 0 else 1
+        way_out = (
+            f"{taken} does not divide {num_devices}, try --mesh.data=1 --mesh.fsdp=-1 "
+            f"--mesh.tensor={tensor}"
+            if has_rest
+            else "set exactly one of them to -1"
+        )
         raise ConfigError(
             f"the mesh data x fsdp x tensor must use all {num_devices} devices: "
-            f"got {config.data} x {config.fsdp} x {config.tensor}; set exactly one of them to -1"
+            f"got {config.data} x {config.fsdp} x {config.tensor}; {way_out}"
         )
     data, fsdp, tensor = sizes
     return data, fsdp, tensor
@@ -118,6 +127,11 @@ def context_platform() -> str:
 def num_parts(logical: str, mesh: Mesh | AbstractMesh) -> int:
     """Returns into how many parts the table splits this axis over a mesh, which may be empty."""
     return math.prod(mesh.shape.get(name, 1) for name in AXIS_TABLE[logical] or ())
+
+
+def parts_of(size: int, num_devices: int) -> int:
+    """Returns into how many parts so many devices split a dimension: one where they cannot."""
+    return num_devices if size % num_devices == 0 else 1
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:

@@ -40,6 +40,8 @@ from qwenvl_jax.model.qwenvl import abstract_state, num_parameters
 from qwenvl_jax.presets import qwen_vl
 from qwenvl_jax.sharding import make_mesh, named_variables
 
+NULL = object()  # there, and null
+
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
@@ -243,6 +245,7 @@ def test_one_error_names_everything_that_is_wrong(tmp_path):
     tensors["transformer.visual.ln_pre.bias"][3] = np.nan
     tensors["transformer.wte.weight"][-1, -1] = -np.inf
     folder = write_folder(tmp_path / "released", tensors)
+    (folder / "model.safetensors").rename(folder / "model-all.safetensors")
     save_safetensors(
         folder / "model-extra.safetensors", {"lm_head.weight": tensors["lm_head.weight"]}
     )
@@ -251,7 +254,7 @@ def test_one_error_names_everything_that_is_wrong(tmp_path):
         import_released(folder, tmp_path / "ours")
     expected = [
         "model-cut.safetensors: is truncated, it has only 1 bytes",
-        "lm_head.weight is in two files: model-extra.safetensors and model.safetensors",
+        "lm_head.weight is in two files: model-all.safetensors and model-extra.safetensors",
         "transformer.h.2.ln_1.weight is unknown: got shape (256,), expected no such tensor",
         "lm_head.weight is misshapen: got (447, 256) (114432 elements), expected (448, 256); "
         "do config.json and the weights belong together?",
@@ -330,9 +333,19 @@ def test_every_mlp_size_has_a_ratio():
     ("changes", "said"),
     [
         ({"visual": None}, "no `visual`"),
-        ({"hidden_size": None}, "hidden_size must be a number: got nothing"),
-        ({"vocab_size": "many"}, "vocab_size must be a number: got many"),
-        ({"visual.width": None}, r"visual\.width must be a number"),
+        ({"hidden_size": None}, "hidden_size must be a whole number: got None"),
+        ({"vocab_size": "many"}, "vocab_size must be a whole number: got 'many'"),
+        ({"visual.width": None}, r"visual\.width must be a whole number"),
+        ({"visual.mlp_ratio": "4"}, r"visual\.mlp_ratio must be a number: got '4'"),
+        ({"num_hidden_layers": 2.0}, r"num_hidden_layers must be a whole number: got 2\.0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be a whole number: got True"),
+        ({"kv_channels": "64"}, "kv_channels must be a whole number, or left out: got '64'"),
+        ({"kv_channels": NULL}, "kv_channels must be a whole number, or left out: got None"),
+        ({"visual.n_queries": NULL}, r"visual\.n_queries must be a whole number, or left out"),
+        ({"layer_norm_epsilon": NULL}, "layer_norm_epsilon must be a number, or left out"),
+        ({"max_position_embeddings": NULL}, "max_position_embeddings must be a whole number"),
+        ({"use_dynamic_ntk": "false"}, "use_dynamic_ntk must be true or false, .* got 'false'"),
+        ({"use_logn_attn": 0}, "use_logn_attn must be true or false, or left out: got 0"),
         ({"visual.output_dim": 128}, "output_dim must equal hidden_size: got 128 and 256"),
         ({"rotary_pct": 0.5}, "rotary_pct must be 1.0: got 0.5"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings must be False"),
@@ -348,7 +361,7 @@ def test_a_config_that_cannot_be_ours_is_refused(changes, said):
         if value is None:
             del place[last]
         else:
-            place[last] = value
+            place[last] = None if value is NULL else value
     with pytest.raises(ConversionError, match=said):
         model_config_from_released(released)
 

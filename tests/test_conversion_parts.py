@@ -14,6 +14,7 @@ from released_files import (
     write_folder,
 )
 
+from qwenvl_jax.conversion.config import model_config_from_parts
 from qwenvl_jax.conversion.load import load_weights, read_config
 from qwenvl_jax.conversion.run import import_parts
 from qwenvl_jax.conversion.slots import ConversionError
@@ -140,6 +141,7 @@ def test_only_listed_names_are_left_out(sources, tmp_path):
         "logit_scale2",
     ]
     save_torch_zip(vit / "open_clip_pytorch_model.bin", tower)
+    (llm / "model.safetensors").rename(llm / "model-1.safetensors")
     save_safetensors(llm / "model-2.safetensors", {"transformer.visual.proj": np.ones(3, "f4")})
     with pytest.raises(ConversionError, match=r"transformer\.visual\.proj is unknown"):
         combine(sources, tmp_path / "start")
@@ -156,9 +158,10 @@ def test_a_whole_model_is_not_taken_for_a_language_model(sources, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"width": None}, r"vision_cfg\.width must be a number: got None"),
+        ({"width": None}, r"vision_cfg\.width must be a whole number: got None"),
         ({"head_width": 7}, "must be a multiple of head_width: got 24 and 7"),
         ({"image_size": 20}, r"multiple of vision\.patch_size"),
+        ({"act_kwargs": {"approximate": "tanh"}}, r"act_kwargs must be empty: got \{'approx"),
     ],
 )
 def test_a_tower_config_that_cannot_be_is_refused(sources, tmp_path, change, said):
@@ -170,3 +173,17 @@ def test_a_tower_config_that_cannot_be_is_refused(sources, tmp_path, change, sai
     (sources[0] / "open_clip_config.json").unlink()
     with pytest.raises(ConversionError, match=r"open_clip_config\.json is missing"):
         combine(sources, tmp_path / "start")
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (None, r"model_cfg\.vision_cfg must be an object"),
+        ({"vision_cfg": None}, r"model_cfg\.vision_cfg must be an object"),
+        (OPENCLIP_CONFIG["model_cfg"] | {"quick_gelu": True}, "quick_gelu must be false: got True"),
+    ],
+)
+def test_what_is_no_tower_of_ours_is_refused(model, said):
+    text = json.loads((GOLDEN / "tiny.config.json").read_text())
+    with pytest.raises(ConversionError, match=said):
+        model_config_from_parts({"model_cfg": model}, text, image_start_id=420, num_queries=9)

@@ -1,5 +1,6 @@
 """A PEFT adapter is added to the released tensors that it was trained beside, and to no others."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,9 +11,15 @@ from released_files import GOLDEN, golden_tensors, read_all, save_safetensors, s
 
 from qwenvl_jax.checkpoint.weights import WeightsError
 from qwenvl_jax.cli.convert import main
+from qwenvl_jax.config import LoraConfig
+from qwenvl_jax.conversion.config import model_config_from_released
 from qwenvl_jax.conversion.load import read_config
+from qwenvl_jax.conversion.peft_export import export_adapter
 from qwenvl_jax.conversion.run import export_released, import_released
 from qwenvl_jax.conversion.slots import ConversionError
+from qwenvl_jax.model.lora import is_lora
+from qwenvl_jax.model.qwenvl import abstract_state
+from qwenvl_jax.sharding import named_variables
 
 RANK, ALPHA = 4, 16
 MODULES = [
@@ -133,6 +140,18 @@ def test_everything_that_does_not_fit_is_named_at_once(base, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_trained_whole_must_be_there(base, tmp_path, capsys):
+    trained = adapter_tensors(read_all(base))
+    kept = write_adapter(tmp_path / "kept", trained, modules_to_save=["lm_head"])
+    import_released(base, tmp_path / "whole", lora=kept)
+    lost = write_adapter(tmp_path / "a", trained, modules_to_save=["wte", "lm_head", "head"])
+    assert main(["import", str(base), str(tmp_path / "out"), "--lora", str(lost)]) == 2
+    said = capsys.readouterr().err
+    assert "2 problems: adapter: wte was trained whole, but its weights are not in" in said
+    assert "adapter: head was trained whole" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -142,6 +161,7 @@ def test_everything_that_does_not_fit_is_named_at_once(base, tmp_path):
         ({"alpha_pattern": {"w1": 3}}, "alpha_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"lora_alpha": None}, "lora_alpha is None, expected a number"),
+        ({"modules_to_save": "wte"}, "modules_to_save is 'wte', expected a list of names"),
     ],
 )
 def test_adapters_of_another_kind_are_refused(base, tmp_path, settings, said):
@@ -175,3 +195,23 @@ def test_what_is_no_adapter_or_no_model_is_said(base, tmp_path, capsys):
         import_released(tmp_path / "ours", tmp_path / "twice", lora=adapter)
     with pytest.raises(WeightsError, match="there already"):
         import_released(base, tmp_path / "ours")
+
+
+def test_a_pair_that_pytorch_would_not_call_is_not_written(tmp_path, monkeypatch):
+    config = model_config_from_released(json.loads((GOLDEN / "tiny.config.json").read_text()))
+    lora = LoraConfig(rank=RANK, targets=("adapter.attn.o_proj", "decoder.blocks.mlp.up_proj"))
+    config = dataclasses.replace(config, lora=lora)
+    shapes = {n: v.get_value().shape for n, v in named_variables(abstract_state(config)[1]).items()}
+    trained = {name: np.ones(shape, "f4") for name, shape in shapes.items() if is_lora(name)}
+    room = "qwenvl_jax.conversion.peft_export"
+    monkeypatch.setattr(f"{room}.run_config", lambda run: config)
+    monkeypatch.setattr(f"{room}.read_json", lambda path: {})
+    monkeypatch.setattr(f"{room}.restore_trained", lambda run: trained)
+    with pytest.raises(ConversionError) as error:
+        export_adapter(tmp_path, tmp_path / "a")
+    assert error.value.problems == [
+        "adapter: transformer.visual.attn_pool.attn.out_proj is read by "
+        "torch.nn.MultiheadAttention, not called: a pair has no effect"
+    ]
+    trained = {name: array for name, array in trained.items() if name.startswith("decoder")}
+    assert export_adapter(tmp_path, tmp_path / "a") == config.decoder.num_layers

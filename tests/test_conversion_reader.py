@@ -222,6 +222,37 @@ def test_safetensors_go_before_pickles_and_openclip_before_both(tmp_path):
     assert set(read_all(tmp_path)) == {"visual.a"}
 
 
+def test_an_index_names_the_files_and_strays_beside_them_are_not_read(tmp_path):
+    one = np.ones(3, np.float32)
+    save_safetensors(tmp_path / "model-a.safetensors", {"a": one})
+    save_safetensors(tmp_path / "tail.safetensors", {"b": one})
+    save_safetensors(tmp_path / "model_old.safetensors", {"a": one, "old": one})
+    save_torch_zip(tmp_path / "pytorch_model.bin", {"pickle": one})
+    write_index(tmp_path, {"a": "model-a.safetensors", "b": "tail.safetensors"})
+    assert set(read_all(tmp_path)) == {"a", "b"}
+    save_safetensors(tmp_path / "model.safetensors", {"whole": one})
+    assert set(read_all(tmp_path)) == {"whole"}, "one file before an index"
+
+
+def test_an_adapter_or_other_tensors_beside_pickles_are_not_the_model(tmp_path):
+    one = np.ones(3, np.float32)
+    save_torch_zip(tmp_path / "pytorch_model-1.bin", {"a": one})
+    save_torch_zip(tmp_path / "pytorch_model-2.bin", {"b": one})
+    save_safetensors(tmp_path / "adapter_model.safetensors", {"adapter": one})
+    save_safetensors(tmp_path / "extra.safetensors", {"extra": one})
+    assert set(read_all(tmp_path)) == {"a", "b"}
+    write_index(tmp_path, {"b": "pytorch_model-2.bin"}, "pytorch_model.bin.index.json")
+    assert set(read_all(tmp_path)) == {"b"}
+    save_torch_zip(tmp_path / "pytorch_model.bin", {"whole": one})
+    assert set(read_all(tmp_path)) == {"whole"}
+    for file in tmp_path.glob("pytorch_model*"):
+        file.unlink()
+    assert set(read_all(tmp_path)) == {"extra"}
+    (tmp_path / "extra.safetensors").unlink()
+    with pytest.raises(ConversionError, match="holds no"):
+        ReleasedFolder(tmp_path)
+
+
 def test_every_disagreement_of_shards_and_index_is_collected(tmp_path):
     one = {"a": np.ones(3, np.float32)}
     save_safetensors(tmp_path / "model-1.safetensors", one)
@@ -231,9 +262,9 @@ def test_every_disagreement_of_shards_and_index_is_collected(tmp_path):
     write_index(tmp_path, {**shards, "d": "model-2.safetensors"})
     with ReleasedFolder(tmp_path) as folder:
         assert folder.problems == [
+            "model-4.safetensors is missing: model.safetensors.index.json names it",
             "a is in two files: model-1.safetensors and model-2.safetensors",
             "model-3.safetensors: is truncated, it has only 3 bytes",
-            "model-4.safetensors is missing: model.safetensors.index.json names it",
         ]
         # b and c went down with their files, which have been named; d is simply not there
         assert [folder.may_hold(name) for name in "bcd"] == [True, True, False]
@@ -241,7 +272,7 @@ def test_every_disagreement_of_shards_and_index_is_collected(tmp_path):
 
 @pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", 7])
 def test_an_index_cannot_point_out_of_its_folder(tmp_path, shard):
-    save_safetensors(tmp_path / "model.safetensors", {"a": np.ones(3, np.float32)})
+    save_safetensors(tmp_path / "model-1.safetensors", {"a": np.ones(3, np.float32)})
     write_index(tmp_path, {"a": shard})
     with pytest.raises(ConversionError, match="expected a file name"):
         ReleasedFolder(tmp_path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from qwenvl_jax.checkpoint.leaves import (
     Leaf,
     chunk_shape,
     digest_leaf,
+    disk_bytes,
     open_leaf,
     unwatched,
     write_leaf,
@@ -28,6 +30,7 @@ from qwenvl_jax.checkpoint.weights import (
     WeightsError,
     fill,
     load_weights_folder,
+    new_folder,
     open_weights,
     read_weights_config,
     save_weights,
@@ -154,6 +157,8 @@ def test_big_arrays_lie_in_chunks_that_a_device_can_take(tmp_path):
     files = [f for f in directory.iterdir() if f.name[0].isdigit()]
     assert len(files) == np.prod([-(-n // c) for n, c in zip(shape, chunk, strict=True)]) > 3
     assert max(file.stat().st_size for file in files) <= CHUNK_BYTES
+    taken = sum(-(-file.stat().st_size // 4096) * 4096 for file in directory.iterdir())
+    assert disk_bytes(leaf) == taken > leaf.num_bytes, "the last chunks are whole too"
     with pytest.raises(ValueError, match="expected float32"):
         open_leaf(directory, (3, 1301), "float32")
 
@@ -201,6 +206,14 @@ def test_the_command_converts_both_ways(tmp_path, capsys):
         (["import", "none", "ours"], "the folder itself is missing"),
         (["import", "one"], "import takes SRC and DST: got 1 folders"),
         (["import", "--vit", "a", "ours"], "--vit and --llm go together"),
+        (
+            ["import", "none", "ours", "--seed", "0"],
+            "new adapter of --vit and --llm takes --seed: got SRC",
+        ),
+        (
+            ["import", "a", "b", "--num-queries", "64", "--seed", "5"],
+            "takes --num-queries and --seed",
+        ),
         (["export", "none", "x"], "no weights.json"),
         (["export", "none", "x", "--shard-size", "2 gigs"], "a size is a whole number"),
         (["export", "none", "x", "--dtype", "fp16"], "invalid choice 'fp16'"),
@@ -231,7 +244,56 @@ def test_a_size_is_checked(text):
     assert num_bytes("500MB") == 500_000_000
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_link_is_followed_to_where_the_folder_is_to_be(tmp_path):
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    for name in ("empty", "nowhere"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        with new_folder(tmp_path / name) as folder:
+            assert folder.parent == tmp_path / "disk", "built on the disk that is to hold it"
+            (folder / "x").write_text(name)
+        assert (tmp_path / "disk" / name / "x").read_text() == name
+        assert (tmp_path / name).is_symlink()
+        with pytest.raises(WeightsError, match="is there already"), new_folder(tmp_path / name):
+            pass
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    with pytest.raises(WeightsError, match="is there already"), new_folder(tmp_path / "round"):
+        pass
+
+
+def test_a_mounted_disk_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    released = write_folder(tmp_path / "released", golden_tensors())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == disk)
+    assert main(["import", str(released), str(disk)]) == 2
+    said = capsys.readouterr().err
+    assert "is the top of a mounted disk, expected a new folder: name a folder inside it" in said
+    assert "import:" not in said
+    assert list(disk.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("RESOURCE_EXHAUSTED: Error writing x: No space left on device [source...]"),
+        OSError(122, "Disk quota exceeded"),
+    ],
+    ids=["tensorstore", "system"],
+)
+def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch, capsys, error):
+    def full(*_):
+        raise error
+
+    released = write_folder(tmp_path / "released", golden_tensors())
+    monkeypatch.setattr("qwenvl_jax.checkpoint.weights.write_leaf", full)
+    assert main(["import", str(released), str(tmp_path / "ours")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    told = "the disk is full: free some, or write elsewhere"
+    assert last == f"convert: {told}: {str(tmp_path)!r}"
+    assert [path.name for path in tmp_path.iterdir()] == ["released"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing_behind(tmp_path, number):
     released = write_folder(tmp_path / "released", golden_tensors())
     program = (
@@ -240,6 +302,8 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number):
         "import qwenvl_jax.conversion.run as run\n"
         # A shell without job control starts what is in the background with Ctrl-C ignored.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        # And nohup starts what it runs with the end of the terminal ignored.
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "write = run.write_weights\n"
         "def stop(*args):\n"
         "    write(*args)\n"
@@ -252,3 +316,7 @@ def test_a_signal_leaves_nothing_behind(tmp_path, number):
     assert done.returncode == 130, done.stderr
     assert "interrupted" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["released"]
+    if number == signal.SIGHUP:
+        command[2] = program.replace("SIGHUP, signal.SIG_DFL", "SIGHUP, signal.SIG_IGN")
+        done = subprocess.run(command, check=False, cwd=CONVERT.parent)
+        assert done.returncode == 0, "under nohup it goes on"

@@ -49,6 +49,30 @@ def test_a_damaged_file_is_compiled_again(tmp_path):
     assert cache.read("abc") == FITS
 
 
+def test_a_folder_that_cannot_be_written_costs_a_line_and_not_the_plan(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "plans"):
+        ProgramCache(folder).write("abc", FITS)
+        said = capsys.readouterr().err
+        assert f"the compiled program was not kept in {folder}: " in said
+        assert said.endswith("; name another folder with --cache\n")
+        assert ProgramCache(folder).read("abc") is None
+
+
+def test_options_of_the_compiler_in_the_environment_are_part_of_the_digest(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--a")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    found = {program_digest("x")}
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--a")
+    found.add(program_digest("x"))
+    monkeypatch.delenv("XLA_FLAGS")
+    found.add(program_digest("x"))
+    monkeypatch.delenv("LIBTPU_INIT_ARGS")
+    found.add(program_digest("x"))
+    assert len(found) == 4
+    assert program_digest("x") in found
+
+
 def test_a_total_counts_results_that_are_new():
     assert FITS.sizes is not None
     assert FITS.sizes.total == 7 + 11 + (5 - 3) + 2

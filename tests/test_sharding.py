@@ -1,6 +1,7 @@
 """The mesh and the placement of every parameter."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ from qwenvl_jax.sharding import (
     constrain,
     describe,
     make_mesh,
+    mesh_sizes,
     named_variables,
     partition_spec,
     placements,
@@ -67,6 +69,22 @@ def test_mesh_that_does_not_fit_names_the_numbers(sizes):
     data, fsdp, tensor = sizes
     with pytest.raises(ConfigError, match=r"8 devices: got .*set exactly one of them to -1"):
         make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "told"),
+    [
+        ((-1, 128, 1), 1, "got -1 x 128 x 1; 128 does not divide 1, try .*fsdp=-1 --mesh.tensor=1"),
+        ((-1, 3, 4), 8, "got -1 x 3 x 4; 12 does not divide 8, try .*fsdp=-1 --mesh.tensor=4"),
+    ],
+)
+def test_advice_that_was_followed_is_not_given_again(sizes, devices, told):
+    data, fsdp, tensor = sizes
+    with pytest.raises(ConfigError, match=told) as caught:
+        mesh_sizes(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+    assert "exactly one" not in str(caught.value)
+    followed = MeshConfig(data=1, fsdp=-1, tensor=int(str(caught.value)[-1]))
+    assert math.prod(mesh_sizes(followed, devices)) == devices
 
 
 def test_every_parameter_is_where_the_table_says():

@@ -4,6 +4,7 @@ One array is one zarr folder in Orbax's plain layout, written here by TensorStor
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import tensorstore as ts
 
 CHUNK_BYTES = 4 << 20  # a device that wants a part of an array reads whole chunks
 BLOCK_BYTES = 64 << 20  # read, hashed and written at once; more only where one chunk row is more
+DISK_BLOCK = 4096  # what a file takes is a multiple of it
 ZARR_DTYPES = {"bfloat16": "bfloat16", "float16": "<f2", "float32": "<f4"}
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -110,6 +112,14 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
         longest = max(range(len(chunk)), key=lambda axis: chunk[axis])
         chunk[longest] = -(-chunk[longest] // 2)
     return tuple(chunk)
+
+
+def disk_bytes(leaf: Leaf) -> int:
+    """Returns what `write_leaf` takes of a disk: whole chunks, in whole blocks."""
+    chunk = chunk_shape(leaf.shape, leaf.dtype.itemsize)
+    number = math.prod(-(-size // part) for size, part in zip(leaf.shape, chunk, strict=True))
+    size = math.prod(chunk) * leaf.dtype.itemsize
+    return (number * -(-size // DISK_BLOCK) + 1) * DISK_BLOCK  # one for what describes it
 
 
 def _blocks(leaf: Leaf, chunk: tuple[int, ...]) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,7 @@ OCDBT database: that one gathers data files of gigabytes in memory before writin
 
 import concurrent.futures
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from qwenvl_jax.checkpoint.leaves import (
     Leaf,
     OnBytes,
     digest_leaf,
+    disk_bytes,
     open_leaf,
     unwatched,
     write_leaf,
@@ -81,10 +83,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
     Raises:
         WeightsError: `path` is there already.
+        OSError: the disk is full.
     """
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise WeightsError(f"{path} is there already: name a new folder, or remove it first")
+    path = check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
@@ -95,8 +96,36 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         for file in partial.rglob("*"):
             _flush(file)
         partial.rename(path)
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        told = "the disk is full: free some, or write elsewhere"
+        raise OSError(errno.ENOSPC, told, str(path.parent)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(path: str | Path) -> Path:
+    """Returns the place where a new folder is to be: of a link, what it points at.
+
+    Raises:
+        WeightsError: something is there already, or a disk is mounted there.
+    """
+    real = Path(os.path.realpath(path))
+    if real.is_symlink() or (real.exists() and not (real.is_dir() and not any(real.iterdir()))):
+        raise WeightsError(f"{path} is there already: name a new folder, or remove it first")
+    if os.path.ismount(real):  # a folder cannot be renamed onto one
+        raise WeightsError(
+            f"{path} is the top of a mounted disk, expected a new folder: name a folder inside it"
+        )
+    return real
+
+
+def _is_full(error: Exception) -> bool:
+    # TensorStore and Orbax have no class of their own for what the system says.
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
+    )
 
 
 def write_weights(
@@ -104,7 +133,7 @@ def write_weights(
 ) -> None:
     """Writes config, arrays and manifest into `folder`, holding one block in memory at a time."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-    check_space(folder, sum(leaf.num_bytes for leaf in leaves.values()))
+    check_space(folder, sum(disk_bytes(leaf) for leaf in leaves.values()))
     weights = (folder / WEIGHTS).resolve()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
         checkpointer.save(weights, {path: np.zeros(1, np.float32) for path in leaves})

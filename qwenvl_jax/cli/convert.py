@@ -52,6 +52,7 @@ example:
 
 exit codes: 0 done; 2 a wrong command or something wrong with SRC, all of it named; 130 interrupted
 """
+_ENDS = (signal.SIGTERM, signal.SIGHUP)
 LINES = 10  # of progress at most, where there is no terminal
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -79,12 +80,15 @@ def _run(argv: Sequence[str]) -> int:
     work = _parse(commands[name], words, f"convert.py {name}")
     # Nothing here computes: an accelerator would only be held, and its memory taken.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # A terminated conversion cleans up as an interrupted one does.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A terminated conversion cleans up as an interrupted one does, and so does one whose terminal
+    # is closed, unless nohup has it go on.
+    ends = [number for number in _ENDS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ends}
     try:
         work()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return SUCCESS
 
 
@@ -108,8 +112,8 @@ def import_(
     vit: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
     llm: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
     lora: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
-    num_queries: int = 256,
-    seed: int = 0,
+    num_queries: int | None = None,
+    seed: int | None = None,
 ) -> None:
     """Writes our weights folder. Example: convert.py import Qwen-VL-Chat weights/chat
 
@@ -118,8 +122,8 @@ def import_(
         vit: an OpenCLIP folder with its tower (ViT-bigG-14) and open_clip_config.json
         llm: a Qwen-7B folder
         lora: a PEFT adapter trained on SRC (adapter_config.json, adapter_model.*), to be added
-        num_queries: picture embeddings of the new adapter, a square number
-        seed: of the new adapter's random weights
+        num_queries: picture embeddings of the new adapter, a square number (256)
+        seed: of the new adapter's random weights (0)
     """
     from qwenvl_jax.conversion.load import is_run
     from qwenvl_jax.conversion.run import import_parts, import_released, import_run
@@ -133,6 +137,13 @@ def import_(
             f"import takes {'SRC and DST' if wanted == 2 else 'DST alone with --vit and --llm'}: "
             f"got {len(folders)} folders"
         )
+    given = {"--num-queries": num_queries, "--seed": seed}
+    idle = [name for name, value in given.items() if value is not None]
+    if vit is None and idle:
+        raise ConfigError(
+            f"only the new adapter of --vit and --llm takes {' and '.join(idle)}: got SRC; leave "
+            "it out (convert.py queries changes the number of embeddings)"
+        )
     target = folders[-1]
     if lora is not None and (vit is not None or is_run(folders[0])):
         raise ConfigError("--lora is added to a released folder: got parts or a run to import")
@@ -142,8 +153,8 @@ def import_(
             llm,
             target,
             image_start_id=load_tokenizer(llm).image_start_id,
-            num_queries=num_queries,
-            seed=seed,
+            num_queries=256 if num_queries is None else num_queries,
+            seed=seed or 0,
             watch=watch,
         )
     elif is_run(folders[0]):

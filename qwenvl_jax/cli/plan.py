@@ -16,10 +16,16 @@ from qwenvl_jax.cli.options import option_names, parse_options
 from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 
 DOES_NOT_FIT = 1
+_TRAINING = "a plan without --serve"
+_LOAD = ("rows", "prompt", "answer", "images")
 _WITHOUT = {  # what has no place in each way of planning
-    "an estimate for GPUs": ("serve", "search", "page", "executable"),
-    "--serve": ("search", "page", "executable"),
-    "--search": ("executable",),
+    "an estimate for GPUs": (
+        *("slices", "serve", "search", "tries", "page", "executable", "cache"),
+        *_LOAD,
+    ),
+    "--serve": ("search", "tries", "page", "executable", "cache"),
+    "--search": ("executable", *_LOAD),
+    _TRAINING: _LOAD,
 }
 
 _USAGE = """usage: qwenvl plan CONFIG --topology NAME [options] [--a.b=c ...]
@@ -27,7 +33,8 @@ _USAGE = """usage: qwenvl plan CONFIG --topology NAME [options] [--a.b=c ...]
 Compiles the very step that train.py runs for a TPU pod, with the TPU compiler and no TPU, and
 prints the memory of a chip by what lies in it, the work of a step, what crosses the links, and a
 bound on the time of a step. Any field of the config can be changed as in train.py. Where the run
-does not fit, the nearest setting that does is looked for, compiled, and printed as options.
+does not fit a pod, the nearest setting that does is looked for, compiled, and printed as options;
+for GPUs nothing is compiled, and what can help is named.
 
   --topology NAME    v4-256, v5e-256, v5p-256, v6e-256, ...; names of v4 and v5p count cores, two
                      a chip. h100-8, a100-80-8, l4-1, ...: GPUs, an estimate from shapes alone
@@ -91,7 +98,7 @@ def _run(argv: Sequence[str]) -> int:
 
     gpus = find_gpus(options.topology)
     modes = {"an estimate for GPUs": gpus, "--serve": options.serve, "--search": options.search}
-    _check(options, next((name for name, is_on in modes.items() if is_on), ""))
+    _check(options, next((name for name, is_on in modes.items() if is_on), _TRAINING))
     if gpus is not None:
         text, row, fits = gpu_text(config, gpus)
         print(text)
@@ -110,7 +117,8 @@ def _check(options: PlanOptions, mode: str) -> None:
     """Raises ConfigError for an option that could have no effect, and for no tries."""
     if options.tries < 1:
         raise ConfigError(f"--tries must be at least 1: got {options.tries}")
-    given = [f"--{name}" for name in _WITHOUT.get(mode, ()) if getattr(options, name)]
+    usual = {field.name: field.default for field in dataclasses.fields(PlanOptions)}
+    given = [f"--{name}" for name in _WITHOUT[mode] if getattr(options, name) != usual[name]]
     if given:
         raise ConfigError(f"{mode} and {' '.join(given)} do not go together: leave one out")
 

@@ -15,6 +15,18 @@ RELEASED_TABLE_SIDE = 16  # the released tower has this table at every image siz
 RELEASED_ADAPTER_HEAD_DIM = 128
 RELEASED_NORM_EPS = 1e-6  # of every vision norm; not in the released file
 DEFAULT_QUERIES = 256
+_WHOLE, _NUMBER = (int,), (int, float)
+# What may be left out, and what it must be where it is there.
+_VISUAL_OPTIONS = {"n_queries": _WHOLE}
+_DECODER_OPTIONS = {
+    "kv_channels": _WHOLE,
+    "max_position_embeddings": _WHOLE,
+    "rotary_emb_base": _NUMBER,
+    "layer_norm_epsilon": _NUMBER,
+    "use_dynamic_ntk": (bool,),
+    "use_logn_attn": (bool,),
+}
+_KINDS = {_WHOLE: "a whole number", _NUMBER: "a number", (bool,): "true or false"}
 # What the released modelling code can vary and ours does not.
 FIXED = {
     "rotary_pct": 1.0,
@@ -40,10 +52,11 @@ def model_config_from_released(
         )
     problems = _bad_sizes(
         visual,
-        ("width", "layers", "heads", "mlp_ratio", "patch_size", "image_size", "image_start_id",
-         "output_dim"),
+        ("width", "layers", "heads", "patch_size", "image_size", "image_start_id", "output_dim"),
         "visual.",
-    )  # fmt: skip
+    )
+    problems += _bad_sizes(visual, ("mlp_ratio",), "visual.", _NUMBER)
+    problems += _bad_options(visual, _VISUAL_OPTIONS, "visual.")
     problems += _decoder_problems(released)
     if not problems and visual["output_dim"] != released["hidden_size"]:
         problems.append(
@@ -114,10 +127,7 @@ def model_config_from_parts(
         ConversionError: naming the fields that are missing or impossible.
     """
     where = "open_clip_config.json"
-    vision = {"head_width": 64, "mlp_ratio": 4.0}  # what OpenCLIP assumes when they are left out
-    vision |= openclip.get("model_cfg", {}).get("vision_cfg", {})
-    names = ("width", "layers", "head_width", "mlp_ratio", "patch_size", "image_size")
-    problems = _bad_sizes(vision, names, "model_cfg.vision_cfg.")
+    vision, problems = _vision_settings(openclip)
     if not problems and vision["width"] % vision["head_width"]:
         problems.append(
             "model_cfg.vision_cfg.width must be a multiple of head_width: got "
@@ -145,6 +155,26 @@ def model_config_from_parts(
         )
     except ConfigError as error:
         raise ConversionError(where, [str(error)]) from error
+
+
+def _vision_settings(openclip: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns an OpenCLIP tower's settings, and what of them is wrong."""
+    model = openclip.get("model_cfg")
+    given = model.get("vision_cfg") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(given, dict):
+        return {}, ["model_cfg.vision_cfg must be an object: got none; name an OpenCLIP folder"]
+    vision = {"head_width": 64, "mlp_ratio": 4.0}  # what OpenCLIP assumes when they are left out
+    vision |= given
+    prefix = "model_cfg.vision_cfg."
+    names = ("width", "layers", "head_width", "patch_size", "image_size")
+    problems = _bad_sizes(vision, names, prefix)
+    problems += _bad_sizes(vision, ("mlp_ratio",), prefix, _NUMBER)
+    # Ours is the exact GELU.
+    if model.get("quick_gelu"):
+        problems.append(f"model_cfg.quick_gelu must be false: got {model['quick_gelu']}")
+    if vision.get("act_kwargs"):
+        problems.append(f"{prefix}act_kwargs must be empty: got {vision['act_kwargs']}")
+    return vision, problems
 
 
 def released_config(config: ModelConfig, torch_dtype: str) -> dict[str, Any]:
@@ -230,16 +260,33 @@ def _unreleasable(config: ModelConfig) -> list[str]:
 
 def _decoder_problems(released: dict[str, Any]) -> list[str]:
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-    return _bad_sizes(released, (*sizes, "intermediate_size", "seq_length")) + [
+    problems = _bad_sizes(released, (*sizes, "intermediate_size", "seq_length"))
+    problems += _bad_options(released, _DECODER_OPTIONS)
+    return problems + [
         f"{name} must be {value}: got {released[name]}"
         for name, value in FIXED.items()
         if released.get(name, value) != value
     ]
 
 
-def _bad_sizes(fields: dict[str, Any], names: tuple[str, ...], prefix: str = "") -> list[str]:
+def _bad_sizes(
+    fields: dict[str, Any],
+    names: tuple[str, ...],
+    prefix: str = "",
+    kinds: tuple[type, ...] = _WHOLE,
+) -> list[str]:
     return [
-        f"{prefix}{name} must be a number: got {fields.get(name, 'nothing')}"
+        f"{prefix}{name} must be {_KINDS[kinds]}: got {fields.get(name)!r}"
         for name in names
-        if type(fields.get(name)) not in (int, float)
+        if type(fields.get(name)) not in kinds
+    ]
+
+
+def _bad_options(
+    fields: dict[str, Any], kinds: dict[str, tuple[type, ...]], prefix: str = ""
+) -> list[str]:
+    return [
+        f"{prefix}{name} must be {_KINDS[kind]}, or left out: got {fields[name]!r}"
+        for name, kind in kinds.items()
+        if name in fields and type(fields[name]) not in kind
     ]

@@ -43,6 +43,12 @@ class _Pair(NamedTuple):
     up: str  # name of B [out, rank]
 
 
+class _Settings(NamedTuple):
+    alpha: float
+    is_rs: bool  # divided by the root of the rank instead of the rank
+    whole: tuple[str, ...]  # endings of the modules that were trained whole
+
+
 class AdaptedFolder(ReleasedFolder):
     """A released folder whose tensors have an adapter's pairs added, each when it is read.
 
@@ -54,13 +60,15 @@ class AdaptedFolder(ReleasedFolder):
         super().__init__(path)
         self._last: tuple[str, np.ndarray] | None = None  # a tensor is read in many parts
         adapter = Path(adapter)
-        self._alpha, self._is_rs = _read_settings(adapter)
+        self._settings = _read_settings(adapter)
         file = next((adapter / name for name in FILES if (adapter / name).is_file()), None)
         if file is None:
             raise ConversionError(adapter, [f"holds none of {', '.join(FILES)}"])
         self._adapter = ReleasedFolder(file)
         self.problems += [f"adapter: {problem}" for problem in self._adapter.problems]
         self._pairs, self._whole, problems = _sorted_names(self._adapter)
+        if not self._adapter.problems:
+            problems += _lost(self._settings.whole, self._adapter)
         for name in [*self._pairs, *self._whole]:
             if not self.may_hold(name) and (problem := self._misfit(name)):
                 problems.append(problem)
@@ -87,7 +95,7 @@ class AdaptedFolder(ReleasedFolder):
         pair = self._pairs[name]
         down, up = (self._adapter.tensor(half).astype(np.float32) for half in pair)
         added = up @ down
-        added *= self._alpha / (len(down) ** 0.5 if self._is_rs else len(down))
+        added *= self._settings.alpha / (len(down) ** 0.5 if self._settings.is_rs else len(down))
         added += super().tensor(name)
         return added.astype(kept)
 
@@ -112,8 +120,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def _read_settings(folder: Path) -> tuple[float, bool]:
-    """Returns (alpha, whether it is divided by the root of the rank instead of the rank)."""
+def _read_settings(folder: Path) -> _Settings:
     settings = read_json(folder / CONFIG)
     problems = [
         f"{name} is {settings.get(name)!r}, expected {values[0]!r}: other adapters cannot be added"
@@ -123,9 +130,24 @@ def _read_settings(folder: Path) -> tuple[float, bool]:
     alpha: Any = settings.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         problems.append(f"lora_alpha is {alpha!r}, expected a number")
+    whole: Any = settings.get("modules_to_save") or []
+    if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
+        problems.append(f"modules_to_save is {whole!r}, expected a list of names")
     if problems:
         raise ConversionError(folder / CONFIG, problems)
-    return float(alpha), bool(settings.get("use_rslora"))
+    return _Settings(float(alpha), bool(settings.get("use_rslora")), tuple(whole))
+
+
+def _lost(wanted: tuple[str, ...], adapter: ReleasedFolder) -> list[str]:
+    """Returns which modules the settings say were trained whole and the file does not hold."""
+    found = [_WHOLE.fullmatch(name) for name in adapter.slots if ".lora_" not in name]
+    modules = [f".{whole[1]}" for whole in found if whole]
+    return [
+        f"{name} was trained whole, but its weights are not in the file (the original finetune.py "
+        "leaves them out of its last save: use a checkpoint-N folder)"
+        for name in wanted
+        if not any(module.endswith(f".{name}") for module in modules)
+    ]
 
 
 def _sorted_names(adapter: ReleasedFolder) -> tuple[dict[str, _Pair], dict[str, str], list[str]]:

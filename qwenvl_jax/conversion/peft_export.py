@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwenvl_jax.checkpoint.store import restore_trained
-from qwenvl_jax.checkpoint.weights import new_folder
+from qwenvl_jax.checkpoint.weights import check_new, new_folder
 from qwenvl_jax.config import LoraConfig
 from qwenvl_jax.conversion.load import run_config
 from qwenvl_jax.conversion.peft import CONFIG, FILES
@@ -24,6 +24,8 @@ from qwenvl_jax.conversion.slots import ConversionError
 from qwenvl_jax.model.lora import pair_of
 
 _PREFIX = "base_model.model."
+# PyTorch's attention multiplies by the weights of its modules, past what PEFT puts around them.
+_UNCALLED = "transformer.visual.attn_pool.attn."
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -49,6 +51,7 @@ def export_adapter(run: str | Path, target: str | Path) -> int:
         ConversionError: the run has no pairs, or some where PEFT has no place for them.
     """
     run = Path(run)
+    check_new(target)
     config = run_config(run)
     if not config.lora.rank:
         raise ConversionError(run, ["was trained without LoRA: export the whole model instead"])
@@ -61,7 +64,11 @@ def export_adapter(run: str | Path, target: str | Path) -> int:
         if not names:
             continue
         module = rule.released.removesuffix(".weight")
-        if module == rule.released or len(rule.shape) != 2:
+        if module.startswith(_UNCALLED):
+            problems.append(
+                f"{module} is read by torch.nn.MultiheadAttention, not called: a pair has no effect"
+            )
+        elif module == rule.released or len(rule.shape) != 2:
             problems.append(f"{rule.released} is no matrix of a module that PEFT can change")
         elif names & set(rule.ours) and not set(rule.ours) <= names:
             problems.append(f"{rule.released}: only a part of it was trained whole")

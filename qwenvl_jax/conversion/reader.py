@@ -1,7 +1,8 @@
 """Opens a released folder: all its tensors by name, whichever files hold them.
 
 A folder has `*.safetensors` or zip-format `pytorch_model*.bin` files, one or many; many come with
-an index `*.index.json` whose `weight_map` says which shard holds which name. Opening reads headers
+an index `*.index.json` whose `weight_map` says which shard holds which name. Which of them are read
+is what transformers would read; other files beside them are not looked at. Opening reads headers
 only. What is wrong is collected, so that one error can name all of it.
 """
 
@@ -14,16 +15,24 @@ from qwenvl_jax.conversion.safetensors_file import read_safetensors
 from qwenvl_jax.conversion.slots import ConversionError, FileError, MappedFiles, Slot
 from qwenvl_jax.conversion.torch_zip import read_torch_zip
 
-# The first pattern that matches anything names the files to read: safetensors before pickles.
+# The first pattern that matches anything names the files to read, or the index that names them.
 # OpenCLIP folders may hold the same tower once more under other names, hence its own files first.
 FILE_PATTERNS = (
     "open_clip*.safetensors",
     "open_clip*.bin",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "*.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "*.bin.index.json",
+    # Nothing says what belongs together.
     "model*.safetensors",
-    "*.safetensors",
     "pytorch_model*.bin",
+    "*.safetensors",
     "*.bin",
 )
+_NO_MODEL = "adapter_"  # PEFT's files may lie beside the model's
 
 
 class ReleasedFolder:
@@ -45,8 +54,6 @@ class ReleasedFolder:
         files = [self.path] if self.path.is_file() else self._weight_files()
         for file in files:
             self._add_file(file)
-        if self.path.is_dir():
-            self._check_index()
 
     def tensor(self, name: str) -> np.ndarray:
         """Returns a read-only view of one tensor; nothing is read until its elements are."""
@@ -69,13 +76,24 @@ class ReleasedFolder:
 
     def _weight_files(self) -> list[Path]:
         for pattern in FILE_PATTERNS:
-            files = sorted(self.path.glob(pattern))
+            found = sorted(self.path.glob(pattern))
+            files = [file for file in found if not file.name.startswith(_NO_MODEL)]
+            if files and pattern.endswith(".index.json"):
+                return self._indexed_files(files[0])
             if files:
-                self._pattern = pattern
                 return files
         raise ConversionError(
             self.path, ["holds no *.safetensors and no pytorch_model*.bin; name the model's folder"]
         )
+
+    def _indexed_files(self, index: Path) -> list[Path]:
+        """Returns the files that an index names; those that are not there are problems."""
+        self._weight_map = _weight_map(index)
+        files = [self.path / shard for shard in sorted(set(self._weight_map.values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        self.problems += [f"{name} is missing: {index.name} names it" for name in missing]
+        self._unread.update(missing)
+        return [file for file in files if file.name not in missing]
 
     def _add_file(self, file: Path) -> None:
         read = read_torch_zip if file.suffix != ".safetensors" else read_safetensors
@@ -95,16 +113,6 @@ class ReleasedFolder:
                 self.problems.append(f"{name} is in two files: {first} and {file.name}")
             else:
                 self.slots[name] = slot
-
-    def _check_index(self) -> None:
-        """Collects where the index, if there is one, and the files disagree."""
-        suffix = Path(self._pattern).suffix
-        for file in sorted(self.path.glob(f"*{suffix}.index.json")):
-            self._weight_map |= _weight_map(file)
-            for shard in sorted(set(self._weight_map.values())):
-                if not (self.path / shard).is_file():
-                    self.problems.append(f"{shard} is missing: {file.name} names it")
-                    self._unread.add(shard)
 
 
 def read_json(path: Path) -> dict:

@@ -23,6 +23,7 @@ from qwenvl_jax.checkpoint.leaves import DTYPES, Leaf, OnBytes, unwatched
 from qwenvl_jax.checkpoint.weights import (
     TOKENIZER,
     WeightsError,
+    check_new,
     check_space,
     is_weights_folder,
     new_folder,
@@ -113,6 +114,7 @@ def import_run(source: str | Path, target: str | Path) -> ModelConfig:
         CheckpointError: the run has no checkpoint that is whole.
     """
     source = Path(source)
+    check_new(target)  # before a whole model is read
     config = read_config(source)
     state = load_run(source, abstract_state(config, make_mesh())[1])
     vocabulary = source / TOKENIZER

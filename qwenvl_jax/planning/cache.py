@@ -5,12 +5,14 @@ read from the text each time, so a better reading needs no compilation; and what
 source without changing the program finds its program again.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
 import json
 import os
 import re
+import sys
 import zlib
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 from qwenvl_jax.planning.pods import GB
 
+_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
 _LOCATION = re.compile(r"\s*(?:loc\([^\n]*\)|#loc[^\n]*)")
 
 
@@ -91,13 +94,22 @@ class ProgramCache:
             return None
 
     def write(self, digest: str, program: CompiledProgram) -> None:
-        """Keeps a program."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Keeps a program; where that fails, a line on stderr says so, and the plan goes on."""
         path = self._path(digest)
         partial = path.with_suffix(f".{os.getpid()}")
         content = json.dumps(dataclasses.asdict(program)).encode()
-        partial.write_bytes(gzip.compress(content, compresslevel=6))
-        partial.replace(path)  # whole, or not there
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(gzip.compress(content, compresslevel=6))
+            partial.replace(path)  # whole, or not there
+        except OSError as error:
+            print(
+                f"the compiled program was not kept in {self._folder}: {error.strerror}; name "
+                "another folder with --cache",
+                file=sys.stderr,
+            )
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}.json.gz"
@@ -106,11 +118,13 @@ class ProgramCache:
 def program_digest(lowered_text: str, *parts: str) -> str:
     """Returns a digest of a lowered program and of what else decides what the compiler makes of it.
 
-    Versions of the compiler are among it; places in the source are not. `parts`: pod, options.
+    Versions of the compiler are among it, and its options in the environment; places in the source
+    are not. `parts`: pod, options.
     """
     digest = hashlib.sha256(_LOCATION.sub("", lowered_text).encode())
     versions = [metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
-    for part in (*parts, *versions):
+    given = [f"{name}={os.environ[name]}" for name in _FLAGS if os.environ.get(name)]
+    for part in (*parts, *versions, *given):
         digest.update(f"\0{part}".encode())
     return digest.hexdigest()[:24]
 

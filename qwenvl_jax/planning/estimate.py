@@ -10,11 +10,19 @@ import math
 
 from jax.sharding import AbstractMesh
 
-from qwenvl_jax.config import ConfigError, ModelConfig, ParameterRule, RematPolicy, TrainConfig
+from qwenvl_jax.config import (
+    ConfigError,
+    DecoderConfig,
+    ModelConfig,
+    ParameterRule,
+    RematPolicy,
+    TrainConfig,
+    VisionConfig,
+)
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.planning.compile import abstract_batch
 from qwenvl_jax.planning.memory import CLASSES, shard_bytes
-from qwenvl_jax.sharding import BATCH_AXES, MESH_AXES, mesh_sizes
+from qwenvl_jax.sharding import BATCH_AXES, MESH_AXES, mesh_sizes, parts_of
 from qwenvl_jax.training.optimizer import plan_parameters, trained_parts
 from qwenvl_jax.training.state import make_layout
 
@@ -60,17 +68,18 @@ def estimate_memory(
     patches = (
         rows * config.data.max_images * (config.data.image_size // model.vision.patch_size) ** 2
     )
-    decoder = _layer_floats(model.decoder.width, model.decoder.mlp_dim, 3, tensor)
-    vit = _layer_floats(model.vision.width, model.vision.mlp_dim, 2, tensor)
+    decoder = _layer_floats(model.decoder, 3, tensor)
+    vit = _layer_floats(model.vision, 2, tensor)
     is_vit_trained = _is_vit_trained(model, config.parameters)
     vit_remat = model.vit_remat or model.remat
     kept = tokens * decoder[model.remat] * model.decoder.num_layers
     kept += patches * vit[vit_remat] * model.vision.num_layers * is_vit_trained
     working = max(tokens * decoder["none"], patches * vit["none"])
-    block = 4 * model.decoder.width**2 + 3 * model.decoder.width * model.decoder.mlp_dim
-    layer_weights = max(block, model.decoder.width * model.decoder.vocab_size)
+    block = _block_floats(model.decoder, 3, tensor)
+    vit_block = _block_floats(model.vision, 2, tensor)
+    vocab = model.decoder.vocab_size / parts_of(model.decoder.vocab_size, tensor)
+    layer_weights = max(block, model.decoder.width * vocab)
     whole = block * model.decoder.num_layers * (model.remat == "weights")
-    vit_block = 4 * model.vision.width**2 + 2 * model.vision.width * model.vision.mlp_dim
     is_kept = is_vit_trained and vit_remat == "weights"
     whole += vit_block * model.vision.num_layers * is_kept
     chunk = min(config.loss_chunk, tokens)
@@ -80,10 +89,10 @@ def estimate_memory(
     if config.micro_batches > 1:
         by_class["gradients"] *= 2  # the sum so far, and those of this micro-batch
     by_class["activations"] = int(kept * wide)
-    by_class["gathered"] = whole * wide // tensor
-    by_class["logits"] = 3 * 4 * chunk * model.decoder.vocab_size // tensor
+    by_class["gathered"] = int(whole * wide)
+    by_class["logits"] = int(3 * 4 * chunk * vocab)
     by_class["pictures"] = int(patches * model.vision.patch_size**2 * 3 * wide)
-    by_class["temporaries"] = int(working * wide + 2 * wide * layer_weights / tensor)
+    by_class["temporaries"] = int(working * wide + 2 * wide * layer_weights)
     return by_class
 
 
@@ -102,12 +111,21 @@ def _is_vit_trained(model: ModelConfig, table: tuple[ParameterRule, ...]) -> boo
     return "vit" in trained_parts(plan_parameters(abstract_state(model)[1], table))
 
 
-def _layer_floats(width: int, hidden: int, matrices: int, tensor: int) -> dict[RematPolicy, float]:
+def _layer_floats(
+    part: VisionConfig | DecoderConfig, matrices: int, tensor: int
+) -> dict[RematPolicy, float]:
     """Returns how many numbers a token leaves behind in one layer, by remat policy.
 
     `matrices`: how many of the MLP's there are; a gated one keeps two hidden vectors.
     """
-    projected = (4 * width + (matrices - 1) * hidden) / tensor
+    width, hidden = part.width, part.mlp_dim / parts_of(part.mlp_dim, tensor)
+    projected = 4 * width / parts_of(part.num_heads, tensor) + (matrices - 1) * hidden
     dots = width + projected + 2 * width
-    everything = dots + 3 * width + 2 * hidden / tensor
+    everything = dots + 3 * width + 2 * hidden
     return {"full": float(width), "dots": dots, "weights": dots, "none": everything}
+
+
+def _block_floats(part: VisionConfig | DecoderConfig, matrices: int, tensor: int) -> float:
+    """Returns how many numbers the matrices of one layer have on one of `tensor` devices."""
+    hidden = part.mlp_dim / parts_of(part.mlp_dim, tensor)
+    return 4 * part.width**2 / parts_of(part.num_heads, tensor) + matrices * part.width * hidden

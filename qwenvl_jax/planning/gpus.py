@@ -7,11 +7,17 @@ import dataclasses
 import re
 from typing import Any
 
+from jax.sharding import AbstractMesh
+
 from qwenvl_jax.config import ConfigError, TrainConfig
-from qwenvl_jax.planning.estimate import estimate_memory
+from qwenvl_jax.planning.estimate import estimate_memory, state_memory
+from qwenvl_jax.planning.plan import replicated
 from qwenvl_jax.planning.pods import GB, GiB
+from qwenvl_jax.planning.report import replicated_lines
 from qwenvl_jax.planning.useful import useful_flops
+from qwenvl_jax.sharding import MESH_AXES, mesh_sizes
 from qwenvl_jax.training.flops import PEAKS
+from qwenvl_jax.training.state import make_layout
 
 _RESERVE = 0.90  # jax takes three quarters unless told otherwise; the driver needs the rest of this
 
@@ -63,17 +69,48 @@ def gpu_text(config: TrainConfig, gpus: Gpus) -> tuple[str, dict[str, Any], bool
     Raises:
         ConfigError: mesh or rows do not go with the number of GPUs.
     """
-    by_class = estimate_memory(config, gpus.count)
+    sizes = mesh_sizes(config.mesh, gpus.count)
+    state = state_memory(config, gpus.count)
+    by_class = estimate_memory(config, gpus.count, state)
     total, room = sum(by_class.values()), int(gpus.memory_bytes * _RESERVE)
-    compute = useful_flops(config) / gpus.count / gpus.peak_flops
+    data, fsdp, tensor = sizes
+    compute = useful_flops(config, tensor) / (data * fsdp) / gpus.peak_flops
+    copied = replicated(make_layout(config, AbstractMesh(sizes, MESH_AXES)))
     lines = [f"{gpus.name}: memory of a GPU, estimated from shapes, nothing compiled"]
     lines += [f"  {kind:<12}{size / GB:>8.2f} GB" for kind, size in by_class.items() if size]
     lines += [
         f"  {'total':<12}{total / GB:>8.2f} GB of {room / GB:.1f} that jax can be given "
         f"(XLA_PYTHON_CLIENT_MEM_FRACTION={_RESERVE:.2f})",
-        "fits" if total <= room else "DOES NOT FIT: more remat, more micro-batches, or more GPUs",
+        "fits" if total <= room else f"DOES NOT FIT: {_way_out(config, sizes, state, room)}",
         f"a step takes at least {compute:.2f} s, "
         f"its useful work at {gpus.peak_flops / 1e12:.0f} TFLOP/s",
+        *replicated_lines(copied),
     ]
-    row = {"gpus": dataclasses.asdict(gpus), "memory": by_class, "compute_seconds": compute}
+    row = {
+        "gpus": dataclasses.asdict(gpus),
+        "memory": by_class,
+        "compute_seconds": compute,
+        "replicated": copied,
+    }
     return "\n".join(lines), row, total <= room
+
+
+def _way_out(
+    config: TrainConfig, sizes: tuple[int, int, int], state: dict[str, int], room: int
+) -> str:
+    """Returns what can still be changed to make a run fit."""
+    model, (data, fsdp, _) = config.model, sizes
+    split = ["parameters split over more of these (mesh.data=1, mesh.fsdp=-1)"] * (data > 1)
+    if sum(state.values()) > room:
+        # Nothing that a step keeps is among them.
+        pairs = ["LoRA (configs/finetune_lora.py)"] * (not model.lora.rank)
+        ways = [*split, "more GPUs", *pairs, "fewer trained parts"]
+        return f"weights, moments and gradients alone do not: only {_either(ways)} can help"
+    is_full = {model.remat, model.vit_remat or model.remat} == {"full"}
+    more = ["more remat"] * (not is_full)
+    more += ["more micro-batches"] * (config.data.rows > config.micro_batches * data * fsdp)
+    return _either([*more, *split, "more GPUs"])
+
+
+def _either(ways: list[str]) -> str:
+    return " or ".join(filter(None, [", ".join(ways[:-1]), ways[-1]]))

@@ -15,6 +15,7 @@ from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.planning.work import Work, measure
 from qwenvl_jax.sharding import placements
 from qwenvl_jax.training.compiler import compiler_options
+from qwenvl_jax.training.state import Layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ def describe(compiled: CompiledStep, pod: Pod) -> Plan:
         refusal=_refusal(compiled, pod),
         useful_flops=useful_flops(config) / pod.num_chips,
         peak_flops=pod.chip.peak_flops,
-        replicated=replicated(compiled),
+        replicated=replicated(layout),
         compile_seconds=made.seconds,
         compile_cpu_seconds=made.cpu_seconds,
         host_bytes=made.host_bytes,
@@ -107,9 +108,9 @@ def _refusal(compiled: CompiledStep, pod: Pod) -> str | None:
     return str(dataclasses.replace(refusal, largest=largest))
 
 
-def replicated(compiled: CompiledStep) -> tuple[str, ...]:
+def replicated(layout: Layout) -> tuple[str, ...]:
     """Returns the parameters of at least 1 MB that a mesh axis should split and does not."""
-    rows = placements(compiled.layout.model_state, compiled.layout.mesh)
+    rows = placements(layout.model_state, layout.mesh)
     return tuple(
         f"{row.path} {row.bytes_per_device / 1e6:.1f} MB: {row.note}"
         for row in sorted(rows, key=lambda row: -row.bytes_per_device)

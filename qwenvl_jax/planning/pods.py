@@ -182,7 +182,7 @@ def find_pod(name: str, num_slices: int = 1) -> Pod:
     128
 
     Raises:
-        ConfigError: no such name; the nearest are told.
+        ConfigError: no such name (the nearest are told), or no rate between its slices is known.
     """
     pods = known_pods()
     if name not in pods:
@@ -194,6 +194,12 @@ def find_pod(name: str, num_slices: int = 1) -> Pod:
         )
     if num_slices < 1:
         raise ConfigError(f"slices must be at least 1: got {num_slices}")
+    chip = pods[name].chip
+    if num_slices > 1 and chip.slow_bandwidth is None:
+        raise ConfigError(
+            f"no rate of the network between slices of {chip.generation} was published: got "
+            f"{num_slices} slices, expected one"
+        )
     return dataclasses.replace(pods[name], num_slices=num_slices)
 
 

@@ -28,7 +28,9 @@ def plan_text(plan: Plan) -> str:
     """Returns the whole plan, about thirty lines."""
     lines = [plan.pod, *headline(plan), ""]
     if plan.memory is None or plan.work is None or plan.bound is None:
-        return "\n".join([*lines, f"DOES NOT FIT: {plan.refusal}", *_replicated(plan)])
+        return "\n".join(
+            [*lines, f"DOES NOT FIT: {plan.refusal}", *replicated_lines(plan.replicated)]
+        )
     work, clocks = plan.work, plan.bound
     lines += [f"memory of a chip, of {plan.hbm_bytes / GB:.1f} GB:"]
     lines += [f"  {kind:<12}{short(plan.memory.by_class[kind] / GB):>9} GB" for kind in CLASSES]
@@ -48,7 +50,7 @@ def plan_text(plan: Plan) -> str:
         f"a step takes at least {short(clocks.best)} s (MFU {plan.mfu(clocks.best):.0%}), "
         f"{short(clocks.scheduled)} s as scheduled, "
         f"{short(clocks.apart)} s with nothing overlapped (MFU {plan.mfu(clocks.apart):.0%})",
-        *_replicated(plan),
+        *replicated_lines(plan.replicated),
         "assumed: " + "; ".join(ASSUMPTIONS),
     ]
     return "\n".join(lines)
@@ -88,10 +90,11 @@ def _links(plan: Plan) -> list[str]:
     ]
 
 
-def _replicated(plan: Plan) -> list[str]:
-    if not plan.replicated:
+def replicated_lines(rows: Sequence[str]) -> list[str]:
+    """Returns what `plan.replicated` found, as lines."""
+    if not rows:
         return ["replicated: nothing of 1 MB or more"]
-    return ["replicated on every chip along that axis:", *(f"  {row}" for row in plan.replicated)]
+    return ["replicated on every chip along that axis:", *(f"  {row}" for row in rows)]
 
 
 TABLE_HEAD = (

@@ -52,14 +52,10 @@ def serving_plan(model: ModelConfig, load: Load, mesh: MeshConfig, pod: Pod) -> 
     """Returns prefill and decode in bf16 weights; a phase that does not fit has a refusal.
 
     Raises:
-        ConfigError: the prompt and answer are longer than the model's positions, or the mesh does
-            not fit the slice.
+        ConfigError: nothing is asked, the pictures are longer than the prompt, it and the answer
+            longer than the model's positions, or the mesh does not fit the slice.
     """
-    if load.prompt + load.answer > model.decoder.max_positions:
-        raise ConfigError(
-            f"prompt and answer must fit {model.decoder.max_positions} positions: got "
-            f"{load.prompt} + {load.answer}"
-        )
+    _check(load, model)
     model = dataclasses.replace(
         model, param_dtype="bfloat16", dtype="bfloat16", attention_backend="auto", remat="none"
     )
@@ -82,6 +78,23 @@ def serving_plan(model: ModelConfig, load: Load, mesh: MeshConfig, pod: Pod) -> 
             _phase("prefill", lowered, sizes, pod, devices),
             _phase("decode, a token", rest, sizes, pod, devices),
         ]
+
+
+def _check(load: Load, model: ModelConfig) -> None:
+    for name, least in {"rows": 1, "prompt": 1, "answer": 1, "images": 0}.items():
+        if getattr(load, name) < least:
+            raise ConfigError(f"--{name} must be at least {least}: got {getattr(load, name)}")
+    slots = model.adapter.num_queries + 2  # with the two marks around them
+    if load.images * slots > load.prompt:
+        raise ConfigError(
+            f"--prompt counts the {slots} tokens of each picture: got {load.prompt} for "
+            f"{load.images} pictures, expected at least {load.images * slots}"
+        )
+    if load.prompt + load.answer > model.decoder.max_positions:
+        raise ConfigError(
+            f"prompt and answer must fit {model.decoder.max_positions} positions: got "
+            f"{load.prompt} + {load.answer}"
+        )
 
 
 def _phase(name: str, lowered: Any, sizes: tuple[int, int], pod: Pod, mesh: Mesh) -> Phase:

@@ -6,15 +6,16 @@ from qwenvl_jax.training.flops import step_flops
 from qwenvl_jax.training.optimizer import plan_parameters
 
 
-def useful_flops(config: TrainConfig) -> float:
+def useful_flops(config: TrainConfig, tensor: int = 1) -> float:
     """Returns the work of one optimizer step over the whole batch, all chips together.
 
     By the convention of `training.flops`, with every token and every picture slot of a row in use,
-    and rows of one sample: padding is computed too, so the plan of a step has to count it.
+    and rows of one sample: padding is computed too, so the plan of a step has to count it. With
+    `tensor`, the work of one of so many chips that split the model, what they do not divide whole.
     """
     data = config.data
     _, abstract = abstract_state(config.model)
     plan = plan_parameters(abstract, config.parameters)
-    count = step_flops(config.model, abstract, plan, data.image_size)
+    count = step_flops(config.model, abstract, plan, data.image_size, tensor)
     pairs = data.length * (data.length + 1) // 2
     return data.rows * count({"images": data.max_images, "tokens": data.length, "pairs": pairs})

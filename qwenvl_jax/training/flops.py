@@ -9,15 +9,17 @@ of tokens that may look at each other, the head scored tokens only. Norms, softm
 loss count nothing.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding
 
 from qwenvl_jax.config import ModelConfig
-from qwenvl_jax.sharding import named_variables
+from qwenvl_jax.sharding import MESH_AXES, named_variables, partition_spec, parts_of
 from qwenvl_jax.training.optimizer import ParameterPlan
 
 # Dense bf16 operations a second of one device, as its maker states them.
@@ -48,12 +50,17 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def step_flops(
-    model: ModelConfig, abstract: nnx.State, plan: dict[str, ParameterPlan], image_size: int
+    model: ModelConfig,
+    abstract: nnx.State,
+    plan: dict[str, ParameterPlan],
+    image_size: int,
+    tensor: int = 1,
 ) -> Callable[[dict[str, Any]], float]:
     """Returns a function from a step's record to its operations.
 
     Of the record it takes `tokens`, `scored_tokens`, `pairs` and `images`. Without
-    `scored_tokens`, which no plan knows, every token counts as scored.
+    `scored_tokens`, which no plan knows, every token counts as scored. `tensor`: then what one of
+    so many devices does that split matrices and heads; what they do not divide, each does whole.
     """
     patches = (image_size // model.vision.patch_size) ** 2
     queries = model.adapter.num_queries
@@ -73,7 +80,7 @@ def step_flops(
         ends = {"vit.patch_embed": False, "adapter.kv_proj": passes["vit"]}
         module = path.removesuffix(".kernel").removesuffix(".lora.down")
         times = 1 + ends.get(module, passes[part]) + plan[path].is_trained
-        operations = 2.0 * times * variable.get_value().size
+        operations = 2.0 * times * _part_size(variable, tensor)
         if path.startswith(_HEAD):
             per_scored += operations
         elif part == "decoder":
@@ -81,14 +88,16 @@ def step_flops(
         else:
             per_image += operations * (queries if path.startswith(_PER_QUERY) else patches)
 
-    def attention(width: int, num_layers: int, part: str) -> float:
+    def attention(width: int, num_heads: int, num_layers: int, part: str) -> float:
         """Returns operations a pair: scores and weighted sum, and both again for each gradient."""
-        return 4.0 * width * num_layers * (3 if passes[part] else 1)
+        mine = width / parts_of(num_heads, tensor)
+        return 4.0 * mine * num_layers * (3 if passes[part] else 1)
 
     vision, decoder = model.vision, model.decoder
-    per_image += patches**2 * attention(vision.width, vision.num_layers, "vit")
-    per_image += patches * queries * attention(decoder.width, 1, "adapter")
-    per_pair = attention(decoder.num_heads * decoder.head_dim, decoder.num_layers, "decoder")
+    per_image += patches**2 * attention(vision.width, vision.num_heads, vision.num_layers, "vit")
+    per_image += patches * queries * attention(decoder.width, model.adapter.num_heads, 1, "adapter")
+    wide, heads = decoder.num_heads * decoder.head_dim, decoder.num_heads
+    per_pair = attention(wide, heads, decoder.num_layers, "decoder")
 
     def count(record: dict[str, Any]) -> float:
         tokens = record["tokens"]
@@ -97,6 +106,15 @@ def step_flops(
         return language + per_image * record["images"]
 
     return count
+
+
+def _part_size(variable: nnx.Variable, tensor: int) -> int:
+    """Returns how many numbers of a parameter one of `tensor` devices has."""
+    shape = variable.get_value().shape
+    mesh = AbstractMesh((1, 1, tensor), MESH_AXES)
+    return math.prod(
+        NamedSharding(mesh, partition_spec(variable.axes, shape, mesh)).shard_shape(shape)
+    )
 
 
 def all_peaks() -> float | None:
