@@ -1,6 +1,6 @@
 """Stage 2 of the small model, on from `stage2_lines`: new pages, and animals to be named.
 
-What ships. New rows of what it still read or named too poorly, each seen once or twice; the rest
+New rows of what it still read or named too poorly, each seen once or twice; the rest
 from earlier rows, so that nothing is lost.
 
     configs/nano/rows.sh close
