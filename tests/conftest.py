@@ -8,7 +8,7 @@ _DEVICES = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
 
-import jax  # noqa: E402
+import hurry  # noqa: E402
 import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -36,12 +36,5 @@ def _quick_compiles(request, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         folder = folder.parent  # of all workers
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    before["jax_disable_most_optimizations"] = False  # a flag that is written, not read
-    jax.config.update(names[0], str(folder / "compiled"))
-    jax.config.update(names[1], 0.0)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with hurry.in_a_hurry(folder / "compiled"):
+        yield

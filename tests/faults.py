@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import hurry
+
 from qwenvl_jax.training.faults import flip_bit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +33,7 @@ PATIENCE = 900.0  # seconds for one run; a machine with other work on it compile
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": hurry.flags(),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
@@ -247,7 +249,7 @@ def two_that_differ(row: Row) -> str:
 
 def other_number_of_devices(row: Row) -> str:
     """F10: saved on 8 devices, resumed on 1."""
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 " + ENVIRONMENT["XLA_FLAGS"]}
+    eight = {"XLA_FLAGS": hurry.flags(8)}
     mesh = ("--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2")
     row.train("--simulate-fault", "sigterm@4", *mesh, **eight)
     before = json.loads(
@@ -338,7 +340,7 @@ def hanging_data(row: Row) -> str:
 
 def copy_that_differs(row: Row) -> str:
     """F20: one copy of a replicated parameter changes, on one of 2 devices."""
-    two = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 " + ENVIRONMENT["XLA_FLAGS"]}
+    two = {"XLA_FLAGS": hurry.flags(2)}
     faults = ("--simulate-fault", "replica@4", "--guard.digest-every=4")
     said = row.train(*faults, "--mesh.data=2", "--mesh.fsdp=1", code=2, **two)
     assert "the copies of adapter.attn.k_proj.bias are not equal" in said, said

@@ -154,11 +154,11 @@ def test_state_is_given_up_and_counted(compiled, plan):
 
 def test_gradients_are_counted():
     """Of a model whose arrays are too large for the cores' own memory."""
-    config = reduced("stage2_multitask")
-    wide = dataclasses.replace(
-        config.model.decoder, width=2048, num_heads=16, mlp_dim=5504, num_layers=6
+    config = reduced("stage3_chat")
+    deep = dataclasses.replace(
+        config.model.decoder, width=512, num_heads=4, mlp_dim=1376, num_layers=64
     )
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=wide))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=deep))
     pod = find_pod(POD)
     by_class = describe(compile_step(config, pod), pod).memory.by_class
     assert by_class["gradients"] > by_class["weights"] / 2 > 5e7

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import hurry
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,13 +74,8 @@ def compiled(tmp_path_factory):
 
 
 def start(run_dir: Path, compiled: Path, pause: float) -> subprocess.Popen:
-    environment = os.environ | {
-        "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-        # One device, as `python train.py` has it; half of the compile time, and just as repeatable.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        "JAX_COMPILATION_CACHE_DIR": str(compiled),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    # One device, as `python train.py` has it; half of the compile time, and just as repeatable.
+    environment = hurry.environment(compiled)
     command = [sys.executable, "-c", PROGRAM, str(run_dir), str(STEPS), str(pause)]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,12 +1,12 @@
 """Two processes that talk over gloo train as one process does."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import hurry
 import pytest
 import tiny
 
@@ -64,16 +64,13 @@ def free_port() -> int:
 
 
 @pytest.mark.timeout(600)
-def test_two_processes_give_the_losses_of_one():
+def test_two_processes_give_the_losses_of_one(tmp_path):
     address = f"127.0.0.1:{free_port()}"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM, json.dumps(MESHES)],
-            env=os.environ
+            env=hurry.environment(tmp_path, num_devices=2)
             | {
-                "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2 "
-                "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": "2",
                 "JAX_PROCESS_ID": str(number),

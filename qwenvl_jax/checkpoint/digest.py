@@ -29,8 +29,7 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     pod give the same digits; a change of any one element always changes them. Two seeds give
     64 bits. This guards against damage, not against an adversary.
     """
-    walks = tuple(sorted((name, _walk(array)) for name, array in arrays.items()))
-    sums = jax.device_get(_sums(dict(arrays), walks))
+    sums = jax.device_get({name: _digest(array, _walk(array)) for name, array in arrays.items()})
     return {name: "".join(f"{int(part):08x}" for part in pair) for name, pair in sums.items()}
 
 
@@ -45,13 +44,8 @@ def _walk(array: jax.Array) -> _Walk:
     return _Walk(axis, max(1, _PART * length // array.size))
 
 
+# A program for each kind of array, not one for all: a model's weights and moments are of few kinds.
 @partial(jax.jit, static_argnums=1)
-def _sums(
-    arrays: dict[str, jax.Array], walks: tuple[tuple[str, _Walk], ...]
-) -> dict[str, jax.Array]:
-    return {name: _digest(arrays[name], walk) for name, walk in walks}
-
-
 def _digest(array: jax.Array, walk: _Walk) -> jax.Array:
     width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[np.dtype(array.dtype).itemsize]
     length = array.shape[walk.axis] if array.ndim else 1
