@@ -6,7 +6,8 @@
 Every contestant is a process of its own that is stopped until its turn, so they take turns round by
 round and whatever else the machine does hits all of them. Printed are medians and ratios. The
 forward pass is the loss without gradients; the step holds gradients, clipping and AdamW with f32
-weights.
+weights. In float32 a third line has the matrix products of a step alone, as the library of each
+side does them: what is left of a ratio then is ours.
 PyTorch takes part twice, as it is and with torch.compile (where there is a C++ compiler).
 Needs PyTorch: pip install 'qwenvl-jax[bench]'.
 """
@@ -21,6 +22,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+
+from train_race.products import jax_products, num_operations, torch_products
 
 from qwenvl_jax.cli.host_memory import keep_freed_memory
 
@@ -108,6 +111,8 @@ def contestant(kind: str, dtype: str) -> None:
         forward, train, count = torch_contestant(dtype, kind == "compiled")
     print(count, flush=True)
     calls = {"forward": forward, "step": train}
+    if dtype == "float32":
+        calls["products"] = jax_products() if kind == "jax" else torch_products()
     for line in sys.stdin:
         start = time.perf_counter()
         calls[line.strip()]()
@@ -161,7 +166,7 @@ def race(dtype: str, kinds: list[str], rounds: int) -> None:
     counts = {kind: f"{runner.num_parameters / 1e6:.2f} M" for kind, runner in field.items()}
     print(f"{dtype}, parameters {counts}", flush=True)
     try:
-        for what in ("forward", "step"):
+        for what in ("forward", "step", "products") if dtype == "float32" else ("forward", "step"):
             for runner in field.values():  # compiles
                 runner.seconds(what)
             times = {kind: [] for kind in kinds}
@@ -174,6 +179,9 @@ def race(dtype: str, kinds: list[str], rounds: int) -> None:
                 for kind, seconds in median.items()
             )
             print(f"  {what:<8} {told}", flush=True)
+            if what == "products":
+                rates = {k: f"{num_operations() / s / 1e9:.0f}" for k, s in median.items()}
+                print(f"           billion operations a second: {rates}", flush=True)
     finally:
         for runner in field.values():
             runner.close()
