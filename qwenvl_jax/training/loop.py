@@ -27,7 +27,7 @@ from qwenvl_jax.checkpoint.store import CheckpointStore
 from qwenvl_jax.config import ConfigError, EvaluationConfig, TrainConfig, to_dict
 from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data import pipeline
-from qwenvl_jax.data.example import Batch, DataError
+from qwenvl_jax.data.example import Batch
 from qwenvl_jax.data.pipeline import Share
 from qwenvl_jax.data.rows import open_sources
 from qwenvl_jax.model.lora import is_lora, without_lora
@@ -99,10 +99,17 @@ def train(
         with goodput.spend("restore"):
             state = restore(config, layout, store) or new_state(config, layout)
         when_loaded()
-        report = _open_report(config, layout, run_dir, int(state.step))
-        stack.enter_context(contextlib.closing(report))
-        if (first_step := int(state.step)) >= config.steps:
-            report.say("nothing to do: this run is finished")
+        _check_first_step(config, run_dir, first_step := int(state.step))
+        # Other data than the run's are refused here, whether or not there is something to do.
+        feed = stack.enter_context(contextlib.closing(open_feed(first_step + 1)))
+        run_dir.begin()  # nothing refuses the start any more
+        report = stack.enter_context(contextlib.closing(Report(config, layout, first_step)))
+        report.say("\n".join(introduction(config, layout, first_step, run_dir)))
+        if first_step == config.steps:
+            report.say(
+                f"nothing to do: this run is finished, with {first_step} steps; ask for more of "
+                "them, or name another run_dir to begin anew"
+            )
             return first_step
         run = Run(
             config=config,
@@ -117,6 +124,7 @@ def train(
             open_feed=open_feed,
             look=look,
             state=state,
+            feed=feed,
         )
         stack.enter_context(contextlib.closing(run))
         last_step = loop(run, stack.enter_context(StopRequest()))
@@ -143,9 +151,11 @@ def loop(run: Run, stop: StopRequest) -> int:
         is_due = ahead is not None and run.is_pause_due(step)
         skip_to = last_skipped(step + 1, run.run_dir.skips)
         try:
-            flight = None if is_last or is_due or skip_to else run.send(step + 1)
-        except DataError:
-            run.save_what_is_done(ahead)
+            is_sent = not (is_last or is_due or skip_to)
+            flight = run.send(step + 1, unless=stop.is_asked) if is_sent else None
+        except Exception:
+            if run.has_no_data:
+                run.save_what_is_done(ahead)
             raise
         outcome = Outcome.FINE if ahead is None else run.settle(ahead)
         ahead = None
@@ -162,7 +172,7 @@ def loop(run: Run, stop: StopRequest) -> int:
             step = run.pass_over(step + 1, min(skip_to, config.steps))
         elif flight is not None:
             was_on_hold = outcome is Outcome.RELEASED
-            ahead = run.send(flight.step, flight.batch) if was_on_hold else flight
+            ahead = run.start(flight.step, flight.batch) if was_on_hold else flight
             step = ahead.step
     if end:
         run.report.say(end)
@@ -185,16 +195,6 @@ def loop(run: Run, stop: StopRequest) -> int:
 def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
     frozen = layout.abstract.frozen
     return CheckpointStore(config.run_dir, keep=config.checkpoint.keep, frozen=frozen)
-
-
-def _open_report(config: TrainConfig, layout: Layout, run_dir: RunDir, first_step: int) -> Report:
-    """Returns the report, after it has told what is about to happen; nothing can refuse it now."""
-    check_agreement({"the newest good checkpoint": str(first_step)})  # all have read the directory
-    run_dir.ask_to_skip(config.skip_steps, first_step)
-    run_dir.begin()
-    report = Report(config, layout, first_step)
-    report.say("\n".join(introduction(config, layout, first_step, run_dir)))
-    return report
 
 
 def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -> Look | None:
@@ -264,6 +264,17 @@ def _check_processes(config: TrainConfig, run_dir: RunDir) -> None:
         **{f"the setting {path}": value for path, value in flat_fields(to_dict(config)).items()},
     }
     check_agreement({name: json.dumps(value) for name, value in facts.items()})
+
+
+def _check_first_step(config: TrainConfig, run_dir: RunDir, first_step: int) -> None:
+    """Raises what keeps a run from going on where it stands."""
+    check_agreement({"the newest good checkpoint": str(first_step)})  # all have read the directory
+    if first_step > config.steps:
+        raise ConfigError(
+            f"steps lies behind the run: got {config.steps}, and {config.run_dir} has made "
+            f"{first_step}; name at least as many, or another run_dir"
+        )
+    run_dir.ask_to_skip(config.skip_steps, first_step)
 
 
 def _feeds(
