@@ -14,10 +14,10 @@ The same command on the same run_dir goes on from the newest good checkpoint. Th
 and everything random in it follow from (seed, step), so the resumed run equals the uninterrupted.
 """
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from qwenvl_jax.checkpoint.store import CheckpointStore
 from qwenvl_jax.config import ConfigError, EvaluationConfig, TrainConfig, to_dict
 from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data import pipeline
-from qwenvl_jax.data.example import Batch
+from qwenvl_jax.data.example import Batch, DataError
 from qwenvl_jax.data.pipeline import Share
 from qwenvl_jax.data.rows import open_sources
 from qwenvl_jax.model.lora import is_lora, without_lora
@@ -57,7 +57,7 @@ from qwenvl_jax.training.state import (
     start_state,
     to_items,
 )
-from qwenvl_jax.training.step import Metrics, TrainStep, make_train_step
+from qwenvl_jax.training.step import Metrics, make_train_step
 from qwenvl_jax.training.stop import StopRequest, grace
 
 GivenBatches = Callable[[int], Iterator[Batch]]  # first step -> the batches from there on
@@ -88,28 +88,20 @@ def train(
     """
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
     layout = make_layout(config, make_mesh(config.mesh, devices))
-    train_step = make_train_step(config, layout)
     open_feed = _feeds(config, layout, faults, batches)
     look = open_look(config, layout, open_page)
     # The mesh context serves sharding constraints that name mesh axes only.
-    with jax.set_mesh(layout.mesh), explained(layout), contextlib.ExitStack() as stack:
-        run_dir = stack.enter_context(contextlib.closing(open_run(config, command)))
+    with jax.set_mesh(layout.mesh), explained(layout), ExitStack() as stack:
+        run_dir = stack.enter_context(closing(open_run(config, command)))
         _check_processes(config, run_dir)
-        store = stack.enter_context(contextlib.closing(_open_store(config, layout)))
+        store = stack.enter_context(closing(_open_store(config, layout)))
         with goodput.spend("restore"):
             state = restore(config, layout, store) or new_state(config, layout)
         when_loaded()
         _check_first_step(config, run_dir, first_step := int(state.step))
-        # Other data than the run's are refused here, whether or not there is something to do.
-        feed = stack.enter_context(contextlib.closing(open_feed(first_step + 1)))
-        run_dir.begin()  # nothing refuses the start any more
-        report = stack.enter_context(contextlib.closing(Report(config, layout, first_step)))
-        report.say("\n".join(introduction(config, layout, first_step, run_dir)))
+        feed = stack.enter_context(closing(open_feed(first_step + 1)))  # refuses other data
+        report = stack.enter_context(closing(_open_report(config, layout, run_dir, first_step)))
         if first_step == config.steps:
-            report.say(
-                f"nothing to do: this run is finished, with {first_step} steps; ask for more of "
-                "them, or name another run_dir to begin anew"
-            )
             return first_step
         run = Run(
             config=config,
@@ -119,14 +111,14 @@ def train(
             goodput=goodput,
             faults=faults,
             incidents=Incidents(config.run_dir, config.seed),
-            compile_step=lambda batch: _compile(train_step, layout, batch, report),
+            compile_step=lambda batch: _compile(config, layout, batch, report),
             restore=lambda: restore(config, layout, store),
             open_feed=open_feed,
             look=look,
             state=state,
             feed=feed,
         )
-        stack.enter_context(contextlib.closing(run))
+        stack.enter_context(closing(run))
         last_step = loop(run, stack.enter_context(StopRequest()))
         run.end(last_step)
     if jax.process_index() == 0:
@@ -153,8 +145,8 @@ def loop(run: Run, stop: StopRequest) -> int:
         try:
             is_sent = not (is_last or is_due or skip_to)
             flight = run.send(step + 1, unless=stop.is_asked) if is_sent else None
-        except Exception:
-            if run.has_no_data:
+        except Exception as error:
+            if isinstance(error, DataError) or run.has_no_data:
                 run.save_what_is_done(ahead)
             raise
         outcome = Outcome.FINE if ahead is None else run.settle(ahead)
@@ -195,6 +187,19 @@ def loop(run: Run, stop: StopRequest) -> int:
 def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
     frozen = layout.abstract.frozen
     return CheckpointStore(config.run_dir, keep=config.checkpoint.keep, frozen=frozen)
+
+
+def _open_report(config: TrainConfig, layout: Layout, run_dir: RunDir, first_step: int) -> Report:
+    """Returns the report, after it has told what is about to happen; nothing can refuse it now."""
+    run_dir.begin()
+    report = Report(config, layout, first_step)
+    report.say("\n".join(introduction(config, layout, first_step, run_dir)))
+    if first_step == config.steps:
+        report.say(
+            f"nothing to do: this run is finished, with {first_step} steps; ask for more of them, "
+            "or name another run_dir to begin anew"
+        )
+    return report
 
 
 def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -> Look | None:
@@ -245,10 +250,10 @@ def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
 
 
 def _compile(
-    train_step: TrainStep, layout: Layout, batch: Batch, report: Report
+    config: TrainConfig, layout: Layout, batch: Batch, report: Report
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the step as one executable, which cannot compile again: other shapes are an error."""
-    compiled = train_step.lower(layout.abstract, batch).compile()
+    compiled = make_train_step(config, layout).lower(layout.abstract, batch).compile()
     report.say(describe_memory(compiled))
     return compiled
 

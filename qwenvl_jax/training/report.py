@@ -181,7 +181,8 @@ class Report:
             if not self._is_refusal_told:
                 self.say(f"NOT WRITTEN: {error}; training goes on, and lines wait in memory")
         self._is_refusal_told = self._lines.num_waiting > 0
-        numbers = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
+        known = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
+        numbers = {k: float(v) for k, v in known.items()}
         self._on_board(lambda board: board.scalars(numbers, record["step"]))
 
 
