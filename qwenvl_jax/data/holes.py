@@ -51,7 +51,9 @@ class Tally:
         grace = _GRACE_SIGMAS * math.sqrt(expected) + _GRACE_SAMPLES if self._limit else 0
         if holes and self._recent_bad > expected + grace:
             bad, seen = round(self._recent_bad), round(self._recent_samples)
-            raise DataError(too_many(bad, seen, self._limit, holes[-1]))
+            listed = "" if self._file is None else f" ({self._file} lists them)"
+            told = f"one of them: {holes[-1].detail}; mend them{listed}"
+            raise DataError(too_many(bad, seen, self._limit, told))
         if expected > _WINDOW_BAD:
             self._recent_samples, self._recent_bad = self._recent_samples / 2, self._recent_bad / 2
 
@@ -67,12 +69,11 @@ class Tally:
                 file.writelines(lines)
 
 
-def too_many(num_bad: int, num_samples: int, limit: float, last: Hole) -> str:
-    """Returns the message that ends a run."""
+def too_many(num_bad: int, num_samples: int, limit: float, told: str) -> str:
+    """Returns the message that ends a run; `told` is which samples they are, and where to look."""
     return (
         f"too many samples are bad: got {num_bad} of {num_samples}, expected at most {limit:.3%} "
-        f"(data.max_bad_fraction); one of them: {last.detail}; mend them ({QUARANTINE} in the run "
-        "directory lists them), or raise data.max_bad_fraction"
+        f"(data.max_bad_fraction); {told}, or raise data.max_bad_fraction"
     )
 
 

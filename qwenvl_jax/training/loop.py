@@ -36,7 +36,7 @@ from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed, HeldRows, rows_of_process
 from qwenvl_jax.training.goodput import Goodput
-from qwenvl_jax.training.heldout import HeldOutLoss
+from qwenvl_jax.training.heldout import HeldOutLoss, telling_path
 from qwenvl_jax.training.hosts import check_agreement
 from qwenvl_jax.training.incidents import Incidents, RunStopped
 from qwenvl_jax.training.introduction import introduction
@@ -205,7 +205,7 @@ def _open_report(config: TrainConfig, layout: Layout, run_dir: RunDir, first_ste
 def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -> Look | None:
     """Returns what evaluates the run; None where it is not asked for.
 
-    Raises: ConfigError where there is nothing to evaluate on.
+    Raises: ConfigError where there is nothing to evaluate on, DataError where it is not usable.
     """
     if not config.evaluation.every_steps:
         if config.evaluation != EvaluationConfig():
@@ -214,9 +214,15 @@ def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -
                 "evaluation.every_steps, or leave the others out"
             )
         return None
-    loss = HeldOutLoss(config, layout)
-    page = open_page(config, layout) if open_page and config.evaluation.samples else None
-    return lambda weights: Seen(loss(weights), page and page(weights))
+    with telling_path(config):
+        loss = HeldOutLoss(config, layout)
+        page = open_page(config, layout) if open_page and config.evaluation.samples else None
+
+    def look(weights: Weights) -> Seen:
+        with telling_path(config):
+            return Seen(loss(weights), page and page(weights))
+
+    return look
 
 
 def restore(config: TrainConfig, layout: Layout, store: CheckpointStore) -> TrainState | None:
