@@ -1,5 +1,6 @@
 """Bad samples: left out of their rows, counted, listed once; shapes stay, and too many stop."""
 
+import errno
 import io
 import itertools
 import json
@@ -329,3 +330,20 @@ def test_a_row_that_was_mended_is_used_again_but_not_by_a_run_that_began_without
         first(1)
     first(1, may_change=True)
     first(1)
+
+
+def test_a_list_waits_for_room_on_the_disk(tmp_path, capsys):
+    file = tmp_path / "quarantine.jsonl"
+    tally = Tally(1.0, file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        tally.add(1, 4, [Hole("a", "picture", "no such file")])
+    assert "NOT LISTED in" in capsys.readouterr().err
+    tally.add(2, 4, [Hole("b", "picture", "no such file")])
+    listed = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(hole["key"], hole["step"]) for hole in listed] == [("a", 1), ("b", 2)]
+    assert tally.num_bad == 2
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
