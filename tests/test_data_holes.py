@@ -1,9 +1,11 @@
 """Bad samples: left out of their rows, counted, listed once; shapes stay, and too many stop."""
 
+import errno
 import io
 import itertools
 import json
 import math
+import re
 import struct
 import sys
 import zlib
@@ -158,6 +160,23 @@ def test_rows_that_cannot_be_used_are_told_before_the_first_step(tmp_path, monke
         epoch(max_bad_fraction=0.1)
 
 
+def test_a_refused_start_names_the_first_rows_and_what_lists_the_others(tmp_path):
+    path = Path(write_rows(tmp_path, 9))
+    rows = json.loads(path.read_text())
+    for row in rows[3:8]:
+        row["conversations"][1]["value"] = "<box>(900,100),(100,2000)</box>"
+    path.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"got 5 of 9, expected at most 0\.100%") as caught:
+        batches(data_config(path=str(path)), 0, slots=SLOTS, folder=tmp_path)
+    told = str(caught.value)
+    named = [int(index) for index in re.findall(r"\(\d\) row rows\.json\[(\d)\]", told)]
+    assert named == [3, 4, 5]
+    command = f"qwenvl data lint {path} --tokenizer {NANO} --slots {SLOTS} --length 160"
+    assert f"mend them ('{command}' lists them all), or raise data.max_bad_fraction" in told
+    assert "quarantine" not in told
+    assert not (tmp_path / "quarantine.jsonl").exists()
+
+
 class KnownSizes(Rows):
     """Rows that know their sizes, so that they are first read in training."""
 
@@ -193,8 +212,9 @@ def test_too_many_bad_pictures_stop_the_run_with_the_reason(tmp_path, monkeypatc
     use(monkeypatch, [caption(f"row {number}", b"<html>") for number in range(50)])
     config = data_config(path="any")
     source = batches(config, 0, slots=SLOTS, folder=tmp_path)
+    listing = r"quarantine\.jsonl lists them\), or raise data\.max_bad"
     with pytest.raises(
-        DataError, match=r"too many samples are bad: .*at most 0\.100%.*HTML.*raise data\.max_bad"
+        DataError, match=rf"too many samples are bad: .*at most 0\.100%.*HTML.*{listing}"
     ):
         for _ in source:
             pass
@@ -310,3 +330,20 @@ def test_a_row_that_was_mended_is_used_again_but_not_by_a_run_that_began_without
         first(1)
     first(1, may_change=True)
     first(1)
+
+
+def test_a_list_waits_for_room_on_the_disk(tmp_path, capsys):
+    file = tmp_path / "quarantine.jsonl"
+    tally = Tally(1.0, file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        tally.add(1, 4, [Hole("a", "picture", "no such file")])
+    assert "NOT LISTED in" in capsys.readouterr().err
+    tally.add(2, 4, [Hole("b", "picture", "no such file")])
+    listed = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(hole["key"], hole["step"]) for hole in listed] == [("a", 1), ("b", 2)]
+    assert tally.num_bad == 2
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -27,6 +27,7 @@ from qwenvl_jax.data.row_sizes import (
 from qwenvl_jax.data.sample_page import Packing, sample_page
 from qwenvl_jax.data.sample_pieces import pieces_of, places_by_picture
 from qwenvl_jax.data.sources.conversations import Conversations
+from qwenvl_jax.data.turns import CutTurns
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 
 NANO = "qwenvl_jax/assets/nano"
@@ -217,9 +218,9 @@ def test_inspect_shows_rows_that_cannot_be_used(tmp_path):
     output = tmp_path / "page.html"
     assert data.main(["inspect", BROKEN, "--output", str(output), "--packed"]) == SUCCESS
     text = outline_of(output.read_text(encoding="utf-8")).text
-    assert text.count("not usable") == 2
+    assert text.count("not usable") == 4
     assert "turn 0 must be" in text
-    assert "did you mean" in text  # a missing picture
+    assert "left of or above its first: got <box>(875,685),(625,925)</box>" in text
 
 
 @pytest.mark.parametrize(
@@ -278,23 +279,59 @@ def test_wrong_options_are_one_line(words, told, capsys, tmp_path, monkeypatch):
 
 def test_measured_sizes_are_those_of_the_samples(tok):
     source = Conversations(SHELF)
-    sizes = measure_rows(source, tok, [5, 2, 0], range(1, 3))
+    sizes = measure_rows(source, tok, [5, 2, 0], None, range(1, 3))
     for place, row in enumerate((2, 0)):
         example = tasks.example_of(source[row], tok)
         assert sizes.tokens[place] == len(example.ids)
         assert sizes.learnt[place] == example.is_target.sum()
         assert sizes.pictures[place] == len(example.images)
-    joined = join_sizes([sizes, measure_rows(source, tok, range(6), range(6))])
+    joined = join_sizes([sizes, measure_rows(source, tok, range(6), None, range(6))])
     assert len(joined.tokens) == len(joined.tasks) == 8
     assert joined.tokens.dtype == np.int32
-    broken = measure_rows(Conversations(BROKEN), tok, range(7), range(7))
-    assert np.flatnonzero(broken.tokens < 0).tolist() == [3, 4]
-    assert len(broken.reasons) == 2
+    broken = measure_rows(Conversations(BROKEN), tok, range(7), 900, range(7))
+    assert np.flatnonzero(broken.tokens < 0).tolist() == [0, 2, 3, 4]
+    assert len(broken.reasons) == 4
+
+
+def test_long_dialogues_are_packed_as_a_run_that_cuts_them_does(tok):
+    source, length = Conversations(BROKEN), 100
+    sizes = measure_rows(source, tok, [5, 6], length, range(2))
+    cut = CutTurns(source, tok, length)
+    assert sizes.tokens[1] == len(tasks.example_of(source[6], tok).ids) > length
+    assert sizes.packed[0, 1] == len(tasks.example_of(cut[6], tok).ids) <= length
+    assert sizes.packed[1, 1] == len(cut[6].images) < sizes.pictures[1]
+    assert sizes.packed[:, 0].tolist() == [sizes.tokens[0], sizes.pictures[0]]
+    fill = predicted_fill(sizes, length, 9)
+    assert (fill.cut, fill.too_long) == (1, 0)
+    fill = predicted_fill(measure_rows(source, tok, [5, 6], None, range(2)), length, 9)
+    assert (fill.cut, fill.too_long) == (0, 1)
+    fill = predicted_fill(measure_rows(source, tok, [5, 6], 9, range(2)), 9, 9)
+    assert (fill.cut, fill.too_long) == (0, 2), "not even the first turns fit"
+
+
+def test_stats_cut_long_dialogues_unless_told_otherwise(capsys):
+    words = ["stats", BROKEN, "--length", "400"]
+    assert data.main(words) == SUCCESS
+    assert re.search(
+        r"packed into \d rows .*; 1 dialogues lose their last", capsys.readouterr().out
+    )
+    assert data.main([*words, "--no-cut-turns"]) == SUCCESS
+    assert "; 1 too long or with too many pictures" in capsys.readouterr().out
+
+
+def test_a_run_gives_the_slots_of_its_model(tmp_path, capsys):
+    (tmp_path / "qwen.tiktoken").write_bytes(Path(NANO, "qwen.tiktoken").read_bytes())
+    run = {"model": {"adapter": {"num_queries": 36}}, "steps": 3}
+    (tmp_path / "config.json").write_text(json.dumps(run))
+    assert data.main(["stats", SHELF, "--tokenizer", str(tmp_path), "--json"]) == SUCCESS
+    assert json.loads(capsys.readouterr().out)["slots"] == 36
 
 
 def sizes_of(tokens: list[int], pictures: list[int]) -> RowSizes:
     tokens_N, pictures_N = np.array(tokens, np.int32), np.array(pictures, np.int32)
-    return RowSizes(tokens_N, tokens_N, pictures_N, ["chat"] * len(tokens), [])
+    return RowSizes(
+        tokens_N, tokens_N, pictures_N, ["chat"] * len(tokens), [], np.stack([tokens_N, pictures_N])
+    )
 
 
 def test_predicted_fill_is_exact_where_it_can_be_told_by_hand():
@@ -306,7 +343,7 @@ def test_predicted_fill_is_exact_where_it_can_be_told_by_hand():
     assert (fill.tokens, fill.images, fill.too_long) == (1.0, 1.0, 0)
     fill = predicted_fill(sizes_of([10] * 4, [2] * 4), 100, 4)  # pictures bound it
     assert (fill.tokens, fill.images) == (0.2, 1.0)
-    assert predicted_fill(sizes_of([500, -1], [0, -1]), 100, 4) == (0, 0, 0, 0, 1)
+    assert predicted_fill(sizes_of([500, -1], [0, -1]), 100, 4) == (0, 0, 0, 0, 1, 0)
     assert predicted_fill(sizes_of([10] * 20, [0] * 20), 100, 0).images == 1.0
 
 
@@ -340,7 +377,7 @@ def test_stats_as_json_add_up(capsys):
 def test_stats_as_text_tell_what_is_unusable_and_whose_tokens_they_are(capsys):
     assert data.main(["stats", BROKEN]) == SUCCESS
     out = capsys.readouterr().out
-    assert "unusable: 2 rows" in out
+    assert "unusable: 4 rows" in out
     assert "name your model's with --tokenizer" in out
     assert "; 1 too long or with too many pictures" in out
     assert re.search(r"^ +\d+ to +\d+ +\d+  #+$", out, re.M)

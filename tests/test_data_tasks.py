@@ -266,6 +266,44 @@ def test_rows_that_teach_nothing_or_wrong_places_are_refused_by_name(task, field
         tasks.example_of(Record("5", task, fields), tok)
 
 
+def dialogue(question: str, answer: str) -> Record:
+    turns = [{"from": "user", "value": question}, {"from": "assistant", "value": answer}]
+    return Record("5", "chat", {"conversations": turns})
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("<box>(900,100),(100,2000)</box>", "not in 0..999.*are these pixels"),
+        ("<box>(30,2),(3,4)</box>", "left of or above its first"),
+        ("<box>(0.1,0.2),(0.3,0.4)</box>", "not written as.*whole thousandths, not fractions"),
+        ("<box>(1, 2), (3, 4)</box>", r"expected \(1,2\),\(3,4\)"),
+        ("<quad>(1,2),(30,4),(30,5000),(1,50)</quad>", "not in 0..999"),
+    ],
+)
+def test_a_dialogue_with_a_broken_place_is_refused_by_name(place, message, tok):
+    for turn, row in enumerate((dialogue(f"In {place}?", "A dog."), dialogue("Where?", place))):
+        with pytest.raises(DataError, match=f"row 5, turn {turn}: .*{message}"):
+            tasks.example_of(row, tok)
+
+
+@pytest.mark.parametrize("answer", ["at <box>(125,250),(375,500)", "a <ref>dog", "dog</ref>"])
+def test_a_tag_without_its_partner_may_be_asked_about_but_not_answered(answer, tok):
+    with pytest.raises(DataError, match="row 5, turn 1: a tag is not closed"):
+        tasks.example_of(dialogue("Where?", answer), tok)
+    assert tok.decode(tasks.example_of(dialogue(f"Why {answer}?", "So."), tok).ids).count(answer)
+
+
+def test_a_turn_that_is_dropped_may_have_any_place(tok):
+    said = dialogue("Where?", "<box>(1,2),(3,4)</box>").fields["conversations"]
+    turns = [{"from": "assistant", "value": "<box>(9,9),(1,1)</box>"}, *said]
+    row = Record("5", "chat", {"conversations": turns})
+    assert tasks.example_of(row, tok).ids.tolist().count(tok.box_start_id) == 1
+    turns[2]["value"] = "<box>(9,9),(1,1)</box>"
+    with pytest.raises(DataError, match="row 5, turn 2: "):
+        tasks.example_of(row, tok)
+
+
 def test_a_box_without_area_is_kept(tok):
     row = Record("k", "ref_grounding", {"phrase": "a line", "boxes": [[7, 1, 7, 9]]}, (PICTURE,))
     assert "<box>(7,1),(7,9)</box>" in tok.decode(tasks.example_of(row, tok).ids)

@@ -17,6 +17,7 @@ from qwenvl_jax.data.sources.collages import Collages
 from qwenvl_jax.data.sources.documents import Documents
 from qwenvl_jax.data.sources.page_photo import PageSettings
 from qwenvl_jax.data.tasks import PICTURE, example_of
+from qwenvl_jax.evaluation import report
 from qwenvl_jax.evaluation.rows import (
     f1,
     row_marks,
@@ -116,6 +117,19 @@ def test_new_objects_count_apart(tokenizer):
     assert {score.new_value for score in scores} <= {0.0, None}
     for score in scores:
         assert score.value == pytest.approx(1 - score.new_count / score.count)
+
+
+def test_rows_that_do_not_say_what_training_had_have_one_score(tokenizer):
+    plain = row_paper(record("vqa", question="How many?", answer="3"), tokenizer, SIDE)
+    seen = row_paper(record("vqa", question="?", answer="3", objects="seen"), tokenizer, SIDE)
+    assert plain.is_new is None
+    page = report.to_markdown(summarise_rows([plain, plain], ["3", "4"]))
+    assert page == (
+        "| measure | score | items |\n| --- | ---: | ---: |\n| question: exact, en | 50.0 % | 2 |\n"
+    )
+    assert len(report.to_table("title", summarise_rows([plain], ["3"])).columns) == 3
+    page = report.to_markdown(summarise_rows([plain, seen], ["3", "4"]))
+    assert "| question: exact, en | 50.0 % | 2 | 50.0 % | - | - |" in page
 
 
 def test_the_prompt_is_what_training_shows_before_the_answer(tokenizer):

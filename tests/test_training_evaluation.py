@@ -58,7 +58,8 @@ def test_a_run_that_is_looked_at_is_the_same_run(tmp_path, capsys, monkeypatch):
     looks = {"every_steps": 2, "batches": 2, "samples": 3, "max_new_tokens": 5}
     found = go(config_of(seen, **looks))
     out = capsys.readouterr().out
-    assert f"every 2 steps: loss of 2 held-out batches of 4 rows, 3 answers drawn in {seen}" in out
+    told = "every 2 steps: loss of 2 held-out batches of 4 rows, 3 answers to samples with one"
+    assert f"{told} picture drawn in {seen}" in out
     assert [r["loss"] for r in lines(seen)] == [r["loss"] for r in lines(plain)]
     for path, array in expected.items():
         np.testing.assert_array_equal(array, found[path], err_msg=path)
@@ -92,6 +93,29 @@ def test_a_run_that_is_looked_at_is_the_same_run(tmp_path, capsys, monkeypatch):
         capsys.readouterr().out
     )
     assert lines(seen)[-1]["step"] == STEPS + 1
+
+
+@pytest.mark.parametrize("what", ["role", "box", "picture"])
+def test_bad_held_out_rows_are_told_before_the_run_begins(what, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_rows(tmp_path, 9, "held.json")
+    rows = json.loads((tmp_path / "held.json").read_text())
+    if what == "role":
+        rows[1]["conversations"][0]["from"] = "human"
+    if what == "box":
+        rows[1]["conversations"][1]["value"] = "<box>(9,9),(1,1)</box>"
+    if what == "picture":
+        for picture in tmp_path.glob("*.png"):
+            picture.write_bytes(b"<html>")
+    (tmp_path / "held.json").write_text(json.dumps(rows))
+    config = config_of(tmp_path / "run", every_steps=2, samples=0, path=path)
+    good = write_rows(tmp_path, 2, "good.json", first=20)
+    data = dataclasses.replace(config.data, source="rows", tasks={}, path=good, length=160)
+    config = dataclasses.replace(config, data=data)
+    with pytest.raises(DataError, match=r"^evaluation\.path: too many samples are bad: ") as caught:
+        train(config, devices=jax.devices()[:1])
+    assert "quarantine" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
 # --- parts ----------------------------------------------------------------------------------------

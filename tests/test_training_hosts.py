@@ -53,13 +53,37 @@ def test_what_has_no_copy_cannot_differ():
 def test_processes_that_differ_are_told_by_name(monkeypatch):
     def gather(ours):
         theirs = ours.copy()
-        theirs[1] += 1
+        if ours.ndim == 2:
+            theirs[1, 2:] += 1
         return np.stack([ours, ours, theirs])
 
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
     with pytest.raises(HostsDiffer, match=r"from process 0 in the commit on processes \[2\]"):
         check_agreement({"inputs": "a", "the commit": "b", "step": "c"})
+
+
+@pytest.mark.parametrize(
+    ("lacks", "told"),
+    [(0, r"something that this process does not have on .*\[1\]"), (1, r"step on .*\[1\]")],
+)
+def test_processes_that_have_other_settings_are_told(monkeypatch, lacks, told):
+    """Process `lacks` has one setting less than the other; both gather as many rows."""
+    shapes = []
+
+    def gather(ours):
+        shapes.append(ours.shape)
+        if ours.ndim == 1:
+            return np.stack([ours, ours + 1 - 2 * lacks])
+        theirs = ours.copy()
+        theirs[-1] = 0 if lacks else 7
+        return np.stack([ours, theirs])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", gather)
+    with pytest.raises(HostsDiffer, match=told):
+        check_agreement({"inputs": "a", "the commit": "b", "step": "c"})
+    assert shapes == [(1,), (4 - lacks, 4)]
 
 
 def test_one_process_agrees_with_itself():

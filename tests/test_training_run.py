@@ -29,7 +29,7 @@ from qwenvl_jax.data.example import TASKS, DataError
 from qwenvl_jax.data.pipeline import check_config
 from qwenvl_jax.presets import stage_2, stage_3
 from qwenvl_jax.sharding import batch_sharding, make_mesh
-from qwenvl_jax.training import report as report_module
+from qwenvl_jax.training import lines as lines_module
 from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed
 from qwenvl_jax.training.goodput import Goodput
@@ -645,10 +645,13 @@ def layout_of(config):
     return make_layout(config, make_mesh())
 
 
-def loop_with(config, store, before_step):
+def loop_with(config, store, before_step, open_feed=None):
     layout = layout_of(config)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), layout.abstract)
     stop = StopRequest()
+
+    def plain_feed(step):
+        return Feed(tiny.batches(config, step - 1), batch_sharding(make_mesh()), patience=60.0)
 
     def step(state, batch):
         before_step(int(state.step) + 1, stop)
@@ -664,9 +667,7 @@ def loop_with(config, store, before_step):
         incidents=Incidents(config.run_dir, config.seed),
         compile_step=lambda batch: step,
         restore=lambda: None,
-        open_feed=lambda step: Feed(
-            tiny.batches(config, step - 1), batch_sharding(make_mesh()), patience=60.0
-        ),
+        open_feed=open_feed or plain_feed,
         look=None,
         state=state,
     )
@@ -720,7 +721,7 @@ def test_a_full_disk_does_not_end_the_run_through_its_metrics(tmp_path, capsys):
     store = CheckpointStore(tmp_path, keep=2)
     config = tiny.train_config(tmp_path, steps=6)
     room = {"is_there": True}
-    write = report_module._Lines.flush
+    write = lines_module.Lines.flush
 
     def flush(lines):
         if not room["is_there"]:
@@ -732,7 +733,7 @@ def test_a_full_disk_does_not_end_the_run_through_its_metrics(tmp_path, capsys):
         room["is_there"] = step not in (3, 4)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_module._Lines, "flush", flush)
+        patch.setattr(lines_module.Lines, "flush", flush)
         assert loop_with(config, store, comes_and_goes) == 6
     store.close()
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]

@@ -7,6 +7,7 @@ The folder is named by what it holds. With LoRA at full size a checkpoint thus t
 """
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,12 +54,22 @@ class FrozenFolder:
             self._record = describe(arrays)
         name = _name(self._record)
         if name not in self._written:
-            with ocp.Checkpointer(_handler()) as checkpointer:
-                each = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for path in arrays}
-                args = ocp.args.PyTreeSave(dict(arrays), save_args=each)
-                checkpointer.save(self._directory / name, args=args)
+            try:
+                with ocp.Checkpointer(_handler()) as checkpointer:
+                    each = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for path in arrays}
+                    args = ocp.args.PyTreeSave(dict(arrays), save_args=each)
+                    checkpointer.save(self._directory / name, args=args)
+            except Exception:
+                if jax.process_count() == 1:  # others may still be writing
+                    self.clean()
+                raise
             self._written.add(name)
         return self._record
+
+    def clean(self) -> None:
+        """Removes what a save has left that was killed, or met a full disk."""
+        for half in self._directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(half, ignore_errors=True)
 
     def restore(self, record: Record, wanted: Item, spare: Spare | None) -> Item:
         """Returns the arrays of a record, placed as `wanted` says.

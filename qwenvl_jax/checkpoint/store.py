@@ -65,6 +65,8 @@ class CheckpointStore:
         if not read_only:
             self._set_foreign_aside()
         self._frozen = FrozenFolder(self._directory.parent)
+        if not read_only and jax.process_index() == 0:
+            self._frozen.clean()
         # Orbax narrates every save; what a person must know, the loop says.
         logging.getLogger("absl").setLevel(logging.ERROR)
         self._manager = ocp.CheckpointManager(

@@ -56,6 +56,8 @@ class Talk:
         word, _, rest = line.strip().partition(" ")
         if word == "/quit":
             return False
+        if word == "/image" and not rest.strip():
+            raise ConfigError("/image needs the path of a picture: /image street.jpg")
         if word == "/image":
             self._add_picture(rest.strip())
         elif word == "/clear":

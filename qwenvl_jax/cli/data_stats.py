@@ -1,7 +1,8 @@
 """Prints how long a source's rows are, their pictures and tasks, and how well they would pack.
 
 SOURCE is a .json or .jsonl file of conversations, a prepared folder or a TFDS folder. Lengths are
-counted with a vocabulary: name the one of the model that you train.
+counted with a vocabulary: name the one of the model that you train. Dialogues of more than --length
+tokens are packed without their last turns, as the fine-tuning configs do.
 
 Examples:
     qwenvl data stats my.json --tokenizer Qwen-VL-Chat
@@ -53,6 +54,8 @@ class StatsOptions:
     """Tokens of a packed row."""
     max_images: int = 8
     """Pictures of a packed row."""
+    cut_turns: bool = True
+    """Whether a dialogue longer than a row loses its last turns or is left out: data.cut_turns."""
     num: int | None = None
     """Measure so many rows, drawn at random; all if left out."""
     seed: int = 0
@@ -87,7 +90,8 @@ def _run(argv: Sequence[str]) -> int:
     tokenizer = open_tokenizer(options.tokenizer, options.slots)
     source = open_source(options.source, options.pictures)
     indices = _drawn(len(source), options.num, options.seed)
-    work = functools.partial(measure_rows, source, tokenizer, indices)
+    cut_to = options.length if options.cut_turns else None
+    work = functools.partial(measure_rows, source, tokenizer, indices, cut_to)
     parts = list(pass_over(work, len(indices), options.processes, "rows"))
     figures = _figures(options, source, tokenizer, indices, join_sizes(parts))
     print(json.dumps(figures, ensure_ascii=False) if options.json else _report(options, figures))
@@ -144,7 +148,12 @@ def _figures(
             for i in longest.tolist()
             if is_usable[i]
         ],
-        "packing": {"length": options.length, "max_images": options.max_images} | fill._asdict(),
+        "packing": {
+            "length": options.length,
+            "max_images": options.max_images,
+            "cut_turns": options.cut_turns,
+        }
+        | fill._asdict(),
     }
 
 
@@ -226,6 +235,8 @@ def _packing_line(packing: dict[str, Any]) -> str:
             f"token places and {packing['images']:.1%} of the picture places filled, "
             f"{packing['samples_per_row']:.1f} samples a row"
         )
+    if packing["cut"]:
+        line += f"; {packing['cut']:,} dialogues lose their last turns"
     if packing["too_long"]:
         line += f"; {packing['too_long']:,} too long or with too many pictures"
     return line

@@ -116,6 +116,11 @@ def _with_hint(text: str, names: Sequence[str]) -> str:
         return text
     words, *others = text.split("; ")
     typed = words.removeprefix(_UNKNOWN).split(", ")
+    if all(word in ("True", "False", "true", "false") for word in typed):
+        return (
+            f"{words}; what is on or off takes no value: --part.name turns it on, --part.no-name "
+            "off, and without a part --name and --no-name"
+        )
     unknown = next((word for word in typed if word.startswith("-")), typed[0])
     near = nearest_options(unknown, names)
     if not near:

@@ -56,16 +56,21 @@ def _keep_memory() -> None:
 
 
 def check_init(config: TrainConfig) -> None:
-    """Raises ConfigError where weights and vocabulary are to come from a folder that is not there.
+    """Raises what is wrong with a folder that weights and vocabulary are to come from.
 
     A run that goes on has weights of its own, and may have a vocabulary elsewhere.
     """
     init = config.init
-    if init is not None and config.data.tokenizer == init and not Path(init).exists():
+    if init is None or config.data.tokenizer != init:
+        return
+    if not init or not Path(init).exists():
         raise ConfigError(
             f"init: there is no folder {init!r}: download it (README, Install), or name another "
             "with --init"
         )
+    from qwenvl_jax.conversion.load import read_config as read_model_config
+
+    read_model_config(init)  # before its vocabulary is asked for: what is no model has none
 
 
 def join_cluster() -> None:

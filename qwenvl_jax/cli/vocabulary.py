@@ -24,7 +24,7 @@ def open_tokenizer(path: Path | None, slots: int | None) -> Tokenizer:
 
 
 def _configured_slots(place: Path) -> int | None:
-    """Returns the number of queries that a model's folder names, in either format."""
+    """Returns the number of queries that a folder names: a model's in either format, or a run's."""
     file = place / "config.json"
     if not file.is_file():
         return None
@@ -32,8 +32,12 @@ def _configured_slots(place: Path) -> int | None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}; give --slots, or mend it") from error
+    if not isinstance(config, dict):
+        return None
+    model = config.get("model")  # a run's config has the model's inside
+    parts = model if isinstance(model, dict) else config
     for part, name in (("visual", "n_queries"), ("adapter", "num_queries")):
-        found = config.get(part)
+        found = parts.get(part)
         if isinstance(found, dict) and isinstance(found.get(name), int):
             return found[name]
     return None

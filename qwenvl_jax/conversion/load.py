@@ -49,6 +49,14 @@ def read_config(path: str | Path) -> ModelConfig:
         return read_weights_config(path)
     if is_run(path):
         return dataclasses.replace(run_config(path), lora=LoraConfig())
+    if path.parent.name == "checkpoints" and is_run(path.parent.parent):
+        raise ConversionError(
+            path,
+            [
+                f"is one checkpoint of a run: name the run, {path.parent.parent}, for its newest; "
+                "docs/training.md says how to take an older one"
+            ],
+        )
     if is_adapter(path):
         raise ConversionError(
             path,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,6 +35,7 @@ class Tally:
         self._limit, self._file = max_bad_fraction, file
         self._listed = _keys(file) if file is not None else set()
         self._recent_samples = self._recent_bad = 0.0  # halved when the window is full
+        self._waiting: list[str] = []  # lines that a full disk has not taken
         self.reasons: Counter[str] = Counter()
 
     @property
@@ -51,28 +53,38 @@ class Tally:
         grace = _GRACE_SIGMAS * math.sqrt(expected) + _GRACE_SAMPLES if self._limit else 0
         if holes and self._recent_bad > expected + grace:
             bad, seen = round(self._recent_bad), round(self._recent_samples)
-            raise DataError(too_many(bad, seen, self._limit, holes[-1]))
+            listed = "" if self._file is None else f" ({self._file} lists them)"
+            told = f"one of them: {holes[-1].detail}; mend them{listed}"
+            raise DataError(too_many(bad, seen, self._limit, told))
         if expected > _WINDOW_BAD:
             self._recent_samples, self._recent_bad = self._recent_samples / 2, self._recent_bad / 2
 
     def list(self, step: int, holes: Iterable[Hole]) -> None:
-        """Writes the holes that have not been listed yet; a disk that is full is an OSError."""
+        """Writes the holes that have not been listed yet; a full disk gets them with later ones.
+
+        They are counted in any case, so a run need not end for a line of this list.
+        """
         found = {(hole.source, hole.key): hole for hole in holes}
         new = {place: hole for place, hole in found.items() if place not in self._listed}
         self._listed.update(new)
-        if new and self._file is not None:
-            lines = [json.dumps(hole._asdict() | {"step": step}) + "\n" for hole in new.values()]
+        self._waiting += [json.dumps(hole._asdict() | {"step": step}) for hole in new.values()]
+        if not new or self._file is None:
+            return
+        try:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write("\n" if _is_cut(self._file) else "")
-                file.writelines(lines)
+                file.writelines(f"{line}\n" for line in self._waiting)
+        except OSError as error:
+            print(f"NOT LISTED in {self._file} yet: {error}", file=sys.stderr, flush=True)
+        else:
+            self._waiting = []
 
 
-def too_many(num_bad: int, num_samples: int, limit: float, last: Hole) -> str:
-    """Returns the message that ends a run."""
+def too_many(num_bad: int, num_samples: int, limit: float, told: str) -> str:
+    """Returns the message that ends a run; `told` is which samples they are, and where to look."""
     return (
         f"too many samples are bad: got {num_bad} of {num_samples}, expected at most {limit:.3%} "
-        f"(data.max_bad_fraction); one of them: {last.detail}; mend them ({QUARANTINE} in the run "
-        "directory lists them), or raise data.max_bad_fraction"
+        f"(data.max_bad_fraction); {told}, or raise data.max_bad_fraction"
     )
 
 

@@ -3,6 +3,7 @@
 Sizes: N rows.
 """
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.plan import Classes, pack_classes
 from qwenvl_jax.data.record import Source
 from qwenvl_jax.data.tasks import example_of
+from qwenvl_jax.data.turns import fit_turns
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 
@@ -24,27 +26,41 @@ class RowSizes(NamedTuple):
     pictures: np.ndarray  # int32 [N]
     tasks: list[str]  # of each row; empty for an unusable one
     reasons: list[str]
+    packed: np.ndarray  # int32 [2, N], tokens and pictures that go into a packed row
 
 
 class PredictedFill(NamedTuple):
-    """How many rows samples would fill, and how well, as fractions; `too_long` ones fit none."""
+    """How many rows samples would fill, and how well, as fractions.
+
+    `cut` ones lose their last turns for it, `too_long` ones fit none.
+    """
 
     rows: int
     tokens: float
     images: float
     samples_per_row: float
     too_long: int
+    cut: int
 
 
 def measure_rows(
-    source: Source, tokenizer: Tokenizer, indices: Sequence[int], rows: range
+    source: Source,
+    tokenizer: Tokenizer,
+    indices: Sequence[int],
+    cut_to: int | None,
+    rows: range,
 ) -> RowSizes:
-    """Returns the sizes of `indices[rows]`; pictures are not opened."""
+    """Returns the sizes of `indices[rows]`; pictures are not opened.
+
+    Dialogues of more tokens than `cut_to` are packed without their last turns.
+    """
     sizes_3N = np.full((3, len(rows)), -1, np.int32)
+    packed_2N = np.full((2, len(rows)), -1, np.int32)
     tasks, reasons = [], []
     for place, row in enumerate(rows):
         try:
-            example = example_of(source[int(indices[row])], tokenizer)
+            record = source[int(indices[row])]
+            example = example_of(record, tokenizer)
         except DataError as error:
             tasks.append("")
             reasons.append(str(error))
@@ -52,8 +68,12 @@ def measure_rows(
         tasks.append(example.task)
         num_learnt = np.count_nonzero(example.is_target)
         sizes_3N[:, place] = len(example.ids), num_learnt, len(example.images)
+        if cut_to is not None and len(example.ids) > cut_to:
+            with contextlib.suppress(DataError):  # not even the first turn fits: it is too long
+                example = example_of(fit_turns(record, tokenizer, cut_to), tokenizer)
+        packed_2N[:, place] = len(example.ids), len(example.images)
     tokens, learnt, pictures = sizes_3N
-    return RowSizes(tokens, learnt, pictures, tasks, reasons)
+    return RowSizes(tokens, learnt, pictures, tasks, reasons, packed_2N)
 
 
 def join_sizes(parts: Sequence[RowSizes]) -> RowSizes:
@@ -67,7 +87,9 @@ def join_sizes(parts: Sequence[RowSizes]) -> RowSizes:
         )
     )
     tasks = [task for part in parts for task in part.tasks]
-    return RowSizes(tokens, learnt, pictures, tasks, [r for part in parts for r in part.reasons])
+    packed_2N = np.concatenate([np.stack([none_N, none_N]), *(p.packed for p in parts)], axis=1)
+    reasons = [reason for part in parts for reason in part.reasons]
+    return RowSizes(tokens, learnt, pictures, tasks, reasons, packed_2N)
 
 
 def predicted_fill(sizes: RowSizes, length: int, max_images: int) -> PredictedFill:
@@ -75,12 +97,14 @@ def predicted_fill(sizes: RowSizes, length: int, max_images: int) -> PredictedFi
 
     Nothing that fits: all 0.
     """
-    usable = sizes.tokens > 0
-    fits = usable & (sizes.tokens <= length) & (sizes.pictures <= max_images)
+    packed_N, pictures_N = sizes.packed.astype(np.int64)
+    usable = packed_N > 0
+    fits = usable & (packed_N <= length) & (pictures_N <= max_images)
     too_long = int(np.count_nonzero(usable & ~fits))
-    tokens, pictures = sizes.tokens[fits].astype(np.int64), sizes.pictures[fits].astype(np.int64)
+    cut = int(np.count_nonzero(fits & (packed_N < sizes.tokens)))
+    tokens, pictures = packed_N[fits], pictures_N[fits]
     if len(tokens) == 0:
-        return PredictedFill(0, 0.0, 0.0, 0.0, too_long)
+        return PredictedFill(0, 0.0, 0.0, 0.0, too_long, cut)
     classes, _ = _classes(tokens, pictures)
     num_rows = pack_classes(classes, length, max_images).num_rows
     return PredictedFill(
@@ -89,6 +113,7 @@ def predicted_fill(sizes: RowSizes, length: int, max_images: int) -> PredictedFi
         images=int(pictures.sum()) / (num_rows * max_images) if max_images else 1.0,
         samples_per_row=len(tokens) / num_rows,
         too_long=too_long,
+        cut=cut,
     )
 
 

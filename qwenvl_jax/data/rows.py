@@ -5,9 +5,12 @@ the global batch, and pictures are decoded after the plan has said where they go
 """
 
 import hashlib
+import itertools
 import json
 import random
+import shlex
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +24,7 @@ from qwenvl_jax.data.order import Order
 from qwenvl_jax.data.packing import check_fits, image_slots, pack, pixels
 from qwenvl_jax.data.record import Source
 from qwenvl_jax.data.sizes import sizes_of
+from qwenvl_jax.data.sources.open import CONVERSATIONS
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.data.turns import CutTurns
 from qwenvl_jax.image.decode import keep_buffers
@@ -28,6 +32,7 @@ from qwenvl_jax.image.vary import varied
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 _BUFFERS = 16  # that Pillow keeps, of up to 16 MB: a thread needs three for a picture
+_NAMED = 3  # unusable rows in the message that refuses a start
 _ORDER_FORMAT = 1  # another number where the same settings would give another order
 
 
@@ -130,9 +135,18 @@ def digest_of_unusable(opened: OpenRows) -> str:
 
 def unusable_rows(opened: OpenRows, tokenizer: Tokenizer, config: DataConfig) -> Iterator[Hole]:
     """Yields the reason for every row that no step holds; each is read once more for it."""
-    for name, rows in opened.unusable.items():
+    yield from _holes(opened.sources, opened.unusable, tokenizer, config)
+
+
+def _holes(
+    sources: dict[str, Source],
+    unusable: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+) -> Iterator[Hole]:
+    for name, rows in unusable.items():
         for index in rows.tolist():
-            found = read_sample(opened.sources[name], name, index, tokenizer, config)
+            found = read_sample(sources[name], name, index, tokenizer, config)
             if isinstance(found, Hole):
                 yield found
 
@@ -151,19 +165,38 @@ def _check_usable(
     for name, source in sources.items():
         if not len(source):
             raise DataError(f"{name} holds no rows: got an empty source, expected at least one")
+        if len(unusable[name]) == len(source):
+            told = _first_of({name: source}, {name: unusable[name]}, tokenizer, config)
+            raise DataError(
+                f"{name} has no usable row: got {len(source)} rows and none that can be trained "
+                f"on; {told}"
+            )
     num_rows, num_bad = sum(map(len, sources.values())), sum(map(len, unusable.values()))
-    for name, source in sources.items():
-        is_empty = len(unusable[name]) == len(source)
-        if len(unusable[name]) and (is_empty or num_bad > config.max_bad_fraction * num_rows):
-            index = int(unusable[name][0])
-            hole = read_sample(source, name, index, tokenizer, config)
-            detail = hole if isinstance(hole, Hole) else Hole(name, "row", f"{name}[{index}]")
-            if is_empty:
-                raise DataError(
-                    f"{name} has no usable row: got {len(source)} rows and none that can be "
-                    f"trained on; the first: {detail.detail}"
-                )
-            raise DataError(too_many(num_bad, num_rows, config.max_bad_fraction, detail))
+    if num_bad > config.max_bad_fraction * num_rows:
+        told = _first_of(sources, unusable, tokenizer, config)
+        raise DataError(too_many(num_bad, num_rows, config.max_bad_fraction, told))
+
+
+def _first_of(
+    sources: dict[str, Source],
+    unusable: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+) -> str:
+    """Returns the first unusable rows, and what lists the others: a refused start writes no list.
+
+    `qwenvl data lint` takes conversation files alone.
+    """
+    holes = itertools.islice(_holes(sources, unusable, tokenizer, config), _NAMED)
+    named = " ".join(f"({number}) {hole.detail}" for number, hole in enumerate(holes, start=1))
+    limits = f"--tokenizer {shlex.quote(config.tokenizer)} --slots {tokenizer.slots}"
+    commands = " and ".join(
+        f"'qwenvl data lint {shlex.quote(name)} {limits} --length {config.length}'"
+        for name, rows in unusable.items()
+        if len(rows) and Path(name).suffix.lower() in CONVERSATIONS
+    )
+    listed = f" ({commands} lists them all)" if commands else ""
+    return f"the first of them: {named}; mend them{listed}"
 
 
 def read_sample(

@@ -23,7 +23,7 @@ from qwenvl_jax.data.workers import WorkerKilled, spread
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 UNUSABLE = -1
-_FORMAT = 1  # of the cached files; another way of tokenising needs another number
+_FORMAT = 2  # of the cached files; another way of tokenising or checking needs another number
 _PART = 1000  # rows measured in one go
 _SECONDS_BETWEEN_LINES = 10
 

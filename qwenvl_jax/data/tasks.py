@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwenvl_jax.data.example import DataError, Example, Picture
+from qwenvl_jax.data.lint.problems import KINDS
+from qwenvl_jax.data.lint.text import broken_place
 from qwenvl_jax.data.record import Record, check_record
 from qwenvl_jax.prompt.boxes import format_box, format_quad
 from qwenvl_jax.prompt.chat import (
@@ -201,8 +203,19 @@ def _chat_row(record: Record, tokenizer: Tokenizer, mask: LossMask) -> Example:
         )
     if not isinstance(system, str):
         raise DataError(f"row {record.key}: system must be text: got {type(system).__name__}")
-    rendered = render_example(tokenizer, messages_from_conversations(turns, system), mask)
+    messages = messages_from_conversations(turns, system)
+    _check_places(record.key, messages, len(turns))
+    rendered = render_example(tokenizer, messages, mask)
     return _example(rendered.ids, rendered.is_target, record.images, tokenizer, "chat", record.key)
+
+
+def _check_places(key: str, messages: Sequence[Message], num_turns: int) -> None:
+    """Raises DataError for a place that the model should not learn to write, or to read."""
+    _, *said = messages
+    for turn, message in enumerate(said, start=num_turns - len(said)):  # a first answer is dropped
+        fault = broken_place(str(message.content), message.role == "assistant")
+        if fault is not None:
+            raise DataError(f"row {key}, turn {turn}: {KINDS[fault.kind]}: got {fault.detail}")
 
 
 def _segments(record: Record, picture: str) -> list[Segment]:

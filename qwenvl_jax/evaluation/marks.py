@@ -15,7 +15,7 @@ class Mark(NamedTuple):
 
     measure: str
     value: float  # 0..1
-    is_new: bool
+    is_new: bool | None  # never in training; None where nobody says
 
 
 class Score(NamedTuple):
@@ -26,6 +26,7 @@ class Score(NamedTuple):
     count: int
     new_value: float | None
     new_count: int
+    is_told_apart: bool = True  # False: nobody says of any item whether training had it
 
     @property
     def known_value(self) -> float | None:
@@ -56,6 +57,7 @@ def _score(measure: str, group: Sequence[Mark]) -> Score:
         count=len(group),
         new_value=sum(new) / len(new) if new else None,
         new_count=len(new),
+        is_told_apart=any(mark.is_new is not None for mark in group),
     )
 
 

@@ -9,7 +9,8 @@ from rich.table import Table
 
 from qwenvl_jax.evaluation.marks import Score
 
-HEADINGS = ("measure", "score", "items", "seen in training", "never", "items")
+HEADINGS = ("measure", "score", "items")
+APART = ("seen in training", "never", "items")  # only where somebody says what training had
 
 
 def percent(value: float | None) -> str:
@@ -18,34 +19,33 @@ def percent(value: float | None) -> str:
 
 
 def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
-    """Returns the cells of each score, as text."""
-    return [
-        (
-            score.measure,
-            percent(score.value),
-            str(score.count),
-            percent(score.known_value),
-            percent(score.new_value),
-            str(score.new_count or "-"),
-        )
+    """Returns the headings, and then the cells of each score, as text."""
+    whole = [(score.measure, percent(score.value), str(score.count)) for score in scores]
+    if not any(score.is_told_apart for score in scores):
+        return [HEADINGS, *whole]
+    apart = [
+        (percent(score.known_value), percent(score.new_value), str(score.new_count or "-"))
         for score in scores
     ]
+    return [a + b for a, b in zip([HEADINGS, *whole], [APART, *apart], strict=True)]
 
 
 def to_table(title: str, scores: Sequence[Score]) -> Table:
     """Returns the scores as a table for the terminal."""
     table = Table(title=title, title_justify="left")
-    for i, heading in enumerate(HEADINGS):
+    headings, *lines = rows(scores)
+    for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left")
-    for cells in rows(scores):
+    for cells in lines:
         table.add_row(*cells)
     return table
 
 
 def to_markdown(scores: Sequence[Score]) -> str:
     """Returns the scores as a Markdown table."""
-    lines = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *rows(scores)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    headings, *lines = rows(scores)
+    rule = ("---", *["---:"] * (len(headings) - 1))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (headings, rule, *lines))
 
 
 def to_json(

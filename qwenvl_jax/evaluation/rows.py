@@ -10,7 +10,8 @@ first answer. What the row says there decides how an answer is marked:
     phrases with places         F1 of phrases whose box is right: the same words and IoU 0.5
     lines with their quads      ANLS of the lines' text
 
-Rows that say `objects: unseen` show what no training row showed or named, and count apart.
+Rows that say `objects: unseen` show what no training row showed or named, and count apart. Where no
+row has `objects`, as in a file of your own, there is one score and no such columns.
 
     papers = row_papers(open_source("runs/nano/rows/heldout/food"), 500, vl.tokenizer, 112)
     papers, too_long = split_by_length(papers, vl.tokenizer, vl.config.decoder.max_positions)
@@ -64,7 +65,7 @@ class RowPaper(NamedTuple):
     images_IYXC: np.ndarray  # uint8 [I, Y, X, 3]
     expected: str  # with its tags
     form: Form
-    is_new: bool
+    is_new: bool | None  # None where the row does not say
 
 
 # --- setting the papers -------------------------------------------------------------------------
@@ -107,8 +108,13 @@ def row_paper(record: Record, tokenizer: Tokenizer, side: int) -> RowPaper | Non
         images_IYXC=np.stack(shown) if shown else np.zeros((0, side, side, 3), np.uint8),
         expected=expected,
         form=_form(expected, record),
-        is_new=record.fields.get("objects") == "unseen",
+        is_new=_is_new(record),
     )
+
+
+def _is_new(record: Record) -> bool | None:
+    objects = record.fields.get("objects")
+    return None if objects is None else objects == "unseen"
 
 
 def split_by_length(

@@ -2,7 +2,8 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -10,6 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from qwenvl_jax.data.example import Batch, DataError
+
+_SLICE = 0.2  # seconds after which a wait looks up
 
 
 @runtime_checkable
@@ -56,6 +59,7 @@ class Feed:
         """
         self._held, self._teller, self._patience = held, teller, patience
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=ahead)
+        self.has_failed = False  # whether it has raised: no batch comes any more
         self._is_closed = threading.Event()
         args = (batches, sharding)
         self._thread = threading.Thread(target=self._fill, args=args, name="feed", daemon=True)
@@ -65,16 +69,32 @@ class Feed:
         return self
 
     def __next__(self) -> Batch:
-        try:
-            item = self._queue.get(timeout=self._patience)
-        except queue.Empty:
-            raise DataError(
-                f"the data have stopped coming: got no batch for {self._patience:g} seconds; a "
-                "worker or the storage hangs; raise guard.data_timeout if they are only slow"
-            ) from None
+        batch = self.take()
+        assert batch is not None
+        return batch
+
+    def take(self, unless: Callable[[], bool] = lambda: False) -> Batch | None:
+        """Returns the next batch; None when `unless` comes true while it is waited for."""
+        end = time.monotonic() + self._patience
+        while (item := self._wait(min(_SLICE, self._patience))) is None:
+            if unless():
+                return None
+            if time.monotonic() >= end:
+                self.has_failed = True
+                raise DataError(
+                    f"the data have stopped coming: got no batch for {self._patience:g} seconds; a "
+                    "worker or the storage hangs; raise guard.data_timeout if they are only slow"
+                )
         if isinstance(item, BaseException):
+            self.has_failed = True
             raise item
         return item
+
+    def _wait(self, seconds: float) -> Batch | BaseException | None:
+        try:
+            return self._queue.get(timeout=seconds)
+        except queue.Empty:
+            return None
 
     def told(self, step: int) -> Told:
         """Returns what the data side tells of the batch of a step, where it tells anything."""

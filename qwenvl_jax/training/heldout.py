@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.config import ConfigError, DataConfig, TrainConfig
-from qwenvl_jax.data.example import Batch
-from qwenvl_jax.data.pipeline import Share, batches
+from qwenvl_jax.data.example import Batch, DataError
+from qwenvl_jax.data.pipeline import Batches, Share, batches
 from qwenvl_jax.data.sources.scenes import Split
 from qwenvl_jax.sharding import batch_sharding
 from qwenvl_jax.training.feed import Feed, rows_of_process
@@ -60,12 +61,33 @@ def held_out(config: TrainConfig) -> HeldOut:
     return HeldOut(dataclasses.replace(config.data, rows=rows, num_workers=0), "heldout")
 
 
+@contextlib.contextmanager
+def telling_path(config: TrainConfig) -> Iterator[None]:
+    """Puts the setting before what is wrong with held-out rows, which else reads as of the run's.
+
+    Raises: DataError where rows of `evaluation.path` were not usable.
+    """
+    try:
+        yield
+    except (DataError, OSError) as error:
+        if not config.evaluation.path:
+            raise
+        raise DataError(f"evaluation.path: {error}") from error
+
+
 class HeldOutLoss:
     """Takes the loss of the same held-out batches at every call, with the weights of the moment."""
 
     def __init__(self, config: TrainConfig, layout: Layout):
-        """Raises: as `held_out`."""
+        """Makes the batches once, if they are of rows: evaluations hours later will read the same.
+
+        Raises: as `held_out`, and DataError or OSError where too many rows are bad.
+        """
         self._config, self._layout, self._held = config, layout, held_out(config)
+        self._rows = rows_of_process(batch_sharding(layout.mesh), self._held.data.rows)
+        if self._held.data.source == "rows":
+            for _ in itertools.islice(self._batches(), config.evaluation.batches):
+                pass
 
         def sums(weights: Weights, batch: Batch) -> Sums:
             _, losses = batch_loss(layout.graphdef, weights, batch, config.loss_chunk)
@@ -75,19 +97,11 @@ class HeldOutLoss:
 
     def __call__(self, weights: Weights) -> dict[str, float]:
         """Returns `loss`, `scored_tokens`, and both by task, over all of the batches."""
-        data, config = self._held.data, self._config
-        sharding = batch_sharding(self._layout.mesh)
-        rows = rows_of_process(sharding, data.rows)
-        made = batches(
-            data,
-            config.seed,
-            slots=config.model.adapter.num_queries,
-            split=self._held.split,
-            share=Share(rows.rows, jax.process_index()),
-        )
+        config, sharding = self._config, batch_sharding(self._layout.mesh)
         total: Any = None  # Sums, of NumPy
         patience = config.guard.data_timeout
-        with contextlib.closing(Feed(iter(made), sharding, patience, held=rows)) as feed:
+        made = iter(self._batches())
+        with contextlib.closing(Feed(made, sharding, patience, held=self._rows)) as feed:
             for batch in itertools.islice(feed, config.evaluation.batches):
                 found = jax.device_get(self._sums(weights, batch))
                 total = found if total is None else jax.tree.map(np.add, total, found)
@@ -95,3 +109,12 @@ class HeldOutLoss:
         mean = float(total.loss / total.weight) if total.weight > 0 else float("nan")
         numbers = {"loss": mean, "scored_tokens": float(total.weight)}
         return numbers | by_task(total.task_loss, total.task_weight)
+
+    def _batches(self) -> Batches:
+        return batches(
+            self._held.data,
+            self._config.seed,
+            slots=self._config.model.adapter.num_queries,
+            split=self._held.split,
+            share=Share(self._rows.rows, jax.process_index()),
+        )

@@ -16,7 +16,7 @@ class HostsDiffer(RuntimeError):
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:
-    """Returns when every process has the same text under every name; the names must be the same.
+    """Returns when every process has the same names, and the same text under each.
 
     Raises:
         HostsDiffer: on every process, naming what differs and the processes that are not of the
@@ -24,13 +24,23 @@ def check_agreement(facts: Mapping[str, str]) -> None:
     """
     if jax.process_count() == 1:
         return
-    ours = np.array([_number(text) for text in facts.values()], np.uint32)
-    everyone = multihost_utils.process_allgather(ours)
-    differ = [
-        f"{name} on processes {np.flatnonzero((everyone[:, row] != everyone[0, row]).any(-1))}"
-        for row, name in enumerate(facts)
-        if (everyone[:, row] != everyone[0, row]).any()
+    ours = [(*_number(name), *_number(text)) for name, text in facts.items()]
+    # One process may have more settings than another, and all must gather as many.
+    most = int(multihost_utils.process_allgather(np.array([len(ours)])).max())
+    rows = np.zeros((most, 4), np.uint32)
+    rows[: len(ours)] = ours
+    tables = [
+        {(row[0], row[1]): (row[2], row[3]) for row in table}
+        for table in multihost_utils.process_allgather(rows).tolist()
     ]
+    names = {_number(name): name for name in facts}
+    differ = []
+    for number in sorted({number for table in tables for number in table} - {(0, 0)}):
+        values = [table.get(number) for table in tables]
+        others = [process for process, value in enumerate(values) if value != values[0]]
+        if others:
+            name = names.get(number, "something that this process does not have")
+            differ.append(f"{name} on processes {others}")
     if differ:
         raise HostsDiffer(
             f"the processes of this run differ from process 0 in {'; '.join(differ)}: start all of "

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from qwenvl_jax.training.guard import REASONS
+from qwenvl_jax.training.lines import Lines
 
 
 class RunStopped(RuntimeError):
@@ -25,6 +26,7 @@ class Incidents:
         process = jax.process_index()
         name = f"{process}-incidents.jsonl" if process else "incidents.jsonl"
         self.path, self._seed = Path(run_dir) / name, seed
+        self._lines: Lines | None = None
 
     def note(self, numbers: dict[str, Any], action: str, **facts: Any) -> str:
         """Writes one incident down; returns it as a line for the person who watches."""
@@ -33,10 +35,14 @@ class Incidents:
         by_task = {name: value for name, value in numbers.items() if name.startswith("loss/")}
         record = {"step": step, "seed": self._seed, "reason": reason, "action": action}
         record |= seen | by_task | facts
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, default=str) + "\n")
         told = ", ".join(f"{name} {value:.4g}" for name, value in seen.items())
-        return f"step {step}: {reason} ({told}): {action}; see {self.path.name}"
+        text = f"step {step}: {reason} ({told}): {action}"
+        try:
+            self._lines = self._lines or Lines(self.path)
+            self._lines.write(json.dumps(record, default=str))
+        except OSError as error:
+            return f"{text}; NOT WRITTEN into {self.path.name} yet: {error}"
+        return f"{text}; see {self.path.name}"
 
 
 def same_numbers(first: dict[str, Any], again: dict[str, Any]) -> bool:

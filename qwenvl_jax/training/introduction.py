@@ -39,5 +39,6 @@ def _evaluation(config: TrainConfig) -> list[str]:
     rows = config.data.rows // config.micro_batches
     return [
         f"every {asked.every_steps} steps: loss of {asked.batches} held-out batches of {rows} "
-        f"rows, {asked.samples} answers drawn in {config.run_dir}/samples"
+        f"rows, {asked.samples} answers to samples with one picture drawn in "
+        f"{config.run_dir}/samples"
     ]

@@ -14,10 +14,10 @@ The same command on the same run_dir goes on from the newest good checkpoint. Th
 and everything random in it follow from (seed, step), so the resumed run equals the uninterrupted.
 """
 
-import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed, HeldRows, rows_of_process
 from qwenvl_jax.training.goodput import Goodput
-from qwenvl_jax.training.heldout import HeldOutLoss
+from qwenvl_jax.training.heldout import HeldOutLoss, telling_path
 from qwenvl_jax.training.hosts import check_agreement
 from qwenvl_jax.training.incidents import Incidents, RunStopped
 from qwenvl_jax.training.introduction import introduction
@@ -57,7 +57,7 @@ from qwenvl_jax.training.state import (
     start_state,
     to_items,
 )
-from qwenvl_jax.training.step import Metrics, TrainStep, make_train_step
+from qwenvl_jax.training.step import Metrics, make_train_step
 from qwenvl_jax.training.stop import StopRequest, grace
 
 GivenBatches = Callable[[int], Iterator[Batch]]  # first step -> the batches from there on
@@ -88,21 +88,20 @@ def train(
     """
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
     layout = make_layout(config, make_mesh(config.mesh, devices))
-    train_step = make_train_step(config, layout)
     open_feed = _feeds(config, layout, faults, batches)
     look = open_look(config, layout, open_page)
     # The mesh context serves sharding constraints that name mesh axes only.
-    with jax.set_mesh(layout.mesh), explained(layout), contextlib.ExitStack() as stack:
-        run_dir = stack.enter_context(contextlib.closing(open_run(config, command)))
+    with jax.set_mesh(layout.mesh), explained(layout), ExitStack() as stack:
+        run_dir = stack.enter_context(closing(open_run(config, command)))
         _check_processes(config, run_dir)
-        store = stack.enter_context(contextlib.closing(_open_store(config, layout)))
+        store = stack.enter_context(closing(_open_store(config, layout)))
         with goodput.spend("restore"):
             state = restore(config, layout, store) or new_state(config, layout)
         when_loaded()
-        report = _open_report(config, layout, run_dir, int(state.step))
-        stack.enter_context(contextlib.closing(report))
-        if (first_step := int(state.step)) >= config.steps:
-            report.say("nothing to do: this run is finished")
+        _check_first_step(config, run_dir, first_step := int(state.step))
+        feed = stack.enter_context(closing(open_feed(first_step + 1)))  # refuses other data
+        report = stack.enter_context(closing(_open_report(config, layout, run_dir, first_step)))
+        if first_step == config.steps:
             return first_step
         run = Run(
             config=config,
@@ -112,13 +111,14 @@ def train(
             goodput=goodput,
             faults=faults,
             incidents=Incidents(config.run_dir, config.seed),
-            compile_step=lambda batch: _compile(train_step, layout, batch, report),
+            compile_step=lambda batch: _compile(config, layout, batch, report),
             restore=lambda: restore(config, layout, store),
             open_feed=open_feed,
             look=look,
             state=state,
+            feed=feed,
         )
-        stack.enter_context(contextlib.closing(run))
+        stack.enter_context(closing(run))
         last_step = loop(run, stack.enter_context(StopRequest()))
         run.end(last_step)
     if jax.process_index() == 0:
@@ -143,9 +143,11 @@ def loop(run: Run, stop: StopRequest) -> int:
         is_due = ahead is not None and run.is_pause_due(step)
         skip_to = last_skipped(step + 1, run.run_dir.skips)
         try:
-            flight = None if is_last or is_due or skip_to else run.send(step + 1)
-        except DataError:
-            run.save_what_is_done(ahead)
+            is_sent = not (is_last or is_due or skip_to)
+            flight = run.send(step + 1, unless=stop.is_asked) if is_sent else None
+        except Exception as error:
+            if isinstance(error, DataError) or run.has_no_data:
+                run.save_what_is_done(ahead)
             raise
         outcome = Outcome.FINE if ahead is None else run.settle(ahead)
         ahead = None
@@ -162,7 +164,7 @@ def loop(run: Run, stop: StopRequest) -> int:
             step = run.pass_over(step + 1, min(skip_to, config.steps))
         elif flight is not None:
             was_on_hold = outcome is Outcome.RELEASED
-            ahead = run.send(flight.step, flight.batch) if was_on_hold else flight
+            ahead = run.start(flight.step, flight.batch) if was_on_hold else flight
             step = ahead.step
     if end:
         run.report.say(end)
@@ -189,18 +191,21 @@ def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
 
 def _open_report(config: TrainConfig, layout: Layout, run_dir: RunDir, first_step: int) -> Report:
     """Returns the report, after it has told what is about to happen; nothing can refuse it now."""
-    check_agreement({"the newest good checkpoint": str(first_step)})  # all have read the directory
-    run_dir.ask_to_skip(config.skip_steps, first_step)
     run_dir.begin()
     report = Report(config, layout, first_step)
     report.say("\n".join(introduction(config, layout, first_step, run_dir)))
+    if first_step == config.steps:
+        report.say(
+            f"nothing to do: this run is finished, with {first_step} steps; ask for more of them, "
+            "or name another run_dir to begin anew"
+        )
     return report
 
 
 def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -> Look | None:
     """Returns what evaluates the run; None where it is not asked for.
 
-    Raises: ConfigError where there is nothing to evaluate on.
+    Raises: ConfigError where there is nothing to evaluate on, DataError where it is not usable.
     """
     if not config.evaluation.every_steps:
         if config.evaluation != EvaluationConfig():
@@ -209,9 +214,15 @@ def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -
                 "evaluation.every_steps, or leave the others out"
             )
         return None
-    loss = HeldOutLoss(config, layout)
-    page = open_page(config, layout) if open_page and config.evaluation.samples else None
-    return lambda weights: Seen(loss(weights), page and page(weights))
+    with telling_path(config):
+        loss = HeldOutLoss(config, layout)
+        page = open_page(config, layout) if open_page and config.evaluation.samples else None
+
+    def look(weights: Weights) -> Seen:
+        with telling_path(config):
+            return Seen(loss(weights), page and page(weights))
+
+    return look
 
 
 def restore(config: TrainConfig, layout: Layout, store: CheckpointStore) -> TrainState | None:
@@ -245,10 +256,10 @@ def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
 
 
 def _compile(
-    train_step: TrainStep, layout: Layout, batch: Batch, report: Report
+    config: TrainConfig, layout: Layout, batch: Batch, report: Report
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the step as one executable, which cannot compile again: other shapes are an error."""
-    compiled = train_step.lower(layout.abstract, batch).compile()
+    compiled = make_train_step(config, layout).lower(layout.abstract, batch).compile()
     report.say(describe_memory(compiled))
     return compiled
 
@@ -264,6 +275,17 @@ def _check_processes(config: TrainConfig, run_dir: RunDir) -> None:
         **{f"the setting {path}": value for path, value in flat_fields(to_dict(config)).items()},
     }
     check_agreement({name: json.dumps(value) for name, value in facts.items()})
+
+
+def _check_first_step(config: TrainConfig, run_dir: RunDir, first_step: int) -> None:
+    """Raises what keeps a run from going on where it stands."""
+    check_agreement({"the newest good checkpoint": str(first_step)})  # all have read the directory
+    if first_step > config.steps:
+        raise ConfigError(
+            f"steps lies behind the run: got {config.steps}, and {config.run_dir} has made "
+            f"{first_step}; name at least as many, or another run_dir"
+        )
+    run_dir.ask_to_skip(config.skip_steps, first_step)
 
 
 def _feeds(

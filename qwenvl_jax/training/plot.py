@@ -1,6 +1,7 @@
 """The curves of a run as one picture, drawn from its metrics.jsonl."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     A run whose batches have no tasks has no such panel.
 
     Raises:
-        ConfigError: the directory has no metrics.jsonl with a finished step.
+        ConfigError: the directory has no metrics.jsonl with a finished step, or `output` is of no
+            known format or in no folder.
         NoMatplotlib: the extra `plot` is not installed.
     """
     try:
@@ -59,6 +61,7 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
         height_ratios=heights,
         layout="constrained",
     )
+    _check_format(path, figure.canvas.get_supported_filetypes())
     for panel, (name, (scale, _)) in zip(panels, shown.items(), strict=True):
         if name == "loss by task":
             draw_tasks(panel, records, tasks)
@@ -76,6 +79,16 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
+
+
+def _check_format(path: Path, known: Collection[str]) -> None:
+    if path.suffix[1:].lower() not in known:
+        raise ConfigError(
+            f"cannot draw into {path}: got a name that ends in {path.suffix or 'nothing'!r}, "
+            f"expected .png or another of {', '.join(sorted(known))}"
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(f"cannot draw into {path}: there is no folder {path.parent}")
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
 """What a person sees of a run: metrics.jsonl, TensorBoard, and the terminal."""
 
+import contextlib
 import json
 import math
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +15,14 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.training.board import Board
 from qwenvl_jax.training.flops import all_peaks, step_flops
 from qwenvl_jax.training.guard import FINE, REASONS
+from qwenvl_jax.training.lines import Lines
 from qwenvl_jax.training.run_dir import EVALUATIONS, truncate_metrics
 from qwenvl_jax.training.state import Layout
 
-_RATE_WINDOW = 50  # steps that the speed is averaged over
+_RATE_WINDOW = 50  # steps that the speed is averaged over, between one mark more
 _RATES = {"tokens": "tokens_per_second", "images": "images_per_second", "flops": "flops_per_second"}
 
 
@@ -57,7 +61,7 @@ class Report:
         if self._bar is not None:
             self._bar.show(record)
         elif record["step"] % self._config.log_every == 0 or record["step"] == self._config.steps:
-            self.say(_line(record, self._config.steps))
+            self.say(_line(record, self._config.steps, self._is_compiling))
 
     def paused(self, seconds: float) -> None:
         """Keeps what was no step, as a save, out of the speeds."""
@@ -73,8 +77,8 @@ class Report:
         if not self._is_speaker:
             return
         record = {"step": step} | {name: _finite(value) for name, value in seen.numbers.items()}
-        with (self._run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._evaluations = self._evaluations or Lines(self._run_dir / EVALUATIONS)
+        self._evaluations.write(json.dumps(record))
         where = ""
         if seen.page_YXC is not None:
             page = self._run_dir / "samples" / f"{step}.png"
@@ -82,12 +86,10 @@ class Report:
             Image.fromarray(seen.page_YXC).save(page)
             where = f", answers in {page}"
         self.say(f"step {step}: loss on held-out data {seen.numbers['loss']:.4f}{where}")
-        if self._board is None:
-            return
-        for name, value in seen.numbers.items():
-            self._board.add_scalar(f"heldout/{name}", value, step)
-        if seen.page_YXC is not None:
-            self._board.add_image("samples", seen.page_YXC, step, dataformats="HWC")
+        numbers, page = {f"heldout/{k}": v for k, v in seen.numbers.items()}, seen.page_YXC
+        self._on_board(lambda board: board.scalars(numbers, step))
+        if page is not None:
+            self._on_board(lambda board: board.picture("samples", page, step))
 
     def rewind(self, step: int) -> None:
         """Forgets the steps after `step`: they will be made again."""
@@ -107,25 +109,37 @@ class Report:
             self._bar.stop()
 
     def _open(self, first_step: int) -> None:
-        self._lines = self._board = None
+        self._lines = self._evaluations = self._board = None
         if self._is_speaker:
             path = self._run_dir / "metrics.jsonl"
             truncate_metrics(path, first_step)
             truncate_metrics(self._run_dir / EVALUATIONS, first_step)
-            self._lines = _Lines(path)
-            self._board = _tensorboard(self._run_dir, first_step)
-        self._sums: deque[dict[str, float]] = deque([self._sum_after({})], _RATE_WINDOW)
-        self._is_first = True
+            self._lines = Lines(path)
+            with contextlib.suppress(ImportError):  # without it the JSON lines hold everything
+                self._board = Board(self._run_dir / "tensorboard", first_step + 1)
+        self._sums: deque[dict[str, float]] = deque([self._sum_after({})], _RATE_WINDOW + 1)
+        self._is_first, self._is_compiling = True, False
 
     def _close_files(self) -> None:
-        if self._lines is not None:
+        for lines in (self._lines, self._evaluations):
+            if lines is None:
+                continue
             try:
-                self._lines.flush()
+                lines.flush()
             except OSError as error:
-                self.say(f"the last {self._lines.num_waiting} bytes of metrics are lost: {error}")
-            self._lines.close()
-        if self._board is not None:
-            self._board.close()
+                self.say(f"the last {lines.num_waiting} bytes of metrics are lost: {error}")
+            lines.close()
+        self._on_board(lambda board: board.close())
+
+    def _on_board(self, write: Callable[[Board], None]) -> None:
+        """Writes on the board, if there is one; a full disk ends the board, not the run."""
+        if self._board is None:
+            return
+        try:
+            write(self._board)
+        except OSError as error:
+            self._board = None
+            self.say(f"TENSORBOARD ENDS HERE: {error}; metrics.jsonl goes on")
 
     def _sum_after(self, numbers: dict[str, Any]) -> dict[str, float]:
         """Returns the running totals after one more step, and the time."""
@@ -140,9 +154,10 @@ class Report:
         self._sums.append(now)
         start, steps = self._sums[0], len(self._sums) - 1
         seconds = now["time"] - start["time"]
+        self._is_compiling = self._is_first
         if self._is_first:
             # The first step holds the compilation: told in its line, kept out of the mean.
-            self._sums, self._is_first = deque([now], _RATE_WINDOW), False
+            self._sums, self._is_first = deque([now], _RATE_WINDOW + 1), False
         rates = {name: (now[key] - start[key]) / seconds for key, name in _RATES.items()}
         flops = rates.pop("flops_per_second")
         places = self._config.data.rows * self._config.data.length
@@ -166,36 +181,9 @@ class Report:
             if not self._is_refusal_told:
                 self.say(f"NOT WRITTEN: {error}; training goes on, and lines wait in memory")
         self._is_refusal_told = self._lines.num_waiting > 0
-        if self._board is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(name, value, record["step"])
-
-
-class _Lines:
-    """A file that lines are added to; those that a full disk does not take wait for the next."""
-
-    def __init__(self, path: Path):
-        # To the system at once, not to the disk: a kill loses nothing, a step no time.
-        self._file = path.open("ab", buffering=0)
-        self._waiting = b""
-
-    @property
-    def num_waiting(self) -> int:
-        """Bytes that are not in the file yet."""
-        return len(self._waiting)
-
-    def write(self, line: str) -> None:
-        """Raises: OSError; what could not be written stays, and comes first at the next call."""
-        self._waiting += line.encode() + b"\n"
-        self.flush()
-
-    def flush(self) -> None:
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
-
-    def close(self) -> None:
-        self._file.close()
+        known = {k: v for k, v in record.items() if k != "step" and isinstance(v, int | float)}
+        numbers = {k: float(v) for k, v in known.items()}
+        self._on_board(lambda board: board.scalars(numbers, record["step"]))
 
 
 class _ProgressBar:
@@ -227,7 +215,9 @@ class _ProgressBar:
         self._progress.stop()
 
 
-def _line(record: dict[str, Any], num_steps: int) -> str:
+def _line(record: dict[str, Any], num_steps: int, is_compiling: bool) -> str:
+    if is_compiling:
+        return f"step {record['step']}/{num_steps}  {_numbers(record)}  with compiling"
     left = round((num_steps - record["step"]) * record["seconds_per_step"])
     clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
     return f"step {record['step']}/{num_steps}  {_numbers(record)}  left {clock}"
@@ -248,11 +238,3 @@ def _numbers(record: dict[str, Any]) -> str:
 def _finite(value: Any) -> Any:
     """Returns None for NaN and infinities, which JSON does not know."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _tensorboard(run_dir: Path, first_step: int) -> Any | None:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:  # the JSON lines hold everything
-        return None
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1, flush_secs=30)

@@ -66,30 +66,42 @@ class Run:
     open_feed: Callable[[int], Feed]
     look: Look | None  # None: the run is not evaluated
     state: TrainState
+    feed: Feed | None = None  # opened when a batch is wanted, where it is not yet
     _step: Step | None = None
-    _feed: Feed | None = None
     _save_began: float | None = None  # of the save under way, by the monotonic clock
+    _has_saved: bool = False
     _is_grace_told: bool = False
 
-    def close(self) -> None:
-        if self._feed is not None:
-            self._feed.close()
+    @property
+    def has_no_data(self) -> bool:
+        """Whether the data could not be opened, or have failed since."""
+        return self.feed is None or self.feed.has_failed
 
-    def send(self, step: int, batch: Batch | None = None) -> Flight:
-        """Starts a step on the next batch, or again on one it has had; does not wait for it."""
+    def close(self) -> None:
+        if self.feed is not None:
+            self.feed.close()
+
+    def send(self, step: int, unless: Callable[[], bool]) -> Flight | None:
+        """Starts a step on the next batch and does not wait for it.
+
+        Returns None when `unless` comes true before there is a batch.
+        """
         began = time.perf_counter()
-        if batch is None:
-            with self.goodput.spend("data"):
-                self._feed = self._feed or self.open_feed(step)
-                batch = next(self._feed)
+        with self.goodput.spend("data"):
+            self.feed = self.feed or self.open_feed(step)
+            batch = self.feed.take(unless)
         waited = time.perf_counter() - began
+        return None if batch is None else self.start(step, batch, waited)
+
+    def start(self, step: int, batch: Batch, waited: float = 0.0) -> Flight:
+        """Starts a step on a batch, for which the loop has waited so long."""
         if self._step is None:
             with self.goodput.spend("compile"):
                 self._step = self.compile_step(batch)
         seen = self.faults.before_step(step, batch)
         self.state, metrics = self._step(self.state, seen)
         self.faults.after_step(step)
-        told = NOTHING_TOLD if self._feed is None else self._feed.told(step - 1)
+        told = NOTHING_TOLD if self.feed is None else self.feed.told(step - 1)
         return Flight(step, batch, metrics, told, waited)
 
     def settle(self, flight: Flight) -> Outcome:
@@ -99,7 +111,7 @@ class Run:
         if verdict == NOT_FINITE:
             numbers = self._replay(flight, numbers)
             outcome = Outcome.RELEASED
-        elif verdict == SPIKE and self.config.guard.spike == "rewind":
+        if numbers["verdict"] == SPIKE and self.config.guard.spike == "rewind":
             if self._rewind(flight, numbers):
                 return Outcome.REWOUND
             outcome = Outcome.RELEASED
@@ -130,6 +142,10 @@ class Run:
                 check_copies(self.state.trainable | self.state.frozen)
         if self._is_save_due(step):
             self._save(step)
+            if self._is_look_due(step) and not self._is_grace_told:
+                # Once: a save that ends while something else is done would seem to take as long.
+                self._tolerate(step, self.store.wait)
+                self._tell_grace()
         self.faults.damage(step, Path(self.config.run_dir) / "checkpoints")
         if self._is_look_due(step):
             self.evaluate(step)
@@ -187,7 +203,7 @@ class Run:
     def end(self, step: int) -> None:
         """Says where the time went, and notes it in the manifest."""
         self.report.say(f"time: {self.goodput.summary()}")
-        self.run_dir.end(step=step, seconds=self.goodput.split())
+        self._note(lambda: self.run_dir.end(step=step, seconds=self.goodput.split()))
 
     def pass_over(self, first: int, last: int) -> int:
         """Returns `last`, after counting the steps up to there without making them."""
@@ -200,7 +216,7 @@ class Run:
     def _move_to(self, step: int) -> None:
         self.state = with_scalars(self.state, step)
         self.close()
-        self._feed = None  # opened again when a batch is wanted
+        self.feed = None
 
     def _replay(self, flight: Flight, first: dict[str, Any]) -> dict[str, Any]:
         """Returns the numbers of a bad step's second try, from the same state and batch."""
@@ -247,7 +263,7 @@ class Run:
         assert state is not None
         self.state, step = state, int(state.step)
         skipped = (step + 1, spike + self.config.guard.rewind_margin)
-        self.run_dir.skip(skipped)
+        self._note(lambda: self.run_dir.skip(skipped))
         action = f"back to step {step}, passing over {skipped[0]}:{skipped[1]}"
         self._tell(flight, numbers, action, skipped=skipped)
         self.report.rewind(step)
@@ -257,6 +273,13 @@ class Run:
     def _tell(self, flight: Flight, numbers: dict[str, Any], action: str, **facts: Any) -> None:
         samples = flight.told.samples
         self.report.say(self.incidents.note(numbers, action, **facts, samples=samples))
+
+    def _note(self, write: Callable[[], None]) -> None:
+        """Writes the manifest; what a full disk does not take is told, and in its next write."""
+        try:
+            write()
+        except OSError as error:
+            self.report.say(f"NOT NOTED in manifest.json: {error}")
 
     def _is_save_due(self, step: int) -> bool:
         return step % self.config.checkpoint.every_steps == 0
@@ -270,8 +293,12 @@ class Run:
         return self.look is not None and step % every == 0
 
     def _save(self, step: int) -> None:
+        # The first save may have to write what does not train: later ones, and a stop, do not.
+        is_usual = self._has_saved or not self.state.frozen
+        self._has_saved = True
+
         def start() -> None:
-            self._save_began = time.monotonic()
+            self._save_began = time.monotonic() if is_usual else None
             self.faults.before_save(step)
             self.store.save(step, to_items(self.state))
 

@@ -145,17 +145,27 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
             settings or inputs, which are all named.
     """
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {config.run_dir!r} cannot be made ({error.strerror}): name a folder, new or "
+            "of an earlier start, where you may write"
+        ) from error
     is_first = jax.process_index() == 0
     lock = take_lock(run_dir) if is_first else None
     try:
         record, notes = describe_start(config, command), []
-        _check_allowed(config.allow_change, [*flat_fields(to_dict(config)), *record["inputs"]])
         manifest = {"starts": [], "skip_steps": []}
         has_begun = _has_begun(run_dir)
+        now, old = to_dict(config), None
         if has_begun and (run_dir / "config.json").exists():
             old = with_newer_settings(_read(run_dir / "config.json"), config)
-            notes += _compare(old, to_dict(config), config)
+        # What the run had and this start has no more can be changed as well.
+        known = [*flat_fields(now), *flat_fields(old), *record["inputs"]]
+        _check_allowed(config.allow_change, known)
+        if old is not None:
+            notes += _compare(old, now, config)
         if has_begun and (run_dir / "manifest.json").exists():
             manifest |= _read(run_dir / "manifest.json")
             last = manifest["starts"][-1]
@@ -279,8 +289,12 @@ def write_atomically(path: Path, text: str) -> None:
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file written beside its place, and moves it there when it is whole."""
     beside = path.with_name(path.name + ".new")
-    write(beside)
-    os.replace(beside, path)
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _has_begun(run_dir: Path) -> bool:
@@ -315,6 +329,8 @@ def _compare(old: Any, new: Any, config: TrainConfig) -> list[str]:
             "give these back their old values, choose another run_dir, or say that you mean it "
             f"with --allow-change {names}"
         )
+    if "init" in changed:
+        changed["init"] += " (not read: the run goes on from its own checkpoint)"
     return [f"changed since the last start: {text}" for text in changed.values()]
 
 

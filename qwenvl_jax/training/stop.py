@@ -48,6 +48,10 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def is_asked(self) -> bool:
+        """Whether this process stops as soon as it can; several agree on a step, by `reached`."""
+        return self._is_alone and self.signal is not None
+
     def reached(self, tick: int) -> str | None:
         """Returns what asked to stop, once all processes are to stop here; else None.
 
@@ -64,5 +68,7 @@ class StopRequest:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal, self.asked_at = signal.Signals(number).name, time.monotonic()
+        # Not by print: a handler may run inside of one.
+        os.write(2, f"{self.signal}: stops after this step; a second one ends at once\n".encode())
         if not self._is_alone:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -9,6 +9,9 @@ from qwenvl_jax.prompt.boxes import FULL_SIDE, Span, parse_boxes, points_text, s
 from qwenvl_jax.prompt.tokenizer import SPECIAL_TOKENS
 
 _TAG = re.compile(r"</?(?:img|ref|box|quad)>")
+_PLACE_TAG = re.compile(r"</?(?:ref|box|quad)>")
+# What no sample may hold; an empty box or phrase, or a missing picture number, is a smaller fault.
+_BROKEN_PLACES = ("box_malformed", "box_outside", "box_reversed")
 _CONTROL = re.compile(r"<\|\w+\|>|<imgpad>")
 _FOREIGN = re.compile(r"<image>|<\|(?:vision_start|image_pad)\|>|\{<\w+>\}")
 _LABEL = re.compile(r"Picture (\d+): ?\Z")
@@ -31,6 +34,23 @@ def text_faults(text: str) -> Iterator[Fault]:
             yield Fault("special_token", f"{token} in {_around(text, text.index(token))}")
     for token in _FOREIGN.findall(text):
         yield Fault("foreign_format", f"{token} in {_around(text, text.index(token))}")
+    yield from _tag_faults(text)
+
+
+def broken_place(text: str, is_answer: bool) -> Fault | None:
+    """Returns what keeps a turn from training because of its places; None for most texts.
+
+    A tag without its partner counts in an answer, which a model would learn to write. In a question
+    it may be what is asked about.
+    """
+    if _PLACE_TAG.search(text) is None:
+        return None
+    kinds = (*_BROKEN_PLACES, "tag") if is_answer else _BROKEN_PLACES
+    return next((fault for fault in _tag_faults(text) if fault.kind in kinds), None)
+
+
+def _tag_faults(text: str) -> Iterator[Fault]:
+    """Yields the faults of a turn's tags, and of the phrases and places between them."""
     for span in spans_of(text):
         match span.kind:
             case "text":

@@ -6,7 +6,7 @@ from pathlib import Path
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import Source
 
-_CONVERSATIONS = (".json", ".jsonl")
+CONVERSATIONS = (".json", ".jsonl")  # how files of dialogues end
 
 
 def open_source(
@@ -23,7 +23,7 @@ def open_source(
     place = Path(path)
     if not place.exists():
         raise DataError(f"no data at {str(place)!r}: expected a file or a folder; check the path")
-    if place.is_file() and place.suffix.lower() in _CONVERSATIONS:
+    if place.is_file() and place.suffix.lower() in CONVERSATIONS:
         from qwenvl_jax.data.sources.conversations import Conversations
 
         return Conversations(place, pictures)
