@@ -150,7 +150,7 @@ def test_tensorboard_reads_what_the_board_writes(tmp_path):
     assert (picture.image.height, picture.image.width) == (4, 6)
 
 
-def test_an_incident_waits_for_room_on_the_disk(tmp_path, monkeypatch):
+def test_an_incident_waits_for_room_on_the_disk(tmp_path):
     numbers = {"step": 3, "verdict": 1, "loss": 9.0, "grad_norm": 1.0, "spike_score": 0.0}
     incidents = Incidents(tmp_path, 7)
     with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +162,7 @@ def test_an_incident_waits_for_room_on_the_disk(tmp_path, monkeypatch):
     assert [json.loads(line)["step"] for line in lines] == [3, 5]
 
 
-def test_a_manifest_that_cannot_be_written_is_told_and_whole(tmp_path, monkeypatch):
+def test_a_manifest_that_cannot_be_written_is_told_and_whole(tmp_path):
     run_dir = open_run(tiny.train_config(tmp_path), [])
     run_dir.begin()
     before = (tmp_path / "manifest.json").read_text()

@@ -67,9 +67,9 @@ class Tally:
         found = {(hole.source, hole.key): hole for hole in holes}
         new = {place: hole for place, hole in found.items() if place not in self._listed}
         self._listed.update(new)
-        self._waiting += [json.dumps(hole._asdict() | {"step": step}) for hole in new.values()]
         if not new or self._file is None:
             return
+        self._waiting += [json.dumps(hole._asdict() | {"step": step}) for hole in new.values()]
         try:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write("\n" if _is_cut(self._file) else "")
