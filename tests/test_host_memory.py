@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,23 @@ def test_freed_memory_is_kept_or_given_back():
         for function in ("keep_freed_memory", "give_freed_memory_back")
     }  # fmt: skip
     assert left["keep_freed_memory"] > 100 > left["give_freed_memory_back"], left
+
+
+def _huge_pages() -> str:
+    file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return file.read_text() if file.exists() else ""
+
+
+@pytest.mark.skipif("[madvise]" not in _huge_pages(), reason="needs huge pages for those who ask")
+def test_what_is_kept_lies_on_huge_pages():
+    program = _PROGRAM.format(function="keep_freed_memory") + (
+        "with open('/proc/self/smaps_rollup') as file:\n"
+        "    print(next(x.split()[1] for x in file if x.startswith('AnonHugePages')))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout.split()[-1]) >= 90 << 10, run.stdout
 
 
 @pytest.mark.parametrize(("platforms", "expected"), [("cpu", True), ("cuda,cpu", False)])

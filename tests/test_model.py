@@ -279,13 +279,24 @@ def test_ntk_alpha_steps_where_the_release_steps():
     np.testing.assert_array_equal(ntk_alpha(lengths, 2048), [1, 1, 1, 3, 3, 7, 7, 15])
 
 
-def test_rotary_base_is_scaled_per_row():
+@pytest.mark.parametrize("head_dim", [6, 8])
+def test_rotary_base_is_scaled_per_row(head_dim):
     position = jnp.array([[0, 5], [0, 5]])
-    cos, sin = rotary_angles(position, 6, 100.0, jnp.array([1.0, 3.0]))
-    plain = 5 * 100.0 ** -(np.arange(3) / 3)
-    scaled = 5 * (100.0 * 3.0 ** (6 / 4)) ** -(np.arange(3) / 3)
-    np.testing.assert_allclose(cos[0, 1, 0], np.cos(plain), atol=1e-6)
-    np.testing.assert_allclose(sin[1, 1, 0], np.sin(scaled), atol=1e-6)
+    cos, sin = rotary_angles(position, head_dim, 100.0, jnp.array([1.0, 3.0]))
+    exponent = np.arange(0, head_dim, 2) / head_dim
+    scaled_base = 100.0 * 3.0 ** (head_dim / (head_dim - 2))
+    np.testing.assert_allclose(cos[0, 1, 0], np.cos(5 * 100.0**-exponent), atol=1e-6)
+    np.testing.assert_allclose(sin[1, 1, 0], np.sin(5 * scaled_base**-exponent), atol=1e-6)
+
+
+def test_unrolled_layers_take_their_rotary_angles_from_one_table():
+    config = tiny.model_config(dtype="bfloat16", remat="dots")
+    graphdef, state = abstract_state(config)
+    hidden = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens)[0].sum())
+    tokens = jax.ShapeDtypeStruct((1, 11), jnp.int32)
+    compiled = jax.jit(jax.grad(hidden)).lower(state, tokens).compile().as_text()
+    assert "while" in compiled  # of the table: layers and keys have none
+    assert compiled.count(" sine(") == compiled.count(" cosine(") == 1
 
 
 def test_config_errors_name_field_and_numbers():

@@ -5,6 +5,7 @@ does one thing only. Elsewhere these functions do nothing.
 """
 
 import ctypes
+import mmap
 import os
 import sys
 from collections.abc import Mapping
@@ -28,9 +29,11 @@ def keep_freed_memory() -> None:
 
     XLA asks for a step's working memory in one piece and frees it afterwards. Mapped anew, every
     page of it costs an interrupt in every step. Call it once the weights are loaded: the copies
-    that loading makes are as large as the largest array, and would be kept too.
+    that loading makes are as large as the largest array, and would be kept too. What is asked for
+    from then on lies on huge pages, where the system gives them to those who ask.
     """
     _set({_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER})
+    _ask_for_huge_pages()
 
 
 def give_freed_memory_back() -> None:
@@ -49,6 +52,32 @@ def computes_on_cpu() -> bool:
     if platforms:
         return platforms.split(",")[0] == "cpu"
     return not any(file for pattern in _ACCELERATORS for file in Path("/dev").glob(pattern))
+
+
+def _ask_for_huge_pages() -> None:
+    """Asks for huge pages in what the heap will grow into. Takes addresses, but no memory.
+
+    glibc would ask for them itself, but only if told so before the process starts.
+    """
+    if sys.platform != "linux" or _commits_strictly():
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page = os.sysconf("SC_PAGE_SIZE")
+    size = os.sysconf("SC_PHYS_PAGES") * page // 2
+    block = libc.malloc(size)
+    if block:  # once freed it is the end of the heap, and stays there
+        start = -(-block // page) * page
+        libc.madvise(start, (block + size - start) // page * page, mmap.MADV_HUGEPAGE)
+        libc.free(block)
+
+
+def _commits_strictly() -> bool:
+    """Returns whether the system counts addresses as if they were memory."""
+    file = Path("/proc/sys/vm/overcommit_memory")
+    return file.exists() and file.read_text().strip() == "2"
 
 
 def _set(parameters: Mapping[int, int]) -> None:

@@ -20,7 +20,7 @@ from qwenvl_jax.config import AttentionBackend, DecoderConfig, RematPolicy
 from qwenvl_jax.model.attention import AttentionMask, Kernel, Projections, attention
 from qwenvl_jax.model.layers import Dense, RMSNorm, param, scan_layers, stack_layers
 from qwenvl_jax.model.narrow import from_held, take, to_held
-from qwenvl_jax.sharding import constrain
+from qwenvl_jax.sharding import constrain, context_platform
 
 
 class KVCache(NamedTuple):
@@ -59,8 +59,19 @@ def rotary_angles(
     if ntk_alpha_B is not None:
         base_B = base * ntk_alpha_B ** (head_dim / (head_dim - 2))
     rate_BH = base_B[:, None] ** -exponent
-    angle_BLH = position_BL[..., None].astype(jnp.float32) * rate_BH[:, None, :]
-    return jnp.cos(angle_BLH)[:, :, None], jnp.sin(angle_BLH)[:, :, None]
+
+    def turn(rate_BH: jax.Array) -> tuple[jax.Array, jax.Array]:
+        angle_BLH = position_BL[..., None].astype(jnp.float32) * rate_BH[:, None, :]
+        return jnp.cos(angle_BLH)[:, :, None], jnp.sin(angle_BLH)[:, :, None]
+
+    num_rates, length = rate_BH.shape[-1], position_BL.shape[1]
+    if context_platform() != "cpu" or length == 1 or num_rates % 2:
+        return turn(rate_BH)
+    # In unrolled layers XLA on a CPU would compute them again in every layer, for every head and in
+    # both directions: it takes them into what they multiply, barrier or not, but no loop's result.
+    halves = jax.lax.map(turn, jnp.stack(jnp.split(rate_BH, 2, axis=-1)))
+    cos, sin = (jnp.concatenate([*half], axis=-1) for half in halves)
+    return cos, sin
 
 
 def rotate(x_BLNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
