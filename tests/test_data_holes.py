@@ -336,7 +336,7 @@ def test_a_list_waits_for_room_on_the_disk(tmp_path, capsys):
     file = tmp_path / "quarantine.jsonl"
     tally = Tally(1.0, file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "open", full)
+        patch.setattr("os.open", full)
         tally.add(1, 4, [Hole("a", "picture", "no such file")])
     assert "NOT LISTED in" in capsys.readouterr().err
     tally.add(2, 4, [Hole("b", "picture", "no such file")])

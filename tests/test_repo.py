@@ -25,11 +25,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qwenvl_jax"
 
 # Who may import whom, besides its own room. `docs/architecture.md` draws the same picture.
-BASE = {"axes", "config"}
+BASE = {"axes", "config", "files"}
 HOST = BASE | {"prompt", "image", "data"}  # never jax: data workers must not start an accelerator
 MATHS = BASE | {"sharding", "model"}
 ALLOWED = {
     "axes": set(),
+    "files": set(),
     "config": {"axes"},
     "presets": BASE,
     "sharding": BASE,

@@ -27,9 +27,9 @@ from qwenvl_jax.cli.train import main
 from qwenvl_jax.config import ConfigError, LoraConfig, OptimizerConfig, to_dict
 from qwenvl_jax.data.example import TASKS, DataError
 from qwenvl_jax.data.pipeline import check_config
+from qwenvl_jax.files import Lines
 from qwenvl_jax.presets import stage_2, stage_3
 from qwenvl_jax.sharding import batch_sharding, make_mesh
-from qwenvl_jax.training import lines as lines_module
 from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed
 from qwenvl_jax.training.goodput import Goodput
@@ -721,11 +721,13 @@ def test_a_full_disk_does_not_end_the_run_through_its_metrics(tmp_path, capsys):
     store = CheckpointStore(tmp_path, keep=2)
     config = tiny.train_config(tmp_path, steps=6)
     room = {"is_there": True}
-    write = lines_module.Lines.flush
+    write = Lines.flush
 
     def flush(lines):
         if not room["is_there"]:
-            lines._waiting = lines._waiting[lines._file.write(lines._waiting[:3]) :]  # a part
+            lines._waiting = lines._waiting[
+                os.write(lines._descriptor, lines._waiting[:3]) :
+            ]  # a part
             raise OSError(errno.ENOSPC, "No space left on device")
         write(lines)
 
@@ -733,7 +735,7 @@ def test_a_full_disk_does_not_end_the_run_through_its_metrics(tmp_path, capsys):
         room["is_there"] = step not in (3, 4)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lines_module.Lines, "flush", flush)
+        patch.setattr(Lines, "flush", flush)
         assert loop_with(config, store, comes_and_goes) == 6
     store.close()
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]

@@ -18,12 +18,12 @@ from qwenvl_jax.checkpoint.frozen import FrozenFolder
 from qwenvl_jax.checkpoint.store import CheckpointStore
 from qwenvl_jax.config import ConfigError, GuardConfig
 from qwenvl_jax.data.example import DataError
+from qwenvl_jax.files import Lines
 from qwenvl_jax.sharding import batch_sharding, make_mesh
 from qwenvl_jax.training.board import Board
 from qwenvl_jax.training.feed import NOTHING_TOLD, Feed
 from qwenvl_jax.training.guard import NOT_FINITE, SPIKE
 from qwenvl_jax.training.incidents import Incidents
-from qwenvl_jax.training.lines import Lines
 from qwenvl_jax.training.loop import train
 from qwenvl_jax.training.run import Flight, Outcome, Run
 from qwenvl_jax.training.run_dir import open_run

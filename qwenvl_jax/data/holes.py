@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenvl_jax.data.example import DataError
+from qwenvl_jax.files import Lines
 
 QUARANTINE = "quarantine.jsonl"
 # A rate is judged with this much grace, so that one bad sample among the first few stops no run,
@@ -32,10 +32,10 @@ class Tally:
 
     def __init__(self, max_bad_fraction: float, file: Path | None = None):
         """`file` gets one JSON line a hole: its fields and the step. Lines in it stay."""
-        self._limit, self._file = max_bad_fraction, file
+        self._limit = max_bad_fraction
+        self._lines = None if file is None else Lines(file)
         self._listed = _keys(file) if file is not None else set()
         self._recent_samples = self._recent_bad = 0.0  # halved when the window is full
-        self._waiting: list[str] = []  # lines that a full disk has not taken
         self.reasons: Counter[str] = Counter()
 
     @property
@@ -53,7 +53,7 @@ class Tally:
         grace = _GRACE_SIGMAS * math.sqrt(expected) + _GRACE_SAMPLES if self._limit else 0
         if holes and self._recent_bad > expected + grace:
             bad, seen = round(self._recent_bad), round(self._recent_samples)
-            listed = "" if self._file is None else f" ({self._file} lists them)"
+            listed = "" if self._lines is None else f" ({self._lines.path} lists them)"
             told = f"one of them: {holes[-1].detail}; mend them{listed}"
             raise DataError(too_many(bad, seen, self._limit, told))
         if expected > _WINDOW_BAD:
@@ -67,17 +67,14 @@ class Tally:
         found = {(hole.source, hole.key): hole for hole in holes}
         new = {place: hole for place, hole in found.items() if place not in self._listed}
         self._listed.update(new)
-        if not new or self._file is None:
+        if not new or self._lines is None:
             return
-        self._waiting += [json.dumps(hole._asdict() | {"step": step}) for hole in new.values()]
         try:
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write("\n" if _is_cut(self._file) else "")
-                file.writelines(f"{line}\n" for line in self._waiting)
+            self._lines.write(
+                *(json.dumps(hole._asdict() | {"step": step}) for hole in new.values())
+            )
         except OSError as error:
-            print(f"NOT LISTED in {self._file} yet: {error}", file=sys.stderr, flush=True)
-        else:
-            self._waiting = []
+            print(f"NOT LISTED in {self._lines.path} yet: {error}", file=sys.stderr, flush=True)
 
 
 def too_many(num_bad: int, num_samples: int, limit: float, told: str) -> str:
@@ -86,14 +83,6 @@ def too_many(num_bad: int, num_samples: int, limit: float, told: str) -> str:
         f"too many samples are bad: got {num_bad} of {num_samples}, expected at most {limit:.3%} "
         f"(data.max_bad_fraction); {told}, or raise data.max_bad_fraction"
     )
-
-
-def _is_cut(file: Path) -> bool:
-    """Returns whether a kill in the middle of a write has left a line without its end."""
-    with file.open("rb") as written:
-        size = written.seek(0, os.SEEK_END)
-        written.seek(max(size - 1, 0))
-        return written.read(1) not in (b"", b"\n")
 
 
 def _keys(file: Path) -> set[tuple[str, str]]:

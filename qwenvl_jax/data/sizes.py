@@ -20,6 +20,7 @@ from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import FIELDS, Source
 from qwenvl_jax.data.tasks import example_of
 from qwenvl_jax.data.workers import WorkerKilled, spread
+from qwenvl_jax.files import replace
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
 UNUSABLE = -1
@@ -150,11 +151,13 @@ def _load(place: Path) -> Sizes | None:
 
 
 def _save(place: Path, measured: Sizes) -> None:
-    beside = place.with_name(f"{place.name}.{os.getpid()}.new")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(beside: Path) -> None:
         with beside.open("wb") as file:
             np.savez(file, sizes=measured.sizes, tasks=measured.tasks)
-        os.replace(beside, place)
+
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        replace(place, write)
     except OSError as error:  # measuring again is slow, not wrong
         print(f"measured sizes are not kept: {place} cannot be written: {error}", file=sys.stderr)

@@ -1,12 +1,12 @@
 """Whether a run that goes on has the data it began with: else later steps hold other samples."""
 
 import json
-import os
 from pathlib import Path
 
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.holes import QUARANTINE
 from qwenvl_jax.data.rows import OpenRows, digest_of_unusable
+from qwenvl_jax.files import replace_text
 
 _WAYS_OUT = (
     "give back the old data, choose another run_dir, or say that you mean it with "
@@ -58,7 +58,4 @@ def _noted(folder: Path) -> dict[str, str]:
 def _note(folder: Path, before: dict[str, str], now: dict[str, str], process: int) -> None:
     if process or before | now == before:
         return
-    file = folder / "data.json"
-    beside = file.with_name(f"{file.name}.new")
-    beside.write_text(json.dumps(before | now) + "\n", encoding="utf-8")
-    os.replace(beside, file)
+    replace_text(folder / "data.json", json.dumps(before | now) + "\n")

@@ -7,6 +7,7 @@ from typing import Any
 
 from qwenvl_jax.config import TrainConfig, to_dict
 from qwenvl_jax.training.flops import all_peaks, step_flops
+from qwenvl_jax.training.run_dir import METRICS
 from qwenvl_jax.training.state import Layout
 
 # Settings that decide how long a step takes, beside the devices.
@@ -51,7 +52,7 @@ def measured(manifest: Path, config: TrainConfig, start: dict[str, Any]) -> floa
         before = [entry for entry in starts if entry["time"] < start["time"]]
         if not before or _pace(before[-1]) != _pace(start | {"config": _plain(config)}):
             return None
-        return _last_pace(manifest.parent / "metrics.jsonl")
+        return _last_pace(manifest.parent / METRICS)
     except (OSError, ValueError, KeyError, TypeError):  # another version's, or half written
         return None
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from qwenvl_jax.files import Lines
 from qwenvl_jax.training.guard import REASONS
-from qwenvl_jax.training.lines import Lines
 
 
 class RunStopped(RuntimeError):
@@ -26,7 +26,7 @@ class Incidents:
         process = jax.process_index()
         name = f"{process}-incidents.jsonl" if process else "incidents.jsonl"
         self.path, self._seed = Path(run_dir) / name, seed
-        self._lines: Lines | None = None
+        self._lines = Lines(self.path)
 
     def note(self, numbers: dict[str, Any], action: str, **facts: Any) -> str:
         """Writes one incident down; returns it as a line for the person who watches."""
@@ -38,7 +38,6 @@ class Incidents:
         told = ", ".join(f"{name} {value:.4g}" for name, value in seen.items())
         text = f"step {step}: {reason} ({told}): {action}"
         try:
-            self._lines = self._lines or Lines(self.path)
             self._lines.write(json.dumps(record, default=str))
         except OSError as error:
             return f"{text}; NOT WRITTEN into {self.path.name} yet: {error}"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl_jax.config import ConfigError
-from qwenvl_jax.training.run_dir import EVALUATIONS
+from qwenvl_jax.training.run_dir import EVALUATIONS, METRICS
 
 # Panels from the top: what is drawn, on which scale, and how high.
 PANELS = {
@@ -93,7 +93,7 @@ def _check_format(path: Path, known: Collection[str]) -> None:
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Returns the finished steps of a run that have a loss. Raises: ConfigError for none."""
-    path = Path(run_dir) / "metrics.jsonl"
+    path = Path(run_dir) / METRICS
     if not path.is_file():
         raise ConfigError(f"{run_dir} is no training run: it has no metrics.jsonl")
     records = [record for record in read_lines(path) if record.get("loss") is not None]

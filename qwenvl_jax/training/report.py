@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.config import TrainConfig
+from qwenvl_jax.files import Lines
 from qwenvl_jax.training.board import Board
 from qwenvl_jax.training.flops import all_peaks, step_flops
 from qwenvl_jax.training.guard import FINE, REASONS
-from qwenvl_jax.training.lines import Lines
-from qwenvl_jax.training.run_dir import EVALUATIONS, truncate_metrics
+from qwenvl_jax.training.run_dir import EVALUATIONS, METRICS, truncate_metrics
 from qwenvl_jax.training.state import Layout
 
 _RATE_WINDOW = 50  # steps that the speed is averaged over, between one mark more
@@ -77,7 +77,6 @@ class Report:
         if not self._is_speaker:
             return
         record = {"step": step} | {name: _finite(value) for name, value in seen.numbers.items()}
-        self._evaluations = self._evaluations or Lines(self._run_dir / EVALUATIONS)
         self._evaluations.write(json.dumps(record))
         where = ""
         if seen.page_YXC is not None:
@@ -109,12 +108,12 @@ class Report:
             self._bar.stop()
 
     def _open(self, first_step: int) -> None:
-        self._lines = self._evaluations = self._board = None
+        self._lines = Lines(self._run_dir / METRICS)
+        self._evaluations = Lines(self._run_dir / EVALUATIONS)
+        self._board = None
         if self._is_speaker:
-            path = self._run_dir / "metrics.jsonl"
-            truncate_metrics(path, first_step)
-            truncate_metrics(self._run_dir / EVALUATIONS, first_step)
-            self._lines = Lines(path)
+            for lines in (self._lines, self._evaluations):
+                truncate_metrics(lines.path, first_step)
             with contextlib.suppress(ImportError):  # without it the JSON lines hold everything
                 self._board = Board(self._run_dir / "tensorboard", first_step + 1)
         self._sums: deque[dict[str, float]] = deque([self._sum_after({})], _RATE_WINDOW + 1)
@@ -122,8 +121,6 @@ class Report:
 
     def _close_files(self) -> None:
         for lines in (self._lines, self._evaluations):
-            if lines is None:
-                continue
             try:
                 lines.flush()
             except OSError as error:
@@ -173,7 +170,7 @@ class Report:
         }
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._lines is None:
+        if not self._is_speaker:
             return
         try:
             self._lines.write(json.dumps({k: _finite(v) for k, v in record.items()}))

@@ -14,13 +14,14 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 
 from qwenvl_jax.config import ConfigError, TrainConfig, save_json, to_dict
+from qwenvl_jax.files import replace, replace_text
 from qwenvl_jax.training.manifest import (
     describe_start,
     saved_inputs,
@@ -29,7 +30,7 @@ from qwenvl_jax.training.manifest import (
 )
 from qwenvl_jax.training.skips import SkipRange, joined, parse_skips
 
-EVALUATIONS = "evaluations.jsonl"
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 # Settings that a resumed run may change: they decide speed, memory and files, not the recipe.
 # (Sums of another shape round differently, so only an unchanged run is bit-equal.)
@@ -105,13 +106,13 @@ class RunDir:
         """Writes what this start is: from now on the directory is this run's."""
         if jax.process_index() > 0:
             return
-        _replace(self.path / "config.json", lambda beside: save_json(self._config, beside))
+        replace(self.path / "config.json", lambda beside: save_json(self._config, beside))
         # The directory alone is then a model for infer, chat and eval.
         vocabulary = tokenizer_file(self._config.data.tokenizer)
         copy = self.path / "qwen.tiktoken"
         has_file = vocabulary.is_file()
         if has_file and not (copy.is_file() and filecmp.cmp(vocabulary, copy, shallow=False)):
-            _replace(copy, lambda beside: shutil.copyfile(vocabulary, beside))
+            replace(copy, lambda beside: shutil.copyfile(vocabulary, beside))
         self._write()
 
     def skip(self, steps: SkipRange) -> None:
@@ -134,7 +135,7 @@ class RunDir:
     def _write(self) -> None:
         if jax.process_index() == 0:
             text = json.dumps(self._manifest, indent=1) + "\n"
-            write_atomically(self.path / "manifest.json", text)
+            replace_text(self.path / "manifest.json", text)
 
 
 def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
@@ -278,28 +279,13 @@ def truncate_metrics(path: Path, last_step: int) -> int:
         else:
             dropped += 1
     if dropped:
-        write_atomically(path, "".join(kept))
+        replace_text(path, "".join(kept))
     return dropped
-
-
-def write_atomically(path: Path, text: str) -> None:
-    _replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Has a file written beside its place, and moves it there when it is whole."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 def _has_begun(run_dir: Path) -> bool:
     """Returns whether there is something to go on with; a failed first start binds no one."""
-    metrics, checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+    metrics, checkpoints = run_dir / METRICS, run_dir / "checkpoints"
     has_lines = metrics.exists() and metrics.stat().st_size > 0
     return has_lines or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 

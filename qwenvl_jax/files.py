@@ -1,0 +1,63 @@
+"""Files that no kill and no full disk spoils: replaced as a whole, or added to line by line."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Has a file written beside its place, and moves it there when it is whole.
+
+    Raises: OSError; the file that was there before is as it was, and nothing lies beside it.
+    """
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")  # others may write the same
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Puts the text, as UTF-8, in the place of what the file holds; raises as `replace`."""
+    replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+class Lines:
+    """A file that lines are added to; those that a full disk does not take wait for the next.
+
+    It is opened with the first line. One that a kill has left without its end gets it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor: int | None = None
+        self._waiting = b""
+
+    @property
+    def num_waiting(self) -> int:
+        """Bytes that are not in the file yet."""
+        return len(self._waiting)
+
+    def write(self, *lines: str) -> None:
+        """Raises: OSError; what could not be written stays, and comes first at the next call."""
+        self._waiting += "".join(f"{line}\n" for line in lines).encode()
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits. Raises: OSError; the rest stays."""
+        if self._waiting and self._descriptor is None:
+            # To the system at once, not to the disk: a kill loses nothing, a step no time.
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            size = os.fstat(self._descriptor).st_size
+            if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+                self._waiting = b"\n" + self._waiting
+        while self._waiting and self._descriptor is not None:
+            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+
+    def close(self) -> None:
+        """Closes the file; what waits is lost unless `flush` has come first."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

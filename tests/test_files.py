@@ -1,0 +1,56 @@
+"""Files that are replaced as a whole or added to line by line, on a disk that is full meanwhile."""
+
+import errno
+import os
+
+import pytest
+
+from qwenvl_jax.files import Lines, replace, replace_text
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "manifest.json"
+    replace_text(file, "fünf")
+    replace_text(file, "six")
+    assert file.read_text() == "six"
+
+    def half(beside):
+        beside.write_text("sev")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        replace(file, half)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+    assert file.read_text() == "six"
+
+
+def test_lines_wait_where_a_full_disk_took_a_part(tmp_path, monkeypatch):
+    lines, write, room = Lines(tmp_path / "list.jsonl"), os.write, {"bytes": 5}
+
+    def some(descriptor, data):
+        if not room["bytes"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken, room["bytes"] = min(room["bytes"], len(data)), 0
+        return write(descriptor, data[:taken])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.write", some)
+        with pytest.raises(OSError, match="No space left"):
+            lines.write("one", "two")
+    assert lines.path.read_text() == "one\nt"
+    assert lines.num_waiting == len("wo\n")
+    lines.write("three")
+    lines.close()
+    assert lines.path.read_text() == "one\ntwo\nthree\n"
+
+
+def test_a_line_that_a_kill_has_cut_is_ended_and_no_file_is_made_for_nothing(tmp_path):
+    cut, empty = Lines(tmp_path / "cut.jsonl"), Lines(tmp_path / "empty.jsonl")
+    cut.path.write_text('{"step": 1}\n{"st')
+    for lines in (cut, empty):
+        lines.flush()
+    cut.write('{"step": 2}')
+    for lines in (cut, empty):
+        lines.close()
+    assert cut.path.read_text().splitlines() == ['{"step": 1}', '{"st', '{"step": 2}']
+    assert not empty.path.exists()
