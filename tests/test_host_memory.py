@@ -56,6 +56,21 @@ def test_what_is_kept_lies_on_huge_pages():
     assert int(run.stdout.split()[-1]) >= 90 << 10, run.stdout
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_addresses_are_taken_where_they_are_limited():
+    sizes = {}
+    for limit in ("", "resource.setrlimit(resource.RLIMIT_AS, (1 << 36, resource.RLIM_INFINITY))"):
+        program = (
+            f"import resource; {limit}\n"
+            "from qwenvl_jax.cli.host_memory import keep_freed_memory; keep_freed_memory()\n"
+            "print(int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize())"
+        )
+        command = [sys.executable, "-c", program]
+        sizes[limit] = int(subprocess.run(command, capture_output=True, check=True).stdout)
+    free, limited = sizes.values()
+    assert limited < 1 << 30 < free
+
+
 @pytest.mark.parametrize(("platforms", "expected"), [("cpu", True), ("cuda,cpu", False)])
 def test_what_computes_is_read_from_the_environment(monkeypatch, platforms, expected):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)

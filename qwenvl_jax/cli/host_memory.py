@@ -59,7 +59,7 @@ def _ask_for_huge_pages() -> None:
 
     glibc would ask for them itself, but only if told so before the process starts.
     """
-    if sys.platform != "linux" or _commits_strictly():
+    if sys.platform != "linux" or _addresses_are_counted():
         return
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
@@ -74,10 +74,14 @@ def _ask_for_huge_pages() -> None:
         libc.free(block)
 
 
-def _commits_strictly() -> bool:
-    """Returns whether the system counts addresses as if they were memory."""
-    file = Path("/proc/sys/vm/overcommit_memory")
-    return file.exists() and file.read_text().strip() == "2"
+def _addresses_are_counted() -> bool:
+    """Returns whether the system, or a limit of this process, takes addresses for memory."""
+    import resource  # not on every system
+
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    overcommit = Path("/proc/sys/vm/overcommit_memory")
+    is_strict = overcommit.exists() and overcommit.read_text().strip() == "2"
+    return is_strict or any(limit != resource.RLIM_INFINITY for limit in limits)
 
 
 def _set(parameters: Mapping[int, int]) -> None:
