@@ -231,6 +231,39 @@ def test_export_can_round_to_another_dtype(golden, tmp_path):
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_an_export_takes_code_and_settings_from_a_released_folder(golden, tmp_path):
+    released = tmp_path / "released"
+    shutil.copytree(golden[0], released)
+    for name in ("modeling_qwen.py", "visual.py", "tokenizer_config.json", "LICENSE", "x.bin"):
+        (released / name).write_text(f"that of {name}")
+    with pytest.raises(ConversionError, match="no `auto_map`: expected a folder with the released"):
+        export_released(golden[1], tmp_path / "new", like=released)
+    described = json.loads((released / "config.json").read_text())
+    auto_map = {
+        "AutoConfig": "configuration_qwen.QWenConfig",
+        "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+        "AutoTokenizer": ["elsewhere/code--tokenization_qwen.QWenTokenizer", None],
+    }
+    (released / "config.json").write_text(json.dumps(described | {"auto_map": auto_map}))
+    with pytest.raises(ConversionError, match=r"configuration_qwen\.py is missing"):
+        export_released(golden[1], tmp_path / "new", like=released)
+    assert not (tmp_path / "new").exists()
+
+    (released / "configuration_qwen.py").write_text("raise SystemExit('it was run')")
+    export_released(golden[1], tmp_path / "new", like=released)
+    added = {"modeling_qwen.py", "visual.py", "configuration_qwen.py", "tokenizer_config.json"}
+    for name in added | {"LICENSE"}:
+        assert (tmp_path / "new" / name).read_bytes() == (released / name).read_bytes()
+    assert not (tmp_path / "new" / "x.bin").exists()
+    plain = export_released(golden[1], tmp_path / "plain")
+    assert plain == 1
+    without = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert json.loads((tmp_path / "new" / "config.json").read_text()) == without | {
+        "auto_map": auto_map
+    }
+    assert bits(read_all(tmp_path / "new")) == bits(read_all(golden[0]))
+
+
 # --- everything wrong, at once --------------------------------------------------------------------
 
 

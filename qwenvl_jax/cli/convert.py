@@ -28,7 +28,7 @@ from qwenvl_jax.config import ConfigError
 
 _USAGE = """usage: python convert.py import SRC DST [--lora ADAPTER]
        python convert.py import --vit OPENCLIP --llm QWEN_7B DST [--num-queries N] [--seed N]
-       python convert.py export SRC DST [--shard-size 2GB] [--dtype keep]
+       python convert.py export SRC DST [--like RELEASED] [--shard-size 2GB] [--dtype keep]
        python convert.py vocabulary SRC TIKTOKEN DST
        python convert.py queries SRC NUMBER DST
        python convert.py adapter RUN DST
@@ -37,8 +37,9 @@ import writes our weights folder DST from SRC: a released Qwen-VL or Qwen-VL-Cha
 safetensors files, read without PyTorch and without running what is in them), or the directory of a
 training run, whose newest checkpoint it takes. With --lora a PEFT adapter that was trained on the
 released model is added to it. With --vit and --llm it joins the two models that stage 1 starts
-from. export writes a folder that the released PyTorch code loads. vocabulary writes
-a weights folder once more for another qwen.tiktoken file: tokens keep their rows, new ones start
+from. export writes a folder that the released PyTorch code loads; with --like it gets that code and
+its settings from a released folder, as `from_pretrained` wants them. vocabulary writes a weights
+folder once more for another qwen.tiktoken file: tokens keep their rows, new ones start
 as the mean of those that spelled them. queries writes it once more with another number of picture
 embeddings, to be trained on: the adapter's grid is resized. adapter writes what a run with LoRA has
 trained as a PEFT adapter, for the released model in PyTorch.
@@ -170,19 +171,21 @@ def export(
     /,
     shard_size: str = "2GB",
     dtype: Literal["keep", "bfloat16", "float32"] = "keep",
+    like: Annotated[Path | None, tyro.conf.arg(metavar="RELEASED")] = None,
 ) -> None:
-    """Writes a released folder. Example: convert.py export weights/chat Chat --shard-size 5GB
+    """Writes a released folder. Example: convert.py export weights/mine Mine --like Qwen-VL-Chat
 
     Args:
         source: a weights folder of ours
         target: the new folder
         shard_size: of one safetensors file, as 500MB or 2GB
         dtype: of the tensors; keep gives back the bits that were imported
+        like: a released folder whose code and settings are copied, for `from_pretrained`
     """
     from qwenvl_jax.conversion.run import export_released
 
     num_shards = export_released(
-        source, target, shard_bytes=num_bytes(shard_size), dtype=dtype, watch=watch
+        source, target, shard_bytes=num_bytes(shard_size), dtype=dtype, like=like, watch=watch
     )
     print(f"{target}: {num_shards} file{'s' if num_shards > 1 else ''}, ready")
 

@@ -48,6 +48,7 @@ from qwenvl_jax.conversion.placement import (
     released_tensor,
 )
 from qwenvl_jax.conversion.reader import ReleasedFolder, read_json
+from qwenvl_jax.conversion.released_code import ReleasedCode
 from qwenvl_jax.conversion.rules import (
     OPENCLIP_IGNORED,
     Rule,
@@ -168,17 +169,20 @@ def export_released(
     *,
     shard_bytes: int = SHARD_BYTES,
     dtype: ExportDType = "keep",
+    like: str | Path | None = None,
     watch: Watch = no_watch,
 ) -> int:
     """Writes a released folder (safetensors, `config.json`) from ours; returns its shard count.
 
-    `dtype="keep"` gives back the bits that were imported; the others round to nearest.
+    `dtype="keep"` gives back the bits that were imported; the others round to nearest. `like` is a
+    released folder whose code and settings are copied, which `from_pretrained` needs.
 
     Raises:
         WeightsError: the source is not a folder of ours, or is damaged.
-        ConversionError: the released format has no place for a model of these sizes.
+        ConversionError: the released format has no place for a model of these sizes, or `like` has
+            no code.
     """
-    source = Path(source)
+    source, code = Path(source), None if like is None else ReleasedCode(like)
     if not is_weights_folder(source):
         raise WeightsError(
             f"{source} is not a folder of ours: it has no weights.json; a run or a released folder "
@@ -190,6 +194,7 @@ def export_released(
     kinds = {leaf.dtype.name for leaf in leaves.values()} if dtype == "keep" else {dtype}
     torch_dtype = kinds.pop() if len(kinds) == 1 else _most_common_dtype(leaves)
     described = released_config(config, torch_dtype)  # may refuse: before any reading
+    described = described if code is None else code.add_to(described)
     total = sum(leaf.num_bytes for leaf in leaves.values())
     with new_folder(target) as folder:
         with watch("check", total) as on_bytes:
@@ -201,6 +206,8 @@ def export_released(
         text = json.dumps(described, indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
         _copy_tokenizer(source, folder)
+        if code is not None:
+            code.copy_to(folder)
     return len(shards)
 
 
