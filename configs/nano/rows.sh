@@ -19,6 +19,7 @@
 #   configs/nano/rows.sh close       into runs/nano/rows/close: new pages of the same kind, and animals to be named
 #   configs/nano/rows.sh last        into runs/nano/rows/last: new pages once more, and animals and food to be named
 #   configs/nano/rows.sh last_pairs  into runs/nano/rows/last_pairs: new dialogues about two collages
+#   configs/nano/rows.sh related_more into runs/nano/rows/related_more: new ones of `related`
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
 #
@@ -78,11 +79,14 @@ case $1 in
   last_pairs)
     scenes=0 animals=12000 food=12000 english=0 chinese=0 skip=800000
     collages_tasks="compare either" ;;
+  related_more)
+    scenes=40000 animals=0 food=0 english=0 chinese=0 skip=900000
+    scenes_tasks="vqa chat" scenes_questions="link relation relation" ;;
   dialogue)
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|close|last|last_pairs|dialogue|heldout" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|close|last|last_pairs|related_more|dialogue|heldout" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1
