@@ -31,8 +31,7 @@ faults: $(VENV)/.installed-test
 	$(BIN)/python tests/faults.py $(ARGS)
 
 # Trains the small model again, into runs/nano, and scores it: docs/nano.md says how long it takes, and
-# which two Debian packages it needs. The setting asks for large pages, which a step needs fewer of.
-nano: export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
+# which two Debian packages it needs.
 nano: export PYTHON := $(BIN)/python
 nano: $(VENV)/.installed-generate
 	@for stage in stage0_text stage0_sight stage0_tell stage1 stage2 stage2_longer stage3 \

@@ -8,13 +8,14 @@ from pathlib import Path
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Has a file written beside its place, and moves it there when it is whole.
 
-    Raises: OSError; the file that was there before is as it was, and nothing lies beside it.
+    Raises: OSError, or what `write` raises; the file that was there before is as it was, and
+        nothing lies beside it.
     """
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")  # others may write the same
     try:
         write(beside)
         os.replace(beside, path)
-    except OSError:
+    except BaseException:  # an interrupt too
         beside.unlink(missing_ok=True)
         raise
 

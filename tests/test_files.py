@@ -18,8 +18,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         beside.write_text("sev")
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def interrupted(beside):
+        beside.write_text("sev")
+        raise KeyboardInterrupt
+
     with pytest.raises(OSError, match="No space left"):
         replace(file, half)
+    with pytest.raises(KeyboardInterrupt):
+        replace(file, interrupted)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     assert file.read_text() == "six"
 

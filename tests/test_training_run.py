@@ -725,9 +725,8 @@ def test_a_full_disk_does_not_end_the_run_through_its_metrics(tmp_path, capsys):
 
     def flush(lines):
         if not room["is_there"]:
-            lines._waiting = lines._waiting[
-                os.write(lines._descriptor, lines._waiting[:3]) :
-            ]  # a part
+            written = os.write(lines._descriptor, lines._waiting[:3])  # a part
+            lines._waiting = lines._waiting[written:]
             raise OSError(errno.ENOSPC, "No space left on device")
         write(lines)
 

@@ -1,7 +1,7 @@
 """Stage 2 of the small model, on from `stage2_last`: how one thing lies to another.
 
 More than half of the rows ask for it, in drawn scenes, at a rate as high as that of the first
-stages: with fewer of them, or at a lower rate, the answers stay those of chance (docs/nano.md).
+stages: with a few in a hundred the answers stayed those of chance (docs/nano.md).
 
     configs/nano/rows.sh related
     python train.py configs/nano/stage2_related.py

@@ -194,7 +194,8 @@ def export_released(
     kinds = {leaf.dtype.name for leaf in leaves.values()} if dtype == "keep" else {dtype}
     torch_dtype = kinds.pop() if len(kinds) == 1 else _most_common_dtype(leaves)
     described = released_config(config, torch_dtype)  # may refuse: before any reading
-    described = described if code is None else code.add_to(described)
+    if code is not None:
+        described = code.add_to(described)
     total = sum(leaf.num_bytes for leaf in leaves.values())
     with new_folder(target) as folder:
         with watch("check", total) as on_bytes:
