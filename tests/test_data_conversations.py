@@ -310,6 +310,7 @@ def test_a_bad_row_is_named_and_the_others_stay_good(name, tmp_path, tok):
     [
         (b'{"id": "b", "conversations": [}', "is not JSON: .* at its character"),
         (b'{"id": "\xff"}', "is not JSON: not UTF-8 at its byte 8"),
+        (b'{"a": {"b": 1, "b": 2}}', "is not JSON: 'b' stands twice in one object"),
         (b'{"a":' * 60000 + b"1" + b"}" * 60000, "is not JSON: nested too deeply"),
     ],
 )

@@ -181,12 +181,12 @@ def test_a_corpus_keeps_training_and_held_out_text_apart(tmp_path):
     for split, found in seen.items():
         for key in range(80):
             text = opened.text("en", split, random.Random(key))
-            assert corpus.language_of(text) == "en"
+            assert corpus.written_in(text) == "en"
             found |= set(re.findall(r"word(\d+)x", text))
     assert seen["train"] & seen["heldout"] == set()
     assert len(seen["train"]) > 20
     assert seen["heldout"]
-    assert corpus.language_of(opened.text("zh", "train", random.Random(0))) == "zh"
+    assert corpus.written_in(opened.text("zh", "train", random.Random(0))) == "zh"
 
 
 def test_built_in_sentences_are_split_too():
@@ -211,7 +211,7 @@ def test_built_in_sentences_are_split_too():
     ],
 )
 def test_language_of(text, language):
-    assert corpus.language_of(text) == language
+    assert corpus.written_in(text) == language
 
 
 def test_missing_material_is_named(tmp_path):

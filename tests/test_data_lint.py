@@ -37,6 +37,7 @@ def folder(tmp_path) -> Path:
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:50])
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "page.png").write_bytes(b"<html>")
+    (tmp_path / "sound.png").write_bytes(b"RIFF\x24\x00\x00\x00WAVEfmt ")
     return tmp_path
 
 
@@ -162,6 +163,7 @@ def test_faults_of_a_row(name, folder):
         (".", ["picture_missing"], ["picture_missing"]),
         ("cut.png", ["picture_unreadable"], []),
         ("empty.png", ["picture_unreadable"], ["picture_unreadable"]),
+        ("sound.png", ["picture_unreadable"], ["picture_unreadable"]),
         ("page.png", ["picture_unreadable"], ["picture_unreadable"]),
         ("long" * 99, ["picture_unreadable"], ["picture_unreadable"]),  # no system has such names
     ],

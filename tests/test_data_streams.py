@@ -23,7 +23,7 @@ from qwenvl_jax.data.sources.open_stream import open_stream
 from qwenvl_jax.data.sources.pairs import Span, grounded_phrases, rows_of, without_nesting
 from qwenvl_jax.data.sources.parquet_files import ParquetFiles
 from qwenvl_jax.data.sources.prepared import Prepared
-from qwenvl_jax.data.sources.stream import First, Refusal
+from qwenvl_jax.data.sources.stream import First, Refusal, find_files
 from qwenvl_jax.data.sources.tar_shards import TarShards
 from qwenvl_jax.data.sources.text_files import TextFiles, pieces
 from qwenvl_jax.data.tasks import example_of
@@ -100,6 +100,11 @@ def test_tar_members_are_grouped_by_name(tmp_path, ending, mode):
             "not downloaded",
         ),
         ({"1.jpg": JPG, "1.txt": b"a", "1.json": b'{"similarity": "x"}'}, "broken score"),
+        (
+            {"1.jpg": JPG, "1.txt": b"a", "1.json": b'{"similarity": 1' + b"0" * 400 + b"}"},
+            "broken score",
+        ),
+        ({"1.jpg": JPG, "1.json": b'{"captions": 5}'}, "no text"),
     ],
 )
 def test_broken_samples_are_refused_and_the_next_is_read(tmp_path, members, reason):
@@ -296,11 +301,14 @@ def test_files_of_the_evaluation_scripts(tmp_path):
         {"image": "coco/1.jpg", "caption": "一只猫"},
         {"image": "coco/1.jpg", "question": "hidden?", "question_id": 4},
         {"image": 3, "caption": "a"},
+        {"image": "coco/1.jpg", "sent": "cat", "bbox": [0, 0, 10**400, 5], "width": 8, "height": 7},
+        {"image": "coco/1.jpg", "question": 5, "answer": "a"},
+        {"image": "coco/1.jpg", "caption": None},
     ]
     path = tmp_path / "all.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + "\n{\n")
     rows, reasons = rows_and_reasons(EvalFile(path))
-    assert reasons == ["no answer", "broken line", "broken line"]
+    assert reasons == ["no answer", *["broken line"] * 3, "no text", "broken line"]
     assert [row.fields.get("answer") for row in rows[:3]] == ["a cat", "a", "x"]
     assert rows[3].fields == {"phrase": "cat", "boxes": [[100, 100, 999, 500]]}
     assert rows[4].fields == {"text": "一只猫", "language": "zh"}
@@ -309,13 +317,15 @@ def test_files_of_the_evaluation_scripts(tmp_path):
 
 def test_captions_as_coco_writes_them(tmp_path):
     notes = [{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "a longer one"}]
+    notes += [{"image_id": 2, "caption": None}, {"image_id": 3, "caption": "a"}]
     images = [{"id": 1, "image": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}]
+    images.append({"id": 3, "file_name": 7})
     path = tmp_path / "captions.json"
     path.write_text(json.dumps({"images": images, "annotations": notes}))
     rows, reasons = rows_and_reasons(EvalFile(path, tmp_path / "pictures"))
     assert rows[0].fields["texts"] == ["a", "a longer one"]
     assert rows[0].images == (tmp_path / "pictures" / "1.jpg",)
-    assert reasons == ["no text"]
+    assert reasons == ["no text", "broken line"]
     path.write_text('{"images": 3}')
     with pytest.raises(DataError, match="is not a caption file"):
         read(EvalFile(path))
@@ -407,6 +417,27 @@ def test_folders_within_a_tar_are_no_rows(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(tmp_path / "in", "in")
     assert [row.key for row in read(TarShards(tmp_path))] == ["a.tar/in/x/1"]
+
+
+def test_folders_of_such_names_are_no_files_and_links_are_followed_once(tmp_path):
+    (tmp_path / "in" / "x").mkdir(parents=True)
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "in" / "1.tar").mkdir()
+    (tmp_path / "in" / "notes.txt").mkdir()
+    (tmp_path / "in" / "x" / "a.txt").write_text("hello")
+    (tmp_path / "apart" / "b.txt").write_text("world")
+    (tmp_path / "in" / "y").symlink_to(tmp_path / "apart")
+    (tmp_path / "in" / "x" / "round").symlink_to(tmp_path / "in")
+    stream = open_stream(tmp_path / "in")
+    assert type(stream) is TextFiles
+    found = find_files(tmp_path / "in", (".txt",))
+    assert found == [tmp_path / "in" / "x" / "a.txt", tmp_path / "in" / "y" / "b.txt"]
+
+
+@pytest.mark.parametrize("name", ["a\0b.jpg", "\ud800.jpg", "x" * 5000])
+def test_a_picture_whose_path_is_none_is_a_row_refused(tmp_path, name):
+    with pytest.raises(DataError, match="has a picture that cannot be read"):
+        encode_record(Record("k", "vqa", {"question": "?", "answer": "a"}, (tmp_path / name,)))
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ class ModelThatKnows:
 
     def __init__(self, tokenizer, papers):
         self.tokenizer = tokenizer
-        self.known = {self.key(p.tokens, p.image_IYXC): right_answer(p) for p in papers}
+        self.known = {self.key(p.tokens, p.images_IYXC): right_answer(p) for p in papers}
         self.batches = []
 
     @staticmethod
@@ -65,7 +65,7 @@ class ModelThatKnows:
 
 def test_the_same_seed_sets_the_same_papers_and_another_seed_others(tokenizer):
     def shown(seed):
-        return [(p.tokens, p.image_IYXC.tobytes()) for p in examination(tokenizer, SIDE, 3, seed)]
+        return [(p.tokens, p.images_IYXC.tobytes()) for p in examination(tokenizer, SIDE, 3, seed)]
 
     assert shown(1) == shown(1)
     assert not {image for _, image in shown(1)} & {image for _, image in shown(2)}
@@ -78,7 +78,7 @@ def test_task_prompts_open_training_rows(tokenizer, subject):
     first_target = int(np.argmax(row.is_target))
     drawn = scene_of(TASK_OF[subject], 7, "heldout", SIDE)
     paper = set_paper(subject, "task", drawn, tokenizer)
-    np.testing.assert_array_equal(paper.image_IYXC[0], row.images[0])
+    np.testing.assert_array_equal(paper.images_IYXC[0], row.images[0])
     picture = tokenizer.image_ids()
     assert paper.tokens[: len(picture)] == picture
     if subject == "caption":

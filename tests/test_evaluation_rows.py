@@ -83,7 +83,7 @@ class ModelThatKnows:
             self.known[tuple(ids), shown.tobytes()]
             for ids, shown in zip(tokens, images, strict=True)
         ]
-        ids = [[*self.tokenizer.encode_raw(a), self.tokenizer.im_end_id] for a in answers]
+        ids = [self.tokenizer.encode_raw(answer) for answer in answers]
         assert all(len(row) <= max_new_tokens for row in ids), "a right answer must fit"
         return ids
 
@@ -228,6 +228,26 @@ def test_the_command_scores_each_path_and_keeps_the_answers(
 
 class Rows(list):
     fingerprint = "made"
+
+
+def test_rows_that_cannot_be_used_are_left_out_and_told(tokenizer, monkeypatch, capsys, tmp_path):
+    from qwenvl_jax.data.sources import open as opening
+
+    good = [record("vqa", question=f"How many? {k}", answer="3") for k in range(3)]
+    bad = record("chat", conversations=[{"from": "user", "value": f"{PICTURE} hello"}])
+    rows = Rows([good[0], *[bad] * 5, *good[1:]])
+    model = ModelThatKnows(tokenizer, row_papers(Rows(good), 3, tokenizer, SIDE))
+    monkeypatch.setattr(opening, "open_source", lambda path: rows)
+    monkeypatch.setattr(command, "open_model", lambda _: model)
+    assert command.main(["--rows", "made", "--output", str(tmp_path)]) == 0
+    told = capsys.readouterr().err
+    assert told.count("made: a row is left out: row ") == 3
+    assert "has no answer" in told
+    assert "made: and 2 more that cannot be used" in told
+    assert len(json.loads((tmp_path / "rows_made.json").read_text())["answers"]) == 3
+    rows[:] = [bad]
+    assert command.main(["--rows", "made"]) == 2
+    assert "and 1 that cannot be used; name other rows" in capsys.readouterr().err
 
 
 def test_rows_too_long_for_the_model_are_left_out_by_name(tokenizer, monkeypatch, capsys, tmp_path):

@@ -9,7 +9,7 @@ from PIL import Image
 
 import qwenvl_jax
 from qwenvl_jax.inference.errors import InputError
-from qwenvl_jax.inference.session import Turn
+from qwenvl_jax.inference.session import Turn, _as_turn
 from qwenvl_jax.inference.vl import VL
 
 BOX_ANSWER = "<ref>a cat</ref><box>(1,2),(30,40)</box><box>(5,5),(9,9)</box>"
@@ -104,6 +104,15 @@ def test_user_text_is_never_special_unless_places_are_made_live(scripted):
     scripted.chat("Next", history=plain.history)
     again = [asked["ids"].count(tok.box_start_id) for asked in scripted.asked[2:]]
     assert again == [1, 0]  # a turn stays what it was
+
+
+@pytest.mark.parametrize(
+    "turn", [["a", [], "c", []], ("a", "c", "d"), "ab", ("a", None), {"question": "a"}]
+)
+def test_a_turn_that_is_no_turn_is_refused(turn):
+    # Past the type checks of tests, as callers are without them.
+    with pytest.raises(InputError, match=r"turn 2 of the history is .*expected a Turn, or a pair"):
+        _as_turn(turn, 2)
 
 
 def test_plain_pairs_serve_as_history(scripted):

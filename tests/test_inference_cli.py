@@ -67,6 +67,20 @@ def test_an_answer_is_printed_and_its_boxes_are_drawn(folder, here, answers, cap
                          "<|im_start|>assistant\n")  # fmt: skip
 
 
+def test_a_drawing_that_nobody_asked_for_may_fail(folder, here, answers, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "answer.png")
+
+    monkeypatch.setattr(infer, "save_drawn", full)
+    arguments = ["--model", str(folder), "--image", "cup.png", "Find the <ref>cup</ref>."]
+    answers[0].extend([BOXES, BOXES])
+    assert infer.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out == BOXES + "\n"
+    assert "boxes are not drawn: No space left on device: 'answer.png'; name a place" in err
+    assert infer.main([*arguments, "--output", "cup-boxes.png"]) == 2
+
+
 def test_an_answer_without_boxes_writes_nothing(folder, here, answers, capsys):
     answers[0].append("a cup")
     arguments = ["--model", str(folder), "--image", "cup.png", "--output", "new.png", "What?"]
@@ -223,6 +237,17 @@ def test_a_dialogue_refuses_options_as_a_single_question_does(
     assert out == ""
     assert err.startswith("chat: ")
     assert message in err
+
+
+def test_a_dialogue_ends_where_nobody_reads_on(folder, here, answers, monkeypatch, capsys):
+    def gone(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(chat.Talk, "take", gone)
+    monkeypatch.setattr(chat, "run_command", lambda _, run, argv: run(argv))
+    with pytest.raises(BrokenPipeError):  # which `run_command` ends quietly
+        talk(monkeypatch, folder, "Hi", "again")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_mistyped_command_is_an_error_in_a_pipe(folder, here, answers, monkeypatch, capsys):

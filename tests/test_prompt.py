@@ -159,6 +159,9 @@ def test_encode_takes_what_tiktoken_alone_does_not(tok):
     ids = tok.encode("a" + " " * 1_200_000 + "b")
     assert tok.decode(ids) == "a" + " " * 1_200_000 + "b"
     assert tok.decode(tok.encode("a\ud800b")) == "a\ufffdb"
+    # Runs that are just short of a cut are not looked through again from each of their places.
+    text = (" " * 49_999 + "x") * 4
+    assert tok.encode(text) == tok.encode(" " * 49_999 + "x") * 4
 
 
 # --- decoding is total --------------------------------------------------------------------------

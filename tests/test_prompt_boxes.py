@@ -193,7 +193,17 @@ def test_the_rule_for_pixels():
     assert boxes.quad_from_pixels(corners, 640, 480) == quad
 
 
-@pytest.mark.parametrize(("pixel", "side"), [(1, 0), (1, -3), (float("nan"), 9), (1, float("inf"))])
+@pytest.mark.parametrize(
+    ("pixel", "side"), [(1, 0), (1, -3), (float("nan"), 9), (1, float("inf")), (1, 1e306)]
+)
 def test_impossible_pixels_are_refused(pixel, side):
     with pytest.raises(ValueError, match="finite pixel and a positive side"):
         boxes.coordinate_from_pixel(pixel, side)
+
+
+def test_numbers_too_large_for_a_coordinate_are_refused():
+    assert boxes.coordinate_from_pixel(1e306, 9) == 999
+    with pytest.raises(ValueError, match="too large for a coordinate"):
+        boxes.coordinate_from_pixel(10**400, 9)
+    with pytest.raises(ValueError, match="too large for a coordinate"):
+        boxes.box_text((1, 2, 10**400, 4))

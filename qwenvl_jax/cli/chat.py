@@ -144,7 +144,7 @@ def _run(argv: Sequence[str]) -> int:
         except KeyboardInterrupt:
             print("(stopped)", file=sys.stderr)  # the answer; the dialogue goes on
         except Exception as error:
-            if not is_user_error(error):
+            if isinstance(error, BrokenPipeError) or not is_user_error(error):
                 raise
             has_failed = True
             print(f"chat: {one_line(error)}", file=sys.stderr)

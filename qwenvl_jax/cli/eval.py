@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.errors import SUCCESS, one_line, run_command
 from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, check_seed, open_model
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
+    from qwenvl_jax.data.example import DataError
     from qwenvl_jax.data.record import Source
     from qwenvl_jax.evaluation.marks import Score
     from qwenvl_jax.evaluation.rows import RowPaper
@@ -157,11 +158,18 @@ def _score_rows(path: Path, name: str, source: "Source", options: EvalOptions, v
 def _papers_that_fit(
     path: Path, source: "Source", options: EvalOptions, vl: "VL"
 ) -> "list[RowPaper]":
-    """Returns what the rows ask; says which are too long for the model and left out."""
+    """Returns what the rows ask; says which are left out: unusable, or too long for the model."""
     from qwenvl_jax.evaluation.rows import row_papers, split_by_length
 
-    drawn = row_papers(source, options.num_rows, vl.tokenizer, vl.config.image_size, options.seed)
-    most = vl.config.decoder.max_positions
+    side, most = vl.config.image_size, vl.config.decoder.max_positions
+    refused: list[DataError] = []
+    drawn = row_papers(
+        source, options.num_rows, vl.tokenizer, side, options.seed, on_unusable=refused.append
+    )
+    for error in refused[:MAX_NAMED]:
+        print(f"{path}: a row is left out: {one_line(error)}", file=sys.stderr)
+    if len(refused) > MAX_NAMED:
+        print(f"{path}: and {len(refused) - MAX_NAMED} more that cannot be used", file=sys.stderr)
     papers, too_long = split_by_length(drawn, vl.tokenizer, most)
     if too_long:
         named = ", ".join(paper.key for paper in too_long[:MAX_NAMED])
@@ -174,7 +182,8 @@ def _papers_that_fit(
     if not papers:
         raise ConfigError(
             f"--rows {path} has nothing to ask: got {len(drawn)} rows with a question, "
-            f"{len(too_long)} of them longer than the model's {most} positions; name other rows"
+            f"{len(too_long)} of them longer than the model's {most} positions, and "
+            f"{len(refused)} that cannot be used; name other rows"
         )
     return papers
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.errors import SUCCESS, one_line, run_command
 from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, save_drawn, waiting
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from qwenvl_jax.inference.session import Reply
     from qwenvl_jax.inference.vl import VL
 
@@ -90,12 +92,23 @@ def _run(argv: Sequence[str]) -> int:
     elif not reply.text.strip():
         print("the answer is empty", file=sys.stderr)
     if reply.boxes and images:
-        path = options.output or Path("answer.png")
-        save_drawn(images[-1], reply.boxes, path)
-        print(f"boxes: {path}", file=sys.stderr)
+        _draw(images[-1], reply, options.output)
     elif options.output is not None:
         print(f"the answer has no boxes: {options.output} is not written", file=sys.stderr)
     return SUCCESS
+
+
+def _draw(image_YXC: "np.ndarray", reply: "Reply", output: Path | None) -> None:
+    path = output or Path("answer.png")
+    try:
+        save_drawn(image_YXC, reply.boxes, path)
+    except OSError as error:
+        if output is not None:
+            raise
+        # nobody asked for this file, and the answer is there
+        print(f"boxes are not drawn: {one_line(error)}; name a place by --output", file=sys.stderr)
+    else:
+        print(f"boxes: {path}", file=sys.stderr)
 
 
 def _answer(vl: "VL", options: InferOptions, images: Sequence) -> "Reply":

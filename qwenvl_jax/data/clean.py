@@ -200,7 +200,10 @@ _EMOJI = regex.compile(
 # Each ends at the next angle bracket, so that no text takes more than one pass.
 _BREAK = regex.compile(r"</?(?:br|p|div|li|td|tr|h[1-6])\b[^<>]*>", regex.IGNORECASE)
 _TAG = regex.compile(r"<[/!?]?[A-Za-z\-][^<>]*>")
-_ADDRESS = regex.compile(r"(?:https?://|www\.)\S+", regex.IGNORECASE)
+# An address is ASCII: Chinese goes on right behind it. Marks at its end are the sentence's.
+_ADDRESS = regex.compile(
+    r"(?V1)(?:https?://|www\.)(?:[!-~]*[[!-~]--[)\]}>\"',.;:!?]])?", regex.IGNORECASE
+)
 _INVISIBLE = regex.compile(r"(?V1)[\p{Cc}\p{Cf}--\s]")
 _REPEATED = regex.compile(r"([!?,;:*~=_#\-+.。！？，、…])\1{3,}")
 _EMPTY_BRACKETS = regex.compile(r"\(\s*\)|\[\s*\]|\{\s*\}|（\s*）")

@@ -167,13 +167,23 @@ class Order:
         return passes * self._size + (rest * self._size + shift % self._total) // self._total
 
 
+def tokens_of(sizes: np.ndarray, slots: int) -> np.ndarray:
+    """Returns how many tokens samples take, int64 [N], their pictures' slots with them."""
+    return sizes[:, 0].astype(np.int64) + slots * sizes[:, 1].astype(np.int64)
+
+
+def is_usable(sizes: np.ndarray, slots: int, length: int, max_images: int) -> np.ndarray:
+    """Returns which samples, of sizes [N, 2] in ids and pictures, a row can hold: bool [N]."""
+    fits = (tokens_of(sizes, slots) <= length) & (sizes[:, 1] <= max_images)
+    return (sizes[:, 0] > 0) & fits
+
+
 def _by_size(
     sizes: np.ndarray, group: np.ndarray | None, slots: int, length: int, max_images: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (members, keys): the usable samples sorted by key, which holds their size."""
-    tokens = sizes[:, 0].astype(np.int64) + slots * sizes[:, 1].astype(np.int64)
-    usable = (sizes[:, 0] > 0) & (tokens <= length) & (sizes[:, 1] <= max_images)
-    members = np.flatnonzero(usable).astype(np.int32)
+    tokens = tokens_of(sizes, slots)
+    members = np.flatnonzero(is_usable(sizes, slots, length, max_images)).astype(np.int32)
     key = sizes[members, 1].astype(np.int64)
     if group is not None:
         key += group[members].astype(np.int64) * (max_images + 1)

@@ -34,11 +34,10 @@ TASK_NUMBERS = {name: number for number, name in enumerate(TASKS)}
 
 
 class Fill(NamedTuple):
-    """How full a batch is, as fractions, and how many samples it holds."""
+    """How full a batch is, as fractions."""
 
     tokens: float
     images: float
-    samples: int
 
 
 def fill_rows(
@@ -205,9 +204,8 @@ def pixels(example: Example, image: Picture, image_size: int) -> np.ndarray:
 
 
 def fill(batch: Batch) -> Fill:
-    """Returns the share of token places and of picture slots in use, and the number of samples."""
+    """Returns the share of token places and of picture slots in use."""
     return Fill(
         tokens=float(np.mean(batch.segment > 0)),
         images=float(np.mean(batch.image_start != NO_IMAGE)) if batch.image_start.size else 1.0,
-        samples=int(batch.segment.max(axis=1).sum()),
     )

@@ -12,6 +12,7 @@ A task says which fields a row has; places are in 0..999 (`prompt/boxes.py` conv
     text                  text
     chat                  conversations: [{"from": "user" or "assistant", "value": text}, ...], and
                           maybe system
+    letters               firsts, seconds: a character for each cell of the picture, row by row
 
 A box is [x1, y1, x2, y2], a quad four [x, y]. Rows of `chat` mark their pictures in the text, as
 `<img>...</img>`; those of other tasks have none or one picture, which the task puts in its place.
@@ -36,7 +37,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "ocr": ("lines",),
     "text": ("text",),
     "chat": ("conversations",),
-    "letters": ("firsts", "seconds"),  # a character for each cell of the picture, row by row
+    "letters": ("firsts", "seconds"),
 }
 _FORMAT = 1  # of the bytes that `encode_record` writes
 
@@ -131,5 +132,8 @@ def _image_bytes(record: Record, image: Picture) -> bytes:
         )
     try:
         return Path(image).read_bytes()
-    except OSError as error:
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: no path at all, as "a\0b"
         raise DataError(f"row {record.key} has a picture that cannot be read: {error}") from error

@@ -20,7 +20,7 @@ from qwenvl_jax.data.canvas import Canvases
 from qwenvl_jax.data.example import Batch, DataError, Example
 from qwenvl_jax.data.holes import Hole, too_many
 from qwenvl_jax.data.mixture import samples_per_round
-from qwenvl_jax.data.order import Order
+from qwenvl_jax.data.order import Order, is_usable
 from qwenvl_jax.data.packing import check_fits, image_slots, pack, pixels
 from qwenvl_jax.data.record import Source
 from qwenvl_jax.data.sizes import sizes_of
@@ -82,7 +82,7 @@ def open_rows(
     ]
     sizes = [part.sizes for part in found]
     unusable = {
-        name: np.flatnonzero(~_is_usable(array, tokenizer.slots, config))
+        name: np.flatnonzero(~is_usable(array, tokenizer.slots, config.length, config.max_images))
         for name, array in zip(sources, sizes, strict=True)
     }
     _check_usable(sources, unusable, tokenizer, config)
@@ -149,11 +149,6 @@ def _holes(
             found = read_sample(sources[name], name, index, tokenizer, config)
             if isinstance(found, Hole):
                 yield found
-
-
-def _is_usable(sizes: np.ndarray, slots: int, config: DataConfig) -> np.ndarray:
-    tokens = sizes[:, 0].astype(np.int64) + slots * sizes[:, 1].astype(np.int64)
-    return (sizes[:, 0] > 0) & (tokens <= config.length) & (sizes[:, 1] <= config.max_images)
 
 
 def _check_usable(

@@ -82,6 +82,7 @@ def caption(text: str, picture: str = PICTURE, language: str = "en") -> list[Seg
 
 
 def vqa(question: str, answer: str, picture: str = PICTURE) -> list[Segment]:
+    """Returns a question about the picture and its answer, which is what is learned."""
     return [
         Segment((picture, f" {question} Answer:"), False),
         Segment((f" {answer}", EOS), True),
@@ -109,6 +110,7 @@ def grounded_caption(phrases: Sequence[Phrase], picture: str = PICTURE) -> list[
 
 
 def ref_grounding(phrase: str, boxes: Sequence[Box], picture: str = PICTURE) -> list[Segment]:
+    """Returns a phrase, and the boxes of what it names: 0..999, at least one."""
     return [
         Segment((picture, _REF, phrase, _REF_END), False),
         Segment((*_box_tags(boxes), EOS), True),
@@ -116,6 +118,7 @@ def ref_grounding(phrase: str, boxes: Sequence[Box], picture: str = PICTURE) -> 
 
 
 def grounded_captioning(box: Box, text: str, picture: str = PICTURE) -> list[Segment]:
+    """Returns a box, 0..999, and the words for what lies in it."""
     return [
         Segment((picture, _REF, "This", _REF_END, *_box_tags([box]), " is"), False),
         Segment((f" {text}", EOS), True),
@@ -123,6 +126,7 @@ def grounded_captioning(box: Box, text: str, picture: str = PICTURE) -> list[Seg
 
 
 def ocr(lines: Sequence[tuple[str, Quad]], picture: str = PICTURE) -> list[Segment]:
+    """Returns all lines of the picture, each followed by its quad, 0..999."""
     read = [(_REF, text, _REF_END, Tag(format_quad(quad))) for text, quad in lines]
     return [
         Segment((picture, "OCR with grounding:"), False),
@@ -161,6 +165,7 @@ def cell_characters(title: str, firsts: str, seconds: str, picture: str = PICTUR
 
 
 def plain_text(text: str) -> list[Segment]:
+    """Returns text without a picture, all of it learned."""
     return [Segment((text, EOS), True)]
 
 

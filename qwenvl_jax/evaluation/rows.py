@@ -27,10 +27,10 @@ from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.packing import pixels
 from qwenvl_jax.data.record import Record, Source
 from qwenvl_jax.data.tasks import example_of
+from qwenvl_jax.evaluation.answering import answers_to
 from qwenvl_jax.evaluation.marks import HIT_IOU, Mark, Score, mean_marks, place_iou
 from qwenvl_jax.evaluation.metrics import anls
 from qwenvl_jax.evaluation.questions import as_question
-from qwenvl_jax.evaluation.scenes import BATCH_ROWS
 from qwenvl_jax.prompt.boxes import parse_boxes, scan, strip_boxes
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
@@ -72,14 +72,26 @@ class RowPaper(NamedTuple):
 
 
 def row_papers(
-    source: Source, num_rows: int, tokenizer: Tokenizer, side: int, seed: int = 0
+    source: Source,
+    num_rows: int,
+    tokenizer: Tokenizer,
+    side: int,
+    seed: int = 0,
+    on_unusable: Callable[[DataError], None] | None = None,
 ) -> list[RowPaper]:
     """Returns papers of so many different rows, drawn by `seed`; all rows where there are fewer.
 
-    Raises: DataError for a row that cannot be used.
+    Raises: DataError for a row that cannot be used, unless `on_unusable` takes it.
     """
     order = np.random.default_rng(seed).permutation(len(source))[:num_rows]
-    papers = [row_paper(source[int(index)], tokenizer, side) for index in order]
+    papers = []
+    for index in order:
+        try:
+            papers.append(row_paper(source[int(index)], tokenizer, side))
+        except DataError as error:
+            if on_unusable is None:
+                raise
+            on_unusable(error)
     return [paper for paper in papers if paper is not None]
 
 
@@ -134,11 +146,6 @@ def _answer_room(paper: RowPaper, tokenizer: Tokenizer) -> int:
     return -(-(len(tokenizer.encode_raw(paper.expected)) + _MARGIN) // 32) * 32
 
 
-def _said(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    ends = (tokenizer.endoftext_id, tokenizer.im_end_id)
-    return [token for token in ids if token not in ends]
-
-
 def _form(expected: str, record: Record) -> Form:
     places = parse_boxes(expected, inherit_ref=True)
     if any("quad" in place for place in places):
@@ -162,26 +169,8 @@ def sit_rows(
 
     Raises: InputError for a paper that is too long; `split_by_length` finds those before.
     """
-    tokenizer = vl.tokenizer
-    stop = (tokenizer.endoftext_id, tokenizer.im_end_id)
-    limits = [_answer_room(paper, tokenizer) for paper in papers]
-    order = sorted(range(len(papers)), key=lambda i: (limits[i], len(papers[i].tokens)))
-    answers, done = [""] * len(papers), 0
-    for limit in sorted(set(limits)):
-        chosen = [i for i in order if limits[i] == limit]
-        for start in range(0, len(chosen), BATCH_ROWS):
-            batch = chosen[start : start + BATCH_ROWS]
-            replies = vl.generate_batch(
-                [papers[i].tokens for i in batch],
-                [papers[i].images_IYXC for i in batch],
-                max_new_tokens=limit,
-                stop_tokens=stop,
-            )
-            for i, ids in zip(batch, replies, strict=True):
-                answers[i] = tokenizer.decode(_said(ids, tokenizer))
-            done += len(batch)
-            on_progress(done)
-    return answers
+    limits = [_answer_room(paper, vl.tokenizer) for paper in papers]
+    return answers_to(vl, papers, limits, on_progress)
 
 
 # --- marking ------------------------------------------------------------------------------------

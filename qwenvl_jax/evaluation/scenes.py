@@ -26,6 +26,7 @@ from qwenvl_jax.data.sources.scenes import (
     SHAPES,
     Scene,
 )
+from qwenvl_jax.evaluation.answering import answers_to
 from qwenvl_jax.evaluation.marks import HIT_IOU, Mark, Score, mean_marks, place_iou
 from qwenvl_jax.evaluation.metrics import anls
 from qwenvl_jax.prompt.boxes import Box, parse_boxes
@@ -40,7 +41,6 @@ Subject = Literal["caption", "question", "locate", "read"]
 FORMS: tuple[Form, ...] = ("task", "chat")
 SUBJECTS: tuple[Subject, ...] = ("caption", "question", "locate", "read")
 MAX_NEW_TOKENS: dict[Subject, int] = {"caption": 64, "question": 24, "locate": 64, "read": 24}
-BATCH_ROWS = 64
 
 # Which training task draws the subject's scenes: with writing, without, or as it falls.
 _SCENE_TASK: dict[Subject, str] = {
@@ -59,7 +59,7 @@ class Paper(NamedTuple):
     form: Form
     asked: str  # what a person would type
     tokens: list[int]  # the prompt, exactly as in training
-    image_IYXC: np.ndarray  # uint8 [1, Y, X, 3]
+    images_IYXC: np.ndarray  # uint8 [1, Y, X, 3]
     scene: Scene
     kind: str  # of a question: colour, count, ...; of writing: word or number
     expected: tuple[str, ...]  # texts that are right as they stand
@@ -167,25 +167,8 @@ def sit(
 
     Papers of one subject go through the model together; `on_progress` hears how many are done.
     """
-    stop = (vl.tokenizer.endoftext_id, vl.tokenizer.im_end_id)
-    answers = [""] * len(papers)
-    done = 0
-    for subject in SUBJECTS:
-        chosen = [i for i, paper in enumerate(papers) if paper.subject == subject]
-        chosen.sort(key=lambda i: len(papers[i].tokens))  # rows of a batch pad to the longest
-        for start in range(0, len(chosen), BATCH_ROWS):
-            batch = chosen[start : start + BATCH_ROWS]
-            replies = vl.generate_batch(
-                [papers[i].tokens for i in batch],
-                [papers[i].image_IYXC for i in batch],
-                max_new_tokens=MAX_NEW_TOKENS[subject],
-                stop_tokens=stop,
-            )
-            for i, ids in zip(batch, replies, strict=True):
-                answers[i] = vl.tokenizer.decode(ids)
-            done += len(batch)
-            on_progress(done)
-    return answers
+    limits = [MAX_NEW_TOKENS[paper.subject] for paper in papers]
+    return answers_to(vl, papers, limits, on_progress)
 
 
 # --- marking ------------------------------------------------------------------------------------

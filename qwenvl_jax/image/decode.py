@@ -133,7 +133,7 @@ def _opened(stream: io.BufferedReader | io.BytesIO, name: str) -> tuple[ImageFil
     """Returns the picture with its pixels not yet read, and the message for when they cannot be."""
     head = stream.read(SNIFF_BYTES)
     stream.seek(0)
-    kind = _format_of(head)
+    kind = format_of(head)
     if kind is None:
         raise ImageError(
             f"{name} is not a picture that can be read: got {_looks_like(head)}, "
@@ -188,7 +188,8 @@ def check_size(size_XY: tuple[int, int], name: str, max_pixels: int) -> None:
         )
 
 
-def _format_of(head: bytes) -> Format | None:
+def format_of(head: bytes) -> Format | None:
+    """Returns what a file's first 16 bytes or more say that it is; None for what is not read."""
     for kind in FORMATS:
         # RIFF also begins WAV and AVI; the form type follows the length
         if head.startswith(kind.starts) and (kind.name != "WEBP" or head[8:12] == b"WEBP"):

@@ -46,8 +46,10 @@ class Sampling:
             raise InputError(f"top_k must be 0 (off) or more: got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must lie in (0, 1]: got {self.top_p}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InputError(f"repetition_penalty must be above 0: got {self.repetition_penalty}")
+        if not 0 < self.repetition_penalty < 1e38:  # so that it is finite in float32 too
+            raise InputError(
+                f"repetition_penalty must be above 0 and below 1e38: got {self.repetition_penalty}"
+            )
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must lie in 0 .. 2**63 - 1: got {self.seed}")
 

@@ -183,11 +183,12 @@ def chat_stream(
 
     Raises:
         ImageError: a picture that cannot be read.
+        InputError: a turn of the history that is neither a `Turn` nor a question and its answer.
         ChatError: the message alone exceeds the context.
     """
     tok = vl.tokenizer
     squares = _load_squares(vl, images)
-    turns = [turn if isinstance(turn, Turn) else Turn(turn[0], (), turn[1]) for turn in history]
+    turns = [_as_turn(turn, number) for number, turn in enumerate(history, start=1)]
     messages = [Message("system", options.system)]
     for turn in turns:
         messages.append(_question(turn.text, turn.images, turn.live))
@@ -203,6 +204,17 @@ def chat_stream(
 
     stop_tokens = (tok.im_end_id, tok.im_start_id, tok.endoftext_id)
     return TextStream(vl, prompt, options, stop_tokens, finish)
+
+
+def _as_turn(turn: Any, number: int) -> Turn:
+    if isinstance(turn, Turn):
+        return turn
+    if isinstance(turn, list | tuple) and len(turn) == 2 and all(isinstance(t, str) for t in turn):
+        return Turn(turn[0], (), turn[1])
+    raise InputError(
+        f"turn {number} of the history is {turn!r:.80}: expected a Turn, or a pair of two texts, "
+        "question and answer; pass `reply.history` on, or such pairs"
+    )
 
 
 def complete_stream(

@@ -204,7 +204,7 @@ class VL:
         choice = Sampling(**sampling)
         stop = prompts_lib.check_stop_tokens(stop_tokens, self.config)
         prompts = self._batch([tokens], [images], [max_new_tokens], long_context)
-        return self._stream(prompts, choice, max_new_tokens, stop, every)
+        return self._stream(prompts, choice, max_new_tokens, stop, min(every, max_new_tokens))
 
     def _stream(
         self, prompts: Prompts, choice: Sampling, max_new: int, stop: tuple[int, ...], every: int

@@ -171,7 +171,7 @@ def format_ref(phrase: str) -> str:
 
 
 def _checked(values: Iterable[SupportsFloat], count: int, name: str) -> list[int]:
-    numbers = [float(v) for v in values]
+    numbers = [_as_float(v) for v in values]
     if len(numbers) != count or not all(v.is_integer() for v in numbers):
         raise ValueError(f"a {name} needs {count} whole numbers: got {numbers}")
     if not all(0 <= v <= FULL_SIDE for v in numbers):
@@ -182,6 +182,13 @@ def _checked(values: Iterable[SupportsFloat], count: int, name: str) -> list[int
     return [int(v) for v in numbers]
 
 
+def _as_float(value: SupportsFloat) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:  # an integer of hundreds of digits
+        raise ValueError("a number is too large for a coordinate") from error
+
+
 # --- pixels -------------------------------------------------------------------------------------
 
 
@@ -190,12 +197,13 @@ def coordinate_from_pixel(pixel: SupportsFloat, side: SupportsFloat) -> int:
 
     Raises: ValueError where a value is not finite or the side not positive.
     """
-    pixel, side = float(pixel), float(side)
-    if not side > 0 or not math.isfinite(side) or not math.isfinite(pixel):
+    pixel, side = _as_float(pixel), _as_float(side)
+    if not 0 < side < 1e300 or not math.isfinite(pixel):
         raise ValueError(
             f"a position needs a finite pixel and a positive side: got {pixel} of {side}"
         )
-    return min(max(math.floor(1000 * pixel / side), 0), FULL_SIDE)
+    pixel = min(max(pixel, 0.0), side)  # first, so that the product below stays finite
+    return min(math.floor(1000 * pixel / side), FULL_SIDE)
 
 
 def pixel_from_coordinate(coordinate: SupportsFloat, side: SupportsFloat) -> float:
@@ -216,7 +224,7 @@ def box_from_pixels(
 def box_to_pixels(
     box: Iterable[SupportsFloat], width: SupportsFloat, height: SupportsFloat
 ) -> tuple[float, float, float, float]:
-    """Returns pixel corners (x1 <= x2, y1 <= y2) inside the picture, as floats."""
+    """Returns pixel corners (x1 <= x2, y1 <= y2) inside the picture, as floats; NaN stays NaN."""
     x1, y1, x2, y2 = box
     left, right = sorted(pixel_from_coordinate(x, width) for x in (x1, x2))
     top, bottom = sorted(pixel_from_coordinate(y, height) for y in (y1, y2))

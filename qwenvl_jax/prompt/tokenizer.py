@@ -52,7 +52,8 @@ _TAG_TOKENS = {
 
 # tiktoken's regular expression engine aborts the whole call on about a million white spaces in a
 # row (its backtracking stack), so longer runs are cut here; no real prompt has one.
-_LONG_SPACE = re.compile(r"\s{50000}")
+_LONGEST_SPACE = 50_000
+_SPACE = re.compile(r"\s+")  # `\s{50000}` would look again from each place of a shorter run
 
 
 def load_tokenizer(
@@ -236,7 +237,10 @@ class Tokenizer:
                 f"this vocabulary has no token for byte {min(bad):#04x}, which the text "
                 f"{text[:40]!r} needs: its file has only {self.num_ranks} ranks"
             )
-        cuts = [0, *(match.end() for match in _LONG_SPACE.finditer(text)), len(text)]
+        longest = _LONGEST_SPACE
+        runs = (match.span() for match in _SPACE.finditer(text)) if len(text) > longest else ()
+        inner = (cut for a, b in runs for cut in range(a + longest, b + 1, longest))
+        cuts = [0, *inner, len(text)]
         ids: list[int] = []
         for start, end in itertools.pairwise(cuts):
             ids += self._bpe.encode(

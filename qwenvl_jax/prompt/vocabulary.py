@@ -10,7 +10,10 @@ class TokenizerError(ValueError):
 
 
 def find_vocabulary(path: Path) -> Path:
-    """Returns the file itself, or the one that a folder holds (`qwen.tiktoken` before others)."""
+    """Returns the file itself, or the one that a folder holds (`qwen.tiktoken` before others).
+
+    Raises: TokenizerError where there is none, or more than one of other names.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
@@ -25,6 +28,14 @@ def find_vocabulary(path: Path) -> Path:
             "copy the vocabulary file of the checkpoint into that folder"
         )
     return (named or found)[0]
+
+
+def vocabulary_in(folder: Path) -> Path | None:
+    """Returns the vocabulary of a folder, or None where it has none, or several of other names."""
+    try:
+        return find_vocabulary(folder)
+    except TokenizerError:
+        return None
 
 
 def read_ranks(file: Path) -> dict[bytes, int]:

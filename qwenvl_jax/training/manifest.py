@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from qwenvl_jax.config import TrainConfig, to_dict
+from qwenvl_jax.prompt.vocabulary import vocabulary_in
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
@@ -36,7 +37,8 @@ def describe_start(config: TrainConfig, command: Sequence[str]) -> dict[str, Any
 
 def inputs_of(config: TrainConfig) -> dict[str, str | None]:
     """Returns name -> fingerprint of what the run reads; None for what is not there."""
-    return {"tokenizer": fingerprint(tokenizer_file(config.data.tokenizer))}
+    vocabulary = vocabulary_in(Path(config.data.tokenizer))
+    return {"tokenizer": None if vocabulary is None else fingerprint(vocabulary)}
 
 
 def saved_inputs(start: dict[str, Any]) -> dict[str, str | None]:
@@ -52,10 +54,6 @@ def version_notes(old: dict[str, str], new: dict[str, str]) -> list[str]:
         for name, version in old.items()
         if new.get(name) != version
     ]
-
-
-def tokenizer_file(path: str) -> Path:
-    return Path(path) / "qwen.tiktoken" if Path(path).is_dir() else Path(path)
 
 
 def fingerprint(path: Path) -> str | None:

@@ -20,12 +20,13 @@ from typing import IO, Any
 
 import jax
 
+from qwenvl_jax.checkpoint.weights import TOKENIZER
 from qwenvl_jax.config import ConfigError, TrainConfig, save_json, to_dict
 from qwenvl_jax.files import replace, replace_text
+from qwenvl_jax.prompt.vocabulary import vocabulary_in
 from qwenvl_jax.training.manifest import (
     describe_start,
     saved_inputs,
-    tokenizer_file,
     version_notes,
 )
 from qwenvl_jax.training.skips import SkipRange, joined, parse_skips
@@ -108,10 +109,9 @@ class RunDir:
             return
         replace(self.path / "config.json", lambda beside: save_json(self._config, beside))
         # The directory alone is then a model for infer, chat and eval.
-        vocabulary = tokenizer_file(self._config.data.tokenizer)
-        copy = self.path / "qwen.tiktoken"
-        has_file = vocabulary.is_file()
-        if has_file and not (copy.is_file() and filecmp.cmp(vocabulary, copy, shallow=False)):
+        vocabulary = vocabulary_in(Path(self._config.data.tokenizer))
+        copy = self.path / TOKENIZER
+        if vocabulary and not (copy.is_file() and filecmp.cmp(vocabulary, copy, shallow=False)):
             replace(copy, lambda beside: shutil.copyfile(vocabulary, beside))
         self._write()
 

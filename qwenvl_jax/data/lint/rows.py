@@ -15,7 +15,7 @@ from qwenvl_jax.data.lint.text import picture_faults, spans_of, text_faults
 from qwenvl_jax.data.record import Record
 from qwenvl_jax.data.sources.conversations import Conversations, is_address
 from qwenvl_jax.data.turns import fit_turns
-from qwenvl_jax.image.decode import FORMATS, ImageError
+from qwenvl_jax.image.decode import ImageError, format_of
 from qwenvl_jax.image.load import load_image
 from qwenvl_jax.prompt.chat import DEFAULT_SYSTEM, messages_from_conversations, render_example
 from qwenvl_jax.prompt.tokenizer import Tokenizer
@@ -173,7 +173,7 @@ def _picture_fault(path: Path, decode: bool) -> tuple[str, str]:
         else:
             with path.open("rb") as file:
                 head = file.read(16)
-            if not any(head.startswith(kind.starts) for kind in FORMATS):
+            if format_of(head) is None:
                 return "picture_unreadable", f"{path} does not start like a picture"
     except ImageError as error:
         return "picture_unreadable", str(error)

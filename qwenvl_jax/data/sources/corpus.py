@@ -33,8 +33,11 @@ def is_for(split: Split, name: str) -> bool:
     return is_held_out == (split == "heldout")
 
 
-def language_of(text: str) -> str | None:
-    """Returns "zh" or "en" by the share of Chinese signs and of Latin letters; None for others."""
+def written_in(text: str) -> str | None:
+    """Returns "zh" or "en" by the share of Chinese signs and of Latin letters; None for others.
+
+    Stricter than `clean.language_of`: a page is drawn in its language.
+    """
     letters = [char for char in text if char.isalpha()]
     if not letters:
         return None
@@ -64,7 +67,7 @@ class Corpus:
             if not is_for(split, f"{path.name}/{number}"):
                 continue
             text = _read(path, number)
-            if len(text) >= _MIN_TEXT and language_of(text) == language:
+            if len(text) >= _MIN_TEXT and written_in(text) == language:
                 start = rng.randrange(len(text) // 2)
                 return text[start:] if language == "zh" else text[start:].partition(" ")[2]
         raise DataError(
@@ -96,7 +99,7 @@ def open_corpus(folder: Path | None) -> Corpus:
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in _SUFFIXES and path.is_file():
             with open(path, "rb") as stream:
-                language = language_of(stream.read(_HEAD).decode("utf-8", "ignore"))
+                language = written_in(stream.read(_HEAD).decode("utf-8", "ignore"))
             if language is not None:
                 found.setdefault(language, []).append((path, path.stat().st_size))
     if not found:

@@ -54,7 +54,7 @@ class EvalFile:
             image = self.pictures / row["image"]
             if "sent" in row:
                 box = box_from_pixels(row["bbox"], row["width"], row["height"])
-                fields = {"phrase": row["sent"], "boxes": [list(box)]}
+                fields = {"phrase": _words(row, "sent"), "boxes": [list(box)]}
                 return Record(key, "ref_grounding", fields, (image,))
             if "caption" in row:
                 return _captioned(key, [row["caption"]], image)
@@ -80,13 +80,18 @@ class EvalFile:
             ) from error
         for number, image in images:
             key = f"{name}/{number}"
-            if captions := texts[number]:
-                yield _captioned(key, captions, self.pictures / image)
-            else:
-                yield Refusal(key, "no text", "its picture has no caption")
+            try:
+                yield _captioned(key, texts[number], self.pictures / image)
+            except Refusal as refusal:
+                yield refusal
+            except TypeError as error:
+                yield Refusal(key, "broken line", f"its picture has no path: {error}")
 
 
-def _captioned(key: str, texts: list[str], image: Path) -> Record:
+def _captioned(key: str, texts: list[Any], image: Path) -> Record:
+    texts = [text for text in texts if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise Refusal(key, "no text", "its picture has no caption")
     fields: dict[str, Any] = {"text": texts[0], "language": language_of(texts[0])}
     return Record(key, "caption", fields | ({"texts": texts} if len(texts) > 1 else {}), (image,))
 
@@ -102,4 +107,10 @@ def _answered(key: str, row: Mapping[str, Any]) -> dict[str, str]:
         answer = collections.Counter(texts).most_common(1)[0][0]
     if not isinstance(answer, str) or not answer.strip():
         raise Refusal(key, "no answer", "its question has no answer, as in a test split")
-    return {"question": row["question"], "answer": answer}
+    return {"question": _words(row, "question"), "answer": answer}
+
+
+def _words(row: Mapping[str, Any], name: str) -> str:
+    if not isinstance(row[name], str):
+        raise TypeError(f"{name} is {row[name]!r:.60}, expected text")
+    return row[name]

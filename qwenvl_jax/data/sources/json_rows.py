@@ -13,7 +13,7 @@ import stat
 import zlib
 from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -286,13 +286,22 @@ def parse_row(data: bytes) -> object:
     Raises: ValueError where they are not JSON in UTF-8, in one line that says why.
     """
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.decode("utf-8"), object_pairs_hook=_once_each)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at its byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at its character {error.pos}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
 
 
 def _json_fault(view_B: np.ndarray, start: int, end: int) -> str | None:

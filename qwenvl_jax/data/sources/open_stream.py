@@ -9,7 +9,7 @@ from qwenvl_jax.data.sources import parquet_files, pdf, tar_shards, text_files
 from qwenvl_jax.data.sources.eval_files import ROW_KEYS, EvalFile
 from qwenvl_jax.data.sources.parquet_files import ParquetFiles
 from qwenvl_jax.data.sources.pdf import PdfPages
-from qwenvl_jax.data.sources.stream import Stream
+from qwenvl_jax.data.sources.stream import Stream, files_below
 from qwenvl_jax.data.sources.tar_shards import TarShards
 from qwenvl_jax.data.sources.text_files import TextFiles
 
@@ -38,7 +38,7 @@ def open_stream(path: Path, pictures: Path | None = None) -> Stream | None:
     elif (path / "index.json").exists() or (path / "dataset_info.json").exists():
         return None
     for stream, endings in _STREAMS:
-        files = [path] if path.is_file() else path.rglob("*")
+        files = [path] if path.is_file() else files_below(path)
         if any(file.name.lower().endswith(endings) for file in files):
             if pictures is not None:
                 raise DataError(

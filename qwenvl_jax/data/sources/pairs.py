@@ -66,8 +66,8 @@ def rows_of(key: str, image: bytes | None, columns: Mapping[str, Any]) -> Iterat
 def _texts(key: str, columns: Mapping[str, Any]) -> list[str]:
     found = [columns[name] for name in TEXTS if columns.get(name)][:1]
     for name in ALL_TEXTS:
-        several = columns.get(name) or []
-        found += [several] if isinstance(several, str) else several
+        several = columns.get(name)
+        found += several if isinstance(several, list | tuple) else [several]
     texts = list(dict.fromkeys(text for text in found if isinstance(text, str) and text.strip()))
     if not texts:
         raise Refusal(key, "no text", f"it has no text: got {', '.join(columns) or 'no columns'}")
@@ -77,8 +77,8 @@ def _texts(key: str, columns: Mapping[str, Any]) -> list[str]:
 def _number(key: str, value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
-        raise Refusal(key, "broken score", f"its score is no number: {value!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise Refusal(key, "broken score", f"its score is no number: {value!r:.80}") from error
 
 
 # --- GRIT ---------------------------------------------------------------------------------------

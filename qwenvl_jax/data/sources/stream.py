@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -144,11 +145,23 @@ def find_files(path: Path, endings: Sequence[str]) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(tuple(endings)))
+    files = sorted(p for p in files_below(path) if p.name.lower().endswith(tuple(endings)))
     if not files:
         what = "no such file or folder" if not path.exists() else "a folder without any"
         raise DataError(f"{path} holds no {' or '.join(endings)} files: got {what}; check the path")
     return files
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """Yields the files below a folder, behind links too; a folder that is met again is left out."""
+    seen = set()
+    for folder, inner, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        yield from (file for name in names if (file := Path(folder, name)).is_file())
 
 
 def files_fingerprint(files: Sequence[Path], root: Path, **settings: Any) -> str:
