@@ -54,5 +54,6 @@ def get_config() -> TrainConfig:
         parameters=stage_2(tower_decay=0.95, weight_decay=0.05),
         micro_batches=16,  # one row a chip on 256 chips; fewer where there is more memory
         loss_chunk=512,
-        mesh=MeshConfig(data=-1, fsdp=128, tensor=1),  # widths divide by 128, not by 256
+        # Widths divide by 128, not by 256. The paper has tensor=2, on other machines; docs/pods.md.
+        mesh=MeshConfig(data=-1, fsdp=128, tensor=1),
     )

@@ -37,13 +37,9 @@ def _not_negative(config: Any, *names: str) -> None:
             raise ConfigError(f"{type(config).__name__}.{name} must not be negative: got {value}")
 
 
-def _divides(config: Any, part: str, whole: str) -> None:
-    a, b = getattr(config, part), getattr(config, whole)
-    if b % a:
-        raise ConfigError(
-            f"{type(config).__name__}.{whole} must be a multiple of {part}: "
-            f"got {whole}={b}, {part}={a}"
-        )
+def _multiple(whole: str, a: int, part: str, b: int) -> None:
+    if a % b:
+        raise ConfigError(f"{whole} must be a multiple of {part}: got {a} and {b}")
 
 
 # --- model --------------------------------------------------------------------------------------
@@ -67,7 +63,7 @@ class VisionConfig:
     def __post_init__(self):
         _positive(self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "table_side")
         _positive(self, "window_side", "global_every", "norm_eps")
-        _divides(self, "num_heads", "width")
+        _multiple("VisionConfig.width", self.width, "num_heads", self.num_heads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,16 +152,9 @@ class ModelConfig:
                 "ModelConfig.attention_block must be a multiple of 128, the lanes of a TPU "
                 f"register: got {self.attention_block}"
             )
-        if self.image_size % self.vision.patch_size:
-            raise ConfigError(
-                "ModelConfig.image_size must be a multiple of vision.patch_size: "
-                f"got {self.image_size}, patch_size {self.vision.patch_size}"
-            )
-        if self.decoder.width % self.adapter.num_heads:
-            raise ConfigError(
-                "decoder.width must be a multiple of adapter.num_heads: "
-                f"got {self.decoder.width} and {self.adapter.num_heads}"
-            )
+        patch, heads = self.vision.patch_size, self.adapter.num_heads
+        _multiple("ModelConfig.image_size", self.image_size, "vision.patch_size", patch)
+        _multiple("decoder.width", self.decoder.width, "adapter.num_heads", heads)
         if not 0 <= self.image_start_id < self.decoder.vocab_size - 2:
             raise ConfigError(
                 "ModelConfig.image_start_id must leave room for </img> and <imgpad> in the "
@@ -244,9 +233,9 @@ class OptimizerConfig:
                     f"OptimizerConfig.{name} must be in [0, 1): got {getattr(self, name)}"
                 )
         _not_negative(self, "warmup_steps")
-        if not 0 <= self.end_lr <= self.peak_lr:
+        if not 0 <= self.end_lr <= self.peak_lr <= 1:  # AdamW's steps are as long as the rate
             raise ConfigError(
-                "OptimizerConfig.end_lr must lie between 0 and peak_lr: "
+                "OptimizerConfig.end_lr must lie between 0 and peak_lr, and that below 1: "
                 f"got {self.end_lr}, peak_lr {self.peak_lr}"
             )
 
@@ -269,9 +258,9 @@ class ParameterRule:
 
     def __post_init__(self):
         _positive(self, "rate", "layer_decay")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay <= 1:  # nor NaN
             raise ConfigError(
-                f"ParameterRule.weight_decay of {self.pattern!r} must not be negative: "
+                f"ParameterRule.weight_decay of {self.pattern!r} must lie in 0..1: "
                 f"got {self.weight_decay}"
             )
         if not self.is_trained and (self.rate, self.layer_decay, self.weight_decay) != (1, 1, 0):
@@ -336,7 +325,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run. The resolved values are printed, and saved beside every checkpoint."""
+    """One run. The resolved values are printed, and saved beside the checkpoints."""
 
     run_dir: str  # for checkpoints and metrics; a run that is in it resumes
     steps: int  # updates in all, each of `data.rows` packed rows
@@ -367,10 +356,15 @@ class TrainConfig:
                 f"what trains is kept in float32: got model.param_dtype={self.model.param_dtype}; "
                 "use frozen_dtype=bfloat16 for what does not train, and model.dtype for products"
             )
-        if self.data.image_size % self.model.vision.patch_size:
+        if not 0 <= self.seed < 2**32:  # JAX drops what is above
+            raise ConfigError(f"TrainConfig.seed must lie in 0 .. 2**32 - 1: got {self.seed}")
+        patch, most = self.model.vision.patch_size, self.model.decoder.max_positions
+        _multiple("data.image_size", self.data.image_size, "vision.patch_size", patch)
+        answer = self.evaluation.max_new_tokens if self.evaluation.every_steps else 0
+        if max(self.data.length, answer + 1) > most:
             raise ConfigError(
-                "data.image_size must be a multiple of vision.patch_size: got "
-                f"{self.data.image_size}, patch_size {self.model.vision.patch_size}"
+                "data.length, and evaluation.max_new_tokens with its question, must not exceed "
+                f"decoder.max_positions: got {self.data.length} and {answer}, max_positions {most}"
             )
         if self.data.rows % self.micro_batches:
             raise ConfigError(

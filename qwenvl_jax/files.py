@@ -1,8 +1,11 @@
 """Files that no kill and no full disk spoils: replaced as a whole, or added to line by line."""
 
+import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
@@ -23,6 +26,20 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Puts the text, as UTF-8, in the place of what the file holds; raises as `replace`."""
     replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def json_line(record: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Returns JSON in one line, null for NaN and infinities, which JSON does not know.
+
+    `default` is that of `json.dumps`.
+    """
+    return json.dumps(_finite(record), default=default)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Lines:

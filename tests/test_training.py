@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qwenvl_jax.cli.config_file import load_config
 from qwenvl_jax.config import ConfigError, MeshConfig, OptimizerConfig, ParameterRule
 from qwenvl_jax.data.example import TASKS
 from qwenvl_jax.model.qwenvl import abstract_state
@@ -20,7 +22,7 @@ from qwenvl_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, named_var
 from qwenvl_jax.training import optimizer
 from qwenvl_jax.training.guard import REASONS
 from qwenvl_jax.training.loss import by_task, next_token_loss, sum_up
-from qwenvl_jax.training.optimizer import describe_plan, learning_rate
+from qwenvl_jax.training.optimizer import describe_plan, learning_rate, plan_parameters
 from qwenvl_jax.training.state import (
     TrainState,
     from_items,
@@ -253,9 +255,49 @@ def test_tables_that_do_not_fit_are_refused(rows, words):
         layout_of(tiny.train_config(parameters=table))
 
 
+PAPER = {  # Table 8: side, tokens, steps, warm-up, rows, peak and last rate, tower's decay; frozen
+    "stage1_pretrain": (224, 512, 50_000, 500, 30_720, 2e-4, 1e-6, 0.95, {"decoder"}),
+    "stage2_multitask": (448, 2048, 19_000, 400, 4096, 5e-5, 1e-5, 0.95, set()),
+    "stage3_chat": (448, 2048, 8000, 3000, 128, 1e-5, 1e-6, None, {"vit"}),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_stages_have_the_papers_figures(name):
+    config = load_config(Path("configs") / f"{name}.py")
+    data, optimizer = config.data, config.optimizer
+    model = qwen_vl()
+    assert (config.model.vision, config.model.adapter) == (model.vision, model.adapter)
+    assert (config.model.decoder, config.model.adapter.num_queries) == (model.decoder, 256)
+    _, state = abstract_state(config.model)
+    plan = plan_parameters(state, config.parameters)
+    parts = {part: [row for path, row in plan.items() if path.startswith(part)]
+             for part in ("vit", "adapter", "decoder")}  # fmt: skip
+    frozen = {part for part, rows in parts.items() if not any(row.is_trained for row in rows)}
+    decays = {row.weight_decay for row in plan.values() if row.is_trained}
+    assert decays == {0.0, 0.05}
+    tower = {rule.layer_decay for rule in config.parameters if rule.pattern.startswith("vit")}
+    assert (
+        data.image_size,
+        data.length,
+        config.steps,
+        optimizer.warmup_steps,
+        data.rows,
+        optimizer.peak_lr,
+        optimizer.end_lr,
+        None if frozen == {"vit"} else max(tower, key=lambda decay: decay != 1),
+        frozen,
+    ) == PAPER[name]
+    same = (optimizer.beta1, optimizer.beta2, optimizer.eps, optimizer.clip_norm)
+    assert same == (0.9, 0.98, 1e-6, 1.0)
+    assert config.model.dtype == "bfloat16"
+
+
 def test_rates_of_a_frozen_row_are_refused():
     with pytest.raises(ConfigError, match=r"'vit\.\*' is not trained.*weight_decay=0\.1"):
         ParameterRule("vit.*", is_trained=False, weight_decay=0.1)
+    with pytest.raises(ConfigError, match=r"weight_decay of '\*' must lie in 0\.\.1: got nan"):
+        ParameterRule("*", weight_decay=math.nan)
     with pytest.raises(ConfigError, match="no trained row"):
         tiny.train_config(parameters=(ParameterRule("*", is_trained=False),))
 

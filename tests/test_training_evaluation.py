@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import fault_run
 import jax
@@ -18,9 +19,11 @@ from qwenvl_jax.evaluation.questions import as_question
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training import heldout
-from qwenvl_jax.training.heldout import held_out
+from qwenvl_jax.training.goodput import Goodput
+from qwenvl_jax.training.heldout import HeldOutLoss, held_out
 from qwenvl_jax.training.loop import train
-from qwenvl_jax.training.state import make_layout
+from qwenvl_jax.training.run import Run
+from qwenvl_jax.training.state import make_layout, random_weights
 
 STEPS = 5
 TASKS = {"caption": 1.0, "ref_grounding": 1.0, "vqa": 1.0}
@@ -75,6 +78,15 @@ def test_a_run_that_is_looked_at_is_the_same_run(tmp_path, capsys, monkeypatch):
     page = Image.open(seen / "samples" / f"{STEPS}.png")
     assert page.height > 3 * 360  # three pictures under each other
     assert f"answers in {seen / 'samples' / '2.png'}" in out
+
+    # An evaluation that a stop has prevented is made by the next start.
+    path = seen / "evaluations.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    go(config_of(seen, **looks))
+    assert lines(seen, "evaluations.jsonl") == evaluations
+    assert "nothing to do" not in capsys.readouterr().out
+    go(config_of(seen, **looks))
+    assert "nothing to do: this run is finished" in capsys.readouterr().out
 
     # Going on from step 3 makes the later evaluations again, alike; data that fail are survived.
     for step in (4, STEPS):
@@ -134,6 +146,32 @@ def test_held_out_data_are_never_those_trained_on(tmp_path):
     more = EvaluationConfig(every_steps=1, path="more.json")
     held = held_out(dataclasses.replace(config, evaluation=more))
     assert (held.split, held.data.path) == ("train", "more.json")
+    same = EvaluationConfig(every_steps=1, path="./my.json")
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.path is what the run trains on: got '\./my"
+    ):
+        held_out(dataclasses.replace(config, evaluation=same))
+
+
+def test_a_stop_does_not_wait_for_an_evaluation(tmp_path):
+    config = config_of(tmp_path, every_steps=1)
+    layout = make_layout(config, make_mesh(devices=jax.devices()[:1]))
+    asked = iter([False, True])
+    with jax.set_mesh(layout.mesh):
+        weights = random_weights(config, layout)
+        assert HeldOutLoss(config, layout)(weights, lambda: next(asked)) is None
+
+    told = []
+    run = SimpleNamespace(
+        look=lambda weights, unless: None,
+        state=SimpleNamespace(trainable={}, frozen={}),
+        goodput=Goodput(),
+        report=SimpleNamespace(say=told.append),
+        _looked_at=None,
+    )
+    Run.evaluate(run, 3, lambda: True)  # type: ignore[arg-type]
+    assert told == ["NOT EVALUATED (step 3): the next start does it"]
+    assert run._looked_at is None
 
 
 def test_settings_without_evaluations_are_refused(tmp_path):

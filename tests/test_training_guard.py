@@ -107,7 +107,10 @@ def spiky(run_dir, **changes):
 def test_going_back_before_a_spike_can_be_done_again_exactly(tmp_path, capsys):
     rewound = spiky(tmp_path / "rewound")
     assert "back to step 30, passing over 31:37" in capsys.readouterr().out
-    assert incidents(tmp_path / "rewound")[0]["spike_score"] > 6
+    (incident,) = incidents(tmp_path / "rewound")
+    assert incident["spike_score"] > 6
+    assert incident["cause"] == "data or model"
+    assert incident["replay"]["loss"] == incident["loss"]
     manifest = json.loads((tmp_path / "rewound" / "manifest.json").read_text())
     assert manifest["skip_steps"] == [[31, 37]]
     replayed = spiky(tmp_path / "replayed", skip_steps=("31:37",))
@@ -132,6 +135,7 @@ def test_an_incident_names_the_samples_of_its_batch(tmp_path, monkeypatch):
     assert first["samples"] == {"0": ["shelf.json[3]", "shelf.json[9]"], "1": []}
     assert second["samples"] == {"4": ["shelf.json[3]", "shelf.json[9]"], "5": []}
     assert (first["loss/vqa"], first["action"]) == (2.5, "update refused")
+    assert first["loss"] is None  # JSON has no NaN
 
 
 # --- parts --------------------------------------------------------------------------------------
@@ -143,7 +147,7 @@ def guard_with(losses, seen):
 
 @pytest.mark.parametrize(
     ("policy", "is_applied", "hold"),
-    [("off", True, 0), ("warn", True, 0), ("skip", False, 0), ("rewind", False, 1)],
+    [("off", True, 0), ("warn", True, 0), ("skip", False, 1), ("rewind", False, 1)],
 )
 def test_a_spike_is_judged_by_policy(policy, is_applied, hold):
     guard = guard_with(np.linspace(1.0, 2.0, WINDOW, dtype=np.float32), WINDOW)

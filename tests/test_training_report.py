@@ -1,6 +1,7 @@
 """What a person sees: operations counted by hand, speeds, words about memory, where time goes."""
 
 import dataclasses
+import io
 import json
 import time
 
@@ -8,18 +9,19 @@ import jax
 import pytest
 import tiny
 from PIL import Image
+from rich.console import Console
 
 from qwenvl_jax.config import to_dict
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import qwen_vl, stage_1, stage_2, stage_3
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training.expectation import expected_step_time
-from qwenvl_jax.training.flops import peak_flops, step_flops
+from qwenvl_jax.training.flops import _tower_pairs, peak_flops, step_flops
 from qwenvl_jax.training.goodput import Goodput
 from qwenvl_jax.training.memory import OutOfMemory, explained
 from qwenvl_jax.training.optimizer import plan_parameters
 from qwenvl_jax.training.plot import draw_curves, draw_tasks, running_mean, tasks_of
-from qwenvl_jax.training.report import Report
+from qwenvl_jax.training.report import Report, _numbers, _ProgressBar
 from qwenvl_jax.training.state import make_layout
 from qwenvl_jax.training.stop import grace
 
@@ -117,6 +119,42 @@ def test_time_is_split_by_what_it_went_to():
     assert split["total"] == pytest.approx(split["data"] + split["productive"])
     assert "productive" in goodput.summary()
     assert "data" in goodput.summary()
+    goodput.started()
+    split = goodput.split()
+    assert split["start"] >= 0.02
+    assert split["productive"] < 0.02
+
+
+def test_the_bar_shows_everything_at_any_width():
+    record = {
+        "step": 640, "loss": 0.4408, "lr": 3.84e-4, "grad_norm": 1.47, "padding": 0.06,
+        "tokens_per_second": 13_027.0, "images_per_second": 585.5, "seconds_per_step": 0.962,
+        "mfu": 0.451, "skipped": 2,
+    }  # fmt: skip
+    told = [part for part in _numbers(record).split("  ") if part]
+    assert told[-3:] == ["padding 6.0%", "MFU 45.1%", "skipped 2"]
+    for width in (40, 80, 200):
+        screen = io.StringIO()
+        console = Console(file=screen, width=width, force_terminal=True, color_system=None)
+        bar = _ProgressBar(0, 4200, console)
+        bar.show(record)
+        bar.stop()
+        last = " ".join(screen.getvalue().rpartition("640/4200")[2].split())
+        assert "━" in last
+        for part in (*told, "-:--:--"):
+            assert part in last, (width, part, last)
+
+
+def test_windows_see_less():
+    vision = dataclasses.replace(
+        tiny.model_config().vision, num_layers=5, global_every=4, window_side=2, patch_size=14
+    )
+    assert _tower_pairs(vision, 70) == 5 * 25**2
+    # A grid of 5 x 5 has windows of 2 and 1 on a side; one block of five sees everything.
+    pairs = sum((a * b) ** 2 for a in (2, 2, 1) for b in (2, 2, 1))
+    windowed = dataclasses.replace(vision, attention="window")
+    assert _tower_pairs(windowed, 70) == 25**2 + 4 * pairs
+    assert _tower_pairs(windowed, 28) == 5 * 4**2  # one window, which is everything
 
 
 # --- by task --------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from qwenvl_jax.cli.config_file import load_config, read_config
 from qwenvl_jax.cli.options import option_names
 from qwenvl_jax.cli.plot import main as plot_main
 from qwenvl_jax.cli.train import main
-from qwenvl_jax.config import ConfigError, LoraConfig, OptimizerConfig, to_dict
+from qwenvl_jax.config import ConfigError, LoraConfig, MeshConfig, OptimizerConfig, to_dict
 from qwenvl_jax.data.example import TASKS, DataError
 from qwenvl_jax.data.pipeline import check_config
 from qwenvl_jax.files import Lines
@@ -210,6 +211,13 @@ def test_a_start_that_fails_at_loading_leaves_the_directory_as_it_was(tmp_path, 
         ({"optimizer": {"warmup_steps": -5}}, r"warmup_steps must not be negative: got -5"),
         ({"optimizer": {"peak_lr": math.nan}}, r"peak_lr must be positive: got nan"),
         ({"optimizer": {"clip_norm": math.inf}}, r"clip_norm must be positive: got inf"),
+        ({"optimizer": {"peak_lr": 1e38}}, r"between 0 and peak_lr, and that below 1: .* 1e\+38"),
+        ({"seed": 2**32}, r"seed must lie in 0 \.\. 2\*\*32 - 1: got 4294967296"),
+        ({"data": {"length": 3000}}, r"must not exceed decoder\.max_positions: got 3000"),
+        (
+            {"evaluation": {"every_steps": 9, "max_new_tokens": 10**6}},
+            r"must not exceed decoder.* and 1000000",
+        ),
         ({"model": {"param_dtype": "bfloat16"}}, r"kept in float32: .*use frozen_dtype=bfloat16"),
         (
             {"data": {"image_size": 30}},
@@ -230,6 +238,54 @@ def test_settings_that_would_ruin_a_run_are_refused(change, words):
                 for name, value in change.items()
             },
         )
+
+
+def test_rows_that_the_devices_do_not_divide_are_told_before_anything_is_written(tmp_path):
+    config = tiny.train_config(tmp_path / "run", mesh=MeshConfig(fsdp=3))
+    with pytest.raises(ConfigError, match=r"data\.rows must be a multiple of .*over 3 devices"):
+        train(config, devices=jax.devices()[:3])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path):
+    config = tiny.train_config(tmp_path, steps=3)
+    opened(config)
+    store = CheckpointStore(tmp_path, keep=2)
+    run_dir = open_run(config, [])
+    run_dir.check_new()  # nothing is saved yet, as after a kill before the first save
+    run_dir.close()
+    assert loop_with(config, store, lambda *_: None) == 3
+    store.close()
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"no checkpoint, but its manifest\.json tells of saves"):
+        train(config, batches=lambda first: tiny.batches(config, first), devices=jax.devices()[:1])
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "manifest.json").unlink()
+    opened(config)
+
+
+def test_a_lost_config_is_known_from_the_manifest(tmp_path):
+    begin(tiny.train_config(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds a run with other settings: seed: was 7, now 8"):
+        opened(tiny.train_config(tmp_path, seed=8))
+    assert opened(tiny.train_config(tmp_path)) == []
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "manifest.json").unlink()
+    (note,) = opened(tiny.train_config(tmp_path))
+    assert "has neither config.json nor manifest.json" in note
+
+
+@pytest.mark.parametrize("text", ["[]", '{"starts": 3}', '{"starts": [1]}'])
+def test_a_manifest_that_is_none_is_refused(tmp_path, text):
+    begin(tiny.train_config(tmp_path))
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"is no manifest of a run: expected an object"):
+        opened(tiny.train_config(tmp_path))
+    (tmp_path / "manifest.json").write_text('{"starts": []}')
+    assert opened(tiny.train_config(tmp_path)) == []
 
 
 def test_allow_change_knows_the_settings(tmp_path):
@@ -773,16 +829,18 @@ def test_a_last_save_that_fails_fails_the_run(tmp_path):
     store.close()
 
 
-def test_a_request_to_stop_saves_the_step_it_met(tmp_path, capsys):
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_stop_saves_the_step_it_met(tmp_path, capsys, asked):
     store = CheckpointStore(tmp_path, keep=5)
 
     def ask(step, stop):
         if step == 3:
-            stop._note(signal.SIGTERM, None)
+            with stop:  # the handlers are there
+                signal.raise_signal(asked)
 
     assert loop_with(tiny.train_config(tmp_path, steps=50), store, ask) == 3
     assert store.steps() == [2, 3]
-    assert "SIGTERM: stopping after step 3" in capsys.readouterr().out
+    assert f"{asked.name}: stopping after step 3" in capsys.readouterr().out
     store.close()
 
 

@@ -223,12 +223,12 @@ def test_a_spike_that_only_the_replay_shows_is_gone_back_from(monkeypatch):
     gone_back = []
     run = SimpleNamespace(
         config=config,
-        _replay=lambda flight, numbers: again,
-        _rewind=lambda flight, numbers: gone_back.append(numbers) or True,
+        _replay=lambda flight, numbers: (again, "the cause is data or model", {}),
+        _rewind=lambda flight, numbers, *_: gone_back.append(numbers) or True,
     )
     flight = Flight(1, tiny.batch(config, 0), {}, NOTHING_TOLD, 0.0)
     assert Run.settle(run, flight) is Outcome.REWOUND  # type: ignore[arg-type]
-    assert gone_back == [again]
+    assert gone_back == [first]
 
 
 def test_a_feed_that_has_ended_says_so():

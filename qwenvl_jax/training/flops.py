@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 
-from qwenvl_jax.config import ModelConfig
+from qwenvl_jax.config import ModelConfig, VisionConfig
 from qwenvl_jax.sharding import MESH_AXES, named_variables, partition_spec, parts_of
 from qwenvl_jax.training.optimizer import ParameterPlan
 
@@ -94,7 +94,8 @@ def step_flops(
         return 4.0 * mine * num_layers * (3 if passes[part] else 1)
 
     vision, decoder = model.vision, model.decoder
-    per_image += patches**2 * attention(vision.width, vision.num_heads, vision.num_layers, "vit")
+    pairs = _tower_pairs(vision, image_size)
+    per_image += pairs * attention(vision.width, vision.num_heads, 1, "vit")
     per_image += patches * queries * attention(decoder.width, model.adapter.num_heads, 1, "adapter")
     wide, heads = decoder.num_heads * decoder.head_dim, decoder.num_heads
     per_pair = attention(wide, heads, decoder.num_layers, "decoder")
@@ -106,6 +107,19 @@ def step_flops(
         return language + per_image * record["images"]
 
     return count
+
+
+def _tower_pairs(vision: VisionConfig, image_size: int) -> int:
+    """Returns how many pairs of patches see each other in one picture, over all of its blocks."""
+    side, layers = image_size // vision.patch_size, vision.num_layers
+    everything = side**4
+    if vision.attention == "global":
+        return layers * everything
+    window = vision.window_side
+    whole, rest = divmod(side, window)
+    within = (whole * window**2 + rest**2) ** 2  # windows at the edges are smaller
+    num_global = layers // vision.global_every
+    return num_global * everything + (layers - num_global) * within
 
 
 def _part_size(variable: nnx.Variable, tensor: int) -> int:

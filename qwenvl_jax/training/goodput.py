@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Literal
 
-Section = Literal["restore", "compile", "data", "save", "compare", "replay", "evaluate"]
+Section = Literal["start", "restore", "compile", "data", "save", "compare", "replay", "evaluate"]
 
 
 class Goodput:
@@ -23,6 +23,10 @@ class Goodput:
             yield
         finally:
             self._spent[section] = self._spent.get(section, 0.0) + time.perf_counter() - start
+
+    def started(self) -> None:
+        """Counts what has passed so far, and is in no section yet, as `start`."""
+        self._spent["start"] = self.split()["productive"]
 
     def split(self) -> dict[str, float]:
         """Returns seconds by section; `productive` is the time in steps, `total` is all."""

@@ -2,8 +2,8 @@
 
 A step whose loss or gradient is not finite, that scores nothing, or whose loss jumps (policies
 `skip` and `rewind`) leaves parameters and moments bit-equal and is counted. After one that the host
-has to look into, the state is on hold: the steps that were sent behind it change nothing, so that
-the host finds the very state that the bad step had met, and can run it again.
+runs again, to tell data from hardware, the state is on hold: the steps that were sent behind it
+change nothing, so that the host finds the very state that the bad step had met.
 """
 
 from typing import NamedTuple
@@ -55,6 +55,11 @@ def spike_score(guard: GuardState, loss: jax.Array) -> jax.Array:
     return jnp.where(guard.seen >= ENOUGH, (loss - mean) / deviation, 0.0)
 
 
+def refuses_spikes(config: GuardConfig) -> bool:
+    """Returns whether the policy leaves out the update of a step whose loss jumps."""
+    return config.spike in ("skip", "rewind")
+
+
 def judge(
     guard: GuardState,
     loss: jax.Array,
@@ -69,9 +74,9 @@ def judge(
     verdict = jnp.where(is_spike, SPIKE, FINE)
     verdict = jnp.where(scored > 0, verdict, NOTHING_SCORED)
     verdict = jnp.where(is_finite, verdict, NOT_FINITE)
-    refuses_spikes = config.spike in ("skip", "rewind")
-    is_good = (verdict == FINE) | ((verdict == SPIKE) & (not refuses_spikes))
-    needs_look = (verdict == NOT_FINITE) | ((verdict == SPIKE) & (config.spike == "rewind"))
+    is_refused_spike = (verdict == SPIKE) & refuses_spikes(config)
+    is_good = (verdict == FINE) | ((verdict == SPIKE) & ~is_refused_spike)
+    needs_look = (verdict == NOT_FINITE) | is_refused_spike
 
     in_a_row = jnp.where(is_good, 0, guard.in_a_row + 1)
     needs_look |= in_a_row >= config.stop_after

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +34,8 @@ def held_out(config: TrainConfig) -> HeldOut:
 
     A batch has as many rows as a micro-batch of the run, so what fits there fits here.
 
-    Raises: ConfigError where the source has no held-out part and none is named, or one is named
-    without effect.
+    Raises: ConfigError where the source has no held-out part and none is named, one is named
+    without effect, or it is what the run trains on.
     """
     path, rows = config.evaluation.path, config.data.rows // config.micro_batches
     if config.data.source == "rows":
@@ -42,6 +43,12 @@ def held_out(config: TrainConfig) -> HeldOut:
             raise ConfigError(
                 "evaluation.path is empty: got data.source='rows', which has no held-out part; "
                 "name rows that the run does not train on, or set evaluation.every_steps=0"
+            )
+        trained_on = [config.data.path, *config.data.mixture]
+        if Path(path).resolve() in [Path(trained).resolve() for trained in trained_on if trained]:
+            raise ConfigError(
+                f"evaluation.path is what the run trains on: got {path!r}; name other rows, or set "
+                "evaluation.every_steps=0"
             )
         data = dataclasses.replace(
             config.data,
@@ -95,14 +102,21 @@ class HeldOutLoss:
 
         self._sums = jax.jit(sums, out_shardings=NamedSharding(layout.mesh, PartitionSpec()))
 
-    def __call__(self, weights: Weights) -> dict[str, float]:
-        """Returns `loss`, `scored_tokens`, and both by task, over all of the batches."""
+    def __call__(
+        self, weights: Weights, unless: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Returns `loss`, `scored_tokens`, and both by task, over all of the batches.
+
+        None when `unless` comes true before the end.
+        """
         config, sharding = self._config, batch_sharding(self._layout.mesh)
         total: Any = None  # Sums, of NumPy
         patience = config.guard.data_timeout
         made = iter(self._batches())
         with contextlib.closing(Feed(made, sharding, patience, held=self._rows)) as feed:
             for batch in itertools.islice(feed, config.evaluation.batches):
+                if unless():
+                    return None
                 found = jax.device_get(self._sums(weights, batch))
                 total = found if total is None else jax.tree.map(np.add, total, found)
         assert total is not None

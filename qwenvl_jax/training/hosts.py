@@ -48,6 +48,13 @@ def check_agreement(facts: Mapping[str, str]) -> None:
         )
 
 
+def first_says(answer: bool) -> bool:
+    """Returns process 0's answer on every process: others may see its files late."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+
+
 def check_copies(arrays: Mapping[str, jax.Array]) -> None:
     """Returns when all copies of every part of every array are bit-equal, on all devices.
 

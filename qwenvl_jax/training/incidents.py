@@ -1,13 +1,12 @@
-"""incidents.jsonl: one line for every step that went wrong, with what to look at afterwards."""
+"""incidents.jsonl: one line each time a step goes wrong, with what to look at afterwards."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from qwenvl_jax.files import Lines
+from qwenvl_jax.files import Lines, json_line
 from qwenvl_jax.training.guard import REASONS
 
 
@@ -38,7 +37,7 @@ class Incidents:
         told = ", ".join(f"{name} {value:.4g}" for name, value in seen.items())
         text = f"step {step}: {reason} ({told}): {action}"
         try:
-            self._lines.write(json.dumps(record, default=str))
+            self._lines.write(json_line(record, default=str))
         except OSError as error:
             return f"{text}; NOT WRITTEN into {self.path.name} yet: {error}"
         return f"{text}; see {self.path.name}"

@@ -1,6 +1,8 @@
 """What a person wants to know before the first step."""
 
-from qwenvl_jax.config import TrainConfig
+from typing import Any
+
+from qwenvl_jax.config import TrainConfig, to_dict
 from qwenvl_jax.training.expectation import expected_step_time
 from qwenvl_jax.training.memory import bytes_per_device
 from qwenvl_jax.training.optimizer import describe_plan
@@ -11,14 +13,15 @@ from qwenvl_jax.training.state import Layout
 def introduction(
     config: TrainConfig, layout: Layout, first_step: int, run_dir: RunDir
 ) -> list[str]:
-    """Returns lines: what has changed since the last start, what trains, memory a device, what a
-    step is and takes, where the run stands.
+    """Returns lines: what has changed since the last start, all settings, what trains, memory a
+    device, what a step is and takes, where the run stands.
     """
     data = config.data
     size = {name: bytes_per_device(part) / 1e9 for name, part in layout.abstract._asdict().items()}
     begin = f"resumes after step {first_step}" if first_step else f"starts from {config.init}"
     return [
         *run_dir.notes,
+        *_settings("", to_dict(config)),
         describe_plan(layout.model_state, layout.plan),
         f"mesh {dict(layout.mesh.shape)}, {layout.mesh.devices.flat[0].device_kind}; GB a device: "
         f"trained {size['trainable']:.3f}, frozen {size['frozen']:.3f}, "
@@ -29,6 +32,14 @@ def introduction(
         *_evaluation(config),
         f"{config.run_dir}: {begin}, {config.steps} steps",
     ]
+
+
+def _settings(name: str, fields: dict[str, Any]) -> list[str]:
+    """Returns a line for each group of settings; the table of what trains is told by itself."""
+    own = {k: v for k, v in fields.items() if not isinstance(v, dict) and k != "parameters"}
+    line = f"{name or 'settings'}: {' '.join(f'{k}={v}' for k, v in own.items())}"
+    groups = {f"{name}.{k}".strip("."): v for k, v in fields.items() if isinstance(v, dict) and v}
+    return [line, *(text for path, group in groups.items() for text in _settings(path, group))]
 
 
 def _evaluation(config: TrainConfig) -> list[str]:

@@ -57,9 +57,13 @@ from qwenvl_jax.training.state import (
     start_state,
     to_items,
 )
-from qwenvl_jax.training.step import Metrics, make_train_step
+from qwenvl_jax.training.step import Metrics, check_rows, make_train_step
 from qwenvl_jax.training.stop import StopRequest, grace
 
+_NOTHING_TO_DO = (
+    "nothing to do: this run is finished, with {steps} steps; ask for more of them, or name "
+    "another run_dir to begin anew"
+)
 GivenBatches = Callable[[int], Iterator[Batch]]  # first step -> the batches from there on
 OpenPage = Callable[[TrainConfig, Layout], Callable[[Weights], np.ndarray | None]]
 
@@ -88,21 +92,18 @@ def train(
     """
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
     layout = make_layout(config, make_mesh(config.mesh, devices))
-    open_feed = _feeds(config, layout, faults, batches)
+    open_feed = _feeds(config, layout, faults, goodput, batches)
     look = open_look(config, layout, open_page)
     # The mesh context serves sharding constraints that name mesh axes only.
     with jax.set_mesh(layout.mesh), explained(layout), ExitStack() as stack:
         run_dir = stack.enter_context(closing(open_run(config, command)))
-        _check_processes(config, run_dir)
         store = stack.enter_context(closing(_open_store(config, layout)))
         with goodput.spend("restore"):
-            state = restore(config, layout, store) or new_state(config, layout)
+            state = _first_state(config, layout, run_dir, store)
         when_loaded()
-        _check_first_step(config, run_dir, first_step := int(state.step))
+        first_step = int(state.step)
         feed = stack.enter_context(closing(open_feed(first_step + 1)))  # refuses other data
         report = stack.enter_context(closing(_open_report(config, layout, run_dir, first_step)))
-        if first_step == config.steps:
-            return first_step
         run = Run(
             config=config,
             run_dir=run_dir,
@@ -119,10 +120,13 @@ def train(
             feed=feed,
         )
         stack.enter_context(closing(run))
+        if first_step == config.steps and not run.is_look_missed(first_step):
+            report.say(_NOTHING_TO_DO.format(steps=first_step))
+            return first_step
+        goodput.started()
         last_step = loop(run, stack.enter_context(StopRequest()))
         run.end(last_step)
-    if jax.process_index() == 0:
-        print(plot_curves(config.run_dir), flush=True)
+    _print_curves(config)
     return last_step
 
 
@@ -135,6 +139,8 @@ def loop(run: Run, stop: StopRequest) -> int:
     """
     config, ahead, end = run.config, None, ""
     tick = step = int(run.state.step)  # a tick is never behind a step: Orbax asks by steps
+    if run.is_look_missed(step):
+        run.evaluate(step, stop.is_asked)
     while True:
         tick += 1
         if not end and (asked := stop.reached(tick)):
@@ -159,7 +165,7 @@ def loop(run: Run, stop: StopRequest) -> int:
         elif is_last:
             break
         elif is_due:
-            run.pause(step)
+            run.pause(step, stop.is_asked)
         elif skip_to:
             step = run.pass_over(step + 1, min(skip_to, config.steps))
         elif flight is not None:
@@ -172,7 +178,7 @@ def loop(run: Run, stop: StopRequest) -> int:
     if stop.asked_at is not None:
         run.report.say(grace(time.monotonic() - stop.asked_at, config.guard.grace_seconds))
     if not end:
-        run.evaluate(step)
+        run.evaluate(step, stop.is_asked)
     if outcome is Outcome.TOO_MANY:
         run.end(step)
         raise RunStopped(
@@ -182,6 +188,11 @@ def loop(run: Run, stop: StopRequest) -> int:
             "--optimizer.peak-lr=... --allow-change optimizer.peak_lr"
         )
     return step
+
+
+def _print_curves(config: TrainConfig) -> None:
+    if jax.process_index() == 0:
+        print(plot_curves(config.run_dir), flush=True)
 
 
 def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
@@ -194,11 +205,6 @@ def _open_report(config: TrainConfig, layout: Layout, run_dir: RunDir, first_ste
     run_dir.begin()
     report = Report(config, layout, first_step)
     report.say("\n".join(introduction(config, layout, first_step, run_dir)))
-    if first_step == config.steps:
-        report.say(
-            f"nothing to do: this run is finished, with {first_step} steps; ask for more of them, "
-            "or name another run_dir to begin anew"
-        )
     return report
 
 
@@ -218,9 +224,12 @@ def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -
         loss = HeldOutLoss(config, layout)
         page = open_page(config, layout) if open_page and config.evaluation.samples else None
 
-    def look(weights: Weights) -> Seen:
+    def look(weights: Weights, unless: Callable[[], bool]) -> Seen | None:
         with telling_path(config):
-            return Seen(loss(weights), page and page(weights))
+            numbers = loss(weights, unless)
+            if numbers is None or unless():
+                return None
+            return Seen(numbers, page and page(weights))
 
     return look
 
@@ -238,6 +247,19 @@ def restore(config: TrainConfig, layout: Layout, store: CheckpointStore) -> Trai
 def new_state(config: TrainConfig, layout: Layout) -> TrainState:
     """Returns the state of a run that begins."""
     return start_state(config, layout, initial_weights(config, layout))
+
+
+def _first_state(
+    config: TrainConfig, layout: Layout, run_dir: RunDir, store: CheckpointStore
+) -> TrainState:
+    """Returns the state that this start begins with. Raises: what keeps it from beginning."""
+    _check_processes(config, run_dir)
+    state = restore(config, layout, store)
+    if state is None:
+        run_dir.check_new()
+        state = new_state(config, layout)
+    _check_first_step(config, run_dir, int(state.step))
+    return state
 
 
 def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
@@ -289,13 +311,22 @@ def _check_first_step(config: TrainConfig, run_dir: RunDir, first_step: int) -> 
 
 
 def _feeds(
-    config: TrainConfig, layout: Layout, faults: HostFaults, given: GivenBatches | None
+    config: TrainConfig,
+    layout: Layout,
+    faults: HostFaults,
+    goodput: Goodput,
+    given: GivenBatches | None,
 ) -> Callable[[int], Feed]:
-    """Returns a function from the first step to the feed of batches from there on."""
+    """Returns a function from the first step to the feed of batches from there on.
+
+    Opening it, and what is looked at here, counts as time for data.
+    """
+    check_rows(config, layout.mesh)
     sharding = batch_sharding(layout.mesh)
     held = None
     if not given:
-        _check_data(config)  # what is wrong with them is told before gigabytes are loaded
+        with goodput.spend("data"):
+            _check_data(config)  # what is wrong with them is told before gigabytes are loaded
         held = rows_of_process(sharding, config.data.rows)
 
     def watched(batches: Iterator[Batch], step: int) -> Iterator[Batch]:
@@ -303,6 +334,7 @@ def _feeds(
             faults.hang_data(number)
             yield batch
 
+    @goodput.spend("data")
     def open_feed(step: int) -> Feed:
         # Steps are counted from 1 here, batches from 0.
         if given:

@@ -6,6 +6,7 @@
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax
 
-from qwenvl_jax.config import TrainConfig, to_dict
+from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 from qwenvl_jax.prompt.vocabulary import vocabulary_in
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
@@ -54,6 +55,39 @@ def version_notes(old: dict[str, str], new: dict[str, str]) -> list[str]:
         for name, version in old.items()
         if new.get(name) != version
     ]
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """Returns what manifest.json holds; empty where there is none. Raises: ConfigError."""
+    path = run_dir / "manifest.json"
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    starts = found.get("starts") if isinstance(found, dict) else None
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise ConfigError(
+            f"{path} is no manifest of a run: expected an object with a list `starts`; restore it, "
+            "remove it, or choose another run_dir"
+        )
+    return found
+
+
+def saved_config(run_dir: Path, last: dict[str, Any] | None) -> Any:
+    """Returns the settings of the last start, from config.json or else the manifest; or None."""
+    path = run_dir / "config.json"
+    if path.exists():
+        return read_json(path)
+    return last and last.get("config")
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a file of a run holds. Raises: ConfigError where it is no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not readable as JSON: {error}; restore it or choose another run_dir"
+        ) from error
 
 
 def fingerprint(path: Path) -> str | None:

@@ -1,26 +1,27 @@
 """What a person sees of a run: metrics.jsonl, TensorBoard, and the terminal."""
 
 import contextlib
-import json
-import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
 from qwenvl_jax.config import TrainConfig
-from qwenvl_jax.files import Lines
+from qwenvl_jax.files import Lines, json_line
 from qwenvl_jax.training.board import Board
 from qwenvl_jax.training.flops import all_peaks, step_flops
 from qwenvl_jax.training.guard import FINE, REASONS
 from qwenvl_jax.training.run_dir import EVALUATIONS, METRICS, truncate_metrics
 from qwenvl_jax.training.state import Layout
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 _RATE_WINDOW = 50  # steps that the speed is averaged over, between one mark more
 _RATES = {"tokens": "tokens_per_second", "images": "images_per_second", "flops": "flops_per_second"}
@@ -76,14 +77,14 @@ class Report:
         """Writes down what an evaluation after `step` has found: a line, and a page of answers."""
         if not self._is_speaker:
             return
-        record = {"step": step} | {name: _finite(value) for name, value in seen.numbers.items()}
-        self._evaluations.write(json.dumps(record))
         where = ""
         if seen.page_YXC is not None:
             page = self._run_dir / "samples" / f"{step}.png"
             page.parent.mkdir(exist_ok=True)
             Image.fromarray(seen.page_YXC).save(page)
             where = f", answers in {page}"
+        # Last: the line says that this evaluation is there, and need not be made up for.
+        self._evaluations.write(json_line({"step": step} | seen.numbers))
         self.say(f"step {step}: loss on held-out data {seen.numbers['loss']:.4f}{where}")
         numbers, page = {f"heldout/{k}": v for k, v in seen.numbers.items()}, seen.page_YXC
         self._on_board(lambda board: board.scalars(numbers, step))
@@ -173,7 +174,7 @@ class Report:
         if not self._is_speaker:
             return
         try:
-            self._lines.write(json.dumps({k: _finite(v) for k, v in record.items()}))
+            self._lines.write(json_line(record))
         except OSError as error:  # a full disk, where space may come back
             if not self._is_refusal_told:
                 self.say(f"NOT WRITTEN: {error}; training goes on, and lines wait in memory")
@@ -184,21 +185,19 @@ class Report:
 
 
 class _ProgressBar:
-    def __init__(self, first_step: int, num_steps: int):
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
+    """A bar, and below it the numbers, on as many lines as the terminal's width asks for."""
 
-        self._progress = Progress(
-            MofNCompleteColumn(),
-            BarColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
+    def __init__(self, first_step: int, num_steps: int, console: "Console | None" = None):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+        from rich.text import Text
+
+        class Bar(Progress):
+            def get_renderables(self) -> "Iterable[RenderableType]":
+                yield from super().get_renderables()
+                yield from (Text(task.fields["text"]) for task in self.tasks)
+
+        columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+        self._progress = Bar(*columns, console=console)
         self._task = self._progress.add_task("", total=num_steps, completed=first_step, text="")
         self._progress.start()
 
@@ -230,8 +229,3 @@ def _numbers(record: dict[str, Any]) -> str:
     if record["mfu"] is not None:
         text += f"  MFU {record['mfu']:.1%}"
     return text + (f"  skipped {record['skipped']}" if record["skipped"] else "")
-
-
-def _finite(value: Any) -> Any:
-    """Returns None for NaN and infinities, which JSON does not know."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

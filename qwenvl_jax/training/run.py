@@ -15,8 +15,8 @@ from qwenvl_jax.data.example import Batch, DataError
 from qwenvl_jax.training.faults import HostFaults, change_one_copy
 from qwenvl_jax.training.feed import NOTHING_TOLD, Feed, Told
 from qwenvl_jax.training.goodput import Goodput
-from qwenvl_jax.training.guard import FINE, NOT_FINITE, NOTHING_SCORED, SPIKE
-from qwenvl_jax.training.hosts import check_copies
+from qwenvl_jax.training.guard import FINE, NOT_FINITE, NOTHING_SCORED, SPIKE, refuses_spikes
+from qwenvl_jax.training.hosts import check_copies, first_says
 from qwenvl_jax.training.incidents import Incidents, same_numbers
 from qwenvl_jax.training.loss import by_task
 from qwenvl_jax.training.report import Report, Seen
@@ -28,7 +28,8 @@ from qwenvl_jax.training.stop import grace
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-Look = Callable[[Weights], Seen]
+# The weights, and what says that the look is not wanted any more: then it finds nothing.
+Look = Callable[[Weights, Callable[[], bool]], Seen | None]
 
 
 class Flight(NamedTuple):
@@ -70,7 +71,9 @@ class Run:
     _step: Step | None = None
     _save_began: float | None = None  # of the save under way, by the monotonic clock
     _has_saved: bool = False
+    _is_save_noted: bool = False
     _is_grace_told: bool = False
+    _looked_at: int | None = None  # the step
 
     @property
     def has_no_data(self) -> bool:
@@ -87,8 +90,8 @@ class Run:
         Returns None when `unless` comes true before there is a batch.
         """
         began = time.perf_counter()
+        self.feed = self.feed or self.open_feed(step)
         with self.goodput.spend("data"):
-            self.feed = self.feed or self.open_feed(step)
             batch = self.feed.take(unless)
         waited = time.perf_counter() - began
         return None if batch is None else self.start(step, batch, waited)
@@ -106,25 +109,26 @@ class Run:
 
     def settle(self, flight: Flight) -> Outcome:
         """Reads the numbers of a step, logs them, and acts on what the guard found."""
-        numbers = _read(flight)
-        verdict, outcome = numbers["verdict"], Outcome.FINE
-        if verdict == NOT_FINITE:
-            numbers = self._replay(flight, numbers)
+        first = numbers = _read(flight)
+        verdict, outcome = first["verdict"], Outcome.FINE
+        if verdict == NOT_FINITE or (verdict == SPIKE and refuses_spikes(self.config.guard)):
+            numbers, found, facts = self._replay(flight, first)
             outcome = Outcome.RELEASED
-        if numbers["verdict"] == SPIKE and self.config.guard.spike == "rewind":
-            if self._rewind(flight, numbers):
-                return Outcome.REWOUND
-            outcome = Outcome.RELEASED
-        elif verdict == SPIKE:
-            self._tell(flight, numbers, self._done(verdict))
-        elif verdict == NOTHING_SCORED:
-            self._tell(flight, numbers, "update refused")
+            if numbers["verdict"] == SPIKE and self.config.guard.spike == "rewind":
+                if self._rewind(flight, first, found, facts):
+                    return Outcome.REWOUND
+            else:
+                action = f"{found}; {self._done(numbers['verdict'])}"
+                self._tell(flight, first, action, **facts)
+        elif verdict in (SPIKE, NOTHING_SCORED):
+            self._tell(flight, first, self._done(verdict))
         if numbers["refused_in_a_row"] >= self.config.guard.stop_after:
             outcome = Outcome.TOO_MANY
         if outcome is not Outcome.FINE:
             self.state = with_scalars(self.state, flight.step, hold=0)
         self.report.step(numbers)
         self._tolerate(flight.step, self.store.check)
+        self._note_first_save()
         self._tell_grace()
         return outcome
 
@@ -132,8 +136,11 @@ class Run:
         """Returns whether a step ends with something that needs the state at rest."""
         return self._is_save_due(step) or self._is_comparison_due(step) or self._is_look_due(step)
 
-    def pause(self, step: int) -> None:
-        """Compares copies, saves and evaluates, as far as this step is one for it."""
+    def pause(self, step: int, unless: Callable[[], bool]) -> None:
+        """Compares copies, saves and evaluates, as far as this step is one for it.
+
+        The evaluation is left when `unless` comes true.
+        """
         began = time.perf_counter()
         if self.faults.strikes("replica", step):
             self._change_a_copy()
@@ -148,26 +155,39 @@ class Run:
                 self._tell_grace()
         self.faults.damage(step, Path(self.config.run_dir) / "checkpoints")
         if self._is_look_due(step):
-            self.evaluate(step)
+            self.evaluate(step, unless)
         self.report.paused(time.perf_counter() - began)
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self, step: int, unless: Callable[[], bool]) -> None:
         """Looks at held-out data with the weights as they are, if the run is evaluated at all.
+
+        Once a step. What is left because `unless` came true is made up for by the next start.
 
         Data that cannot be read, and a disk that is full, are told and survived: the run does not
         depend on them. Not so with several processes, of which only this one may have met them: it
         would take a step while the others wait for it here.
         """
-        if self.look is None:
+        if self.look is None or self._looked_at == step:
             return
         with self.goodput.spend("evaluate"):
             try:
-                seen = self.look(self.state.trainable | self.state.frozen)
+                seen = self.look(self.state.trainable | self.state.frozen, unless)
+                if seen is None:
+                    self.report.say(f"NOT EVALUATED (step {step}): the next start does it")
+                    return
                 self.report.evaluated(step, seen)
+                self._looked_at = step
             except (DataError, OSError) as error:
                 if jax.process_count() > 1:
                     raise
                 self.report.say(f"NOT EVALUATED (step {step}): {error}; training goes on")
+
+    def is_look_missed(self, step: int) -> bool:
+        """Returns whether an evaluation was due after the step that this start begins with."""
+        if self.look is None or step == 0:
+            return False
+        is_due = self._is_look_due(step) or step == self.config.steps
+        return is_due and not first_says(step in self.run_dir.evaluated_steps())
 
     def save_what_is_done(self, ahead: Flight | None) -> None:
         """Saves the steps before the one whose batch could not be had.
@@ -198,6 +218,8 @@ class Run:
                     f"the last save, of step {step}, failed: {error}; mend the storage and give "
                     f"the same command again: it goes on after step {newest}"
                 ) from error
+        self._has_saved = True
+        self._note_first_save()
         self.report.say(f"saved step {step} in {Path(self.config.run_dir) / 'checkpoints'}")
 
     def end(self, step: int) -> None:
@@ -218,8 +240,13 @@ class Run:
         self.close()
         self.feed = None
 
-    def _replay(self, flight: Flight, first: dict[str, Any]) -> dict[str, Any]:
-        """Returns the numbers of a bad step's second try, from the same state and batch."""
+    def _replay(
+        self, flight: Flight, first: dict[str, Any]
+    ) -> tuple[dict[str, Any], str, dict[str, Any]]:
+        """Makes a bad step again, from the same state and batch.
+
+        Returns its numbers, what they say of the cause in words, and as facts for the incident.
+        """
         assert self._step is not None
         with self.goodput.spend("replay"):
             before = with_scalars(
@@ -233,28 +260,30 @@ class Run:
             again = _read(flight._replace(metrics=metrics))
         is_same = same_numbers(first, again)
         cause = "data or model" if is_same else "hardware"
-        done = self._done(again["verdict"])
-        self._tell(
-            flight,
-            first,
+        found = (
             f"a replay on the same inputs gave {'the same' if is_same else 'other'} numbers, so "
-            f"the cause is {cause}; {done}",
-            cause=cause,
-            replay={name: again[name] for name in ("loss", "grad_norm")},
+            f"the cause is {cause}"
         )
-        return again
+        replay = {name: again[name] for name in ("loss", "grad_norm")}
+        return again, found, {"cause": cause, "replay": replay}
 
     def _done(self, verdict: int) -> str:
         """Returns what the step has done with an update of this verdict."""
-        is_applied = verdict == FINE or (verdict == SPIKE and self.config.guard.spike == "warn")
+        is_applied = verdict == FINE or (verdict == SPIKE and not refuses_spikes(self.config.guard))
         return "update applied" if is_applied else "update refused"
 
-    def _rewind(self, flight: Flight, numbers: dict[str, Any]) -> bool:
-        """Goes back to the newest checkpoint and passes over what led to a spike, if it can."""
+    def _rewind(
+        self, flight: Flight, first: dict[str, Any], found: str, facts: dict[str, Any]
+    ) -> bool:
+        """Goes back to the newest checkpoint and passes over what led to a spike, if it can.
+
+        `found` and `facts` are what a replay of the step has said.
+        """
         spike = flight.step
         self._tolerate(spike, self.store.wait)
         if not self.store.steps():
-            self._tell(flight, numbers, "no checkpoint to go back to; update refused")
+            action = f"{found}; no checkpoint to go back to; update refused"
+            self._tell(flight, first, action, **facts)
             return False
         for leaf in jax.tree.leaves(self.state):
             leaf.delete()  # two states may not fit
@@ -264,8 +293,8 @@ class Run:
         self.state, step = state, int(state.step)
         skipped = (step + 1, spike + self.config.guard.rewind_margin)
         self._note(lambda: self.run_dir.skip(skipped))
-        action = f"back to step {step}, passing over {skipped[0]}:{skipped[1]}"
-        self._tell(flight, numbers, action, skipped=skipped)
+        action = f"{found}; back to step {step}, passing over {skipped[0]}:{skipped[1]}"
+        self._tell(flight, first, action, skipped=skipped, **facts)
         self.report.rewind(step)
         self._move_to(step)
         return True
@@ -307,6 +336,14 @@ class Run:
                 step, self.store.wait
             )  # of the one before, which is no reason not to try
             self._tolerate(step, start)
+
+    def _note_first_save(self) -> None:
+        """Notes, once a save is on the disk, that a start without checkpoints has lost them."""
+        if self._is_save_noted or not self._has_saved or self.store.is_saving:
+            return
+        if self.store.steps():
+            self._note(self.run_dir.saved)
+            self._is_save_noted = True
 
     def _tell_grace(self) -> None:
         """Says, once a save is on the disk, how long a stop would take: a step, and a save."""

@@ -26,6 +26,9 @@ from qwenvl_jax.files import replace, replace_text
 from qwenvl_jax.prompt.vocabulary import vocabulary_in
 from qwenvl_jax.training.manifest import (
     describe_start,
+    read_json,
+    read_manifest,
+    saved_config,
     saved_inputs,
     version_notes,
 )
@@ -84,6 +87,23 @@ class RunDir:
         """The manifest's entry of this start."""
         return self._manifest["starts"][-1]
 
+    def check_new(self) -> None:
+        """Raises ConfigError where an earlier start has saved: its checkpoints are not there."""
+        ends = [start.get("end", {}).get("step", 0) for start in self._manifest["starts"]]
+        if any(ends) or any(start.get("saved") for start in self._manifest["starts"]):
+            raise ConfigError(
+                f"{self.path} has no checkpoint, but its manifest.json tells of saves: got an "
+                "empty or missing folder checkpoints/; give it back (is a disk not mounted?), name "
+                "another run_dir, or remove metrics.jsonl and manifest.json to begin anew here"
+            )
+
+    def evaluated_steps(self) -> set[int]:
+        """Returns the steps after which the run was evaluated."""
+        path = self.path / EVALUATIONS
+        if not path.exists():
+            return set()
+        return {json.loads(line)["step"] for line in path.read_text("utf-8").splitlines()}
+
     def ask_to_skip(self, texts: Sequence[str], first_step: int) -> None:
         """Passes over the ranges `A:B` that a person names, once the run stands at `first_step`.
 
@@ -113,6 +133,13 @@ class RunDir:
         copy = self.path / TOKENIZER
         if vocabulary and not (copy.is_file() and filecmp.cmp(vocabulary, copy, shallow=False)):
             replace(copy, lambda beside: shutil.copyfile(vocabulary, beside))
+        if (data := self.path / "data.json").exists():  # which is of now: the data are open
+            self.start["data"] = read_json(data)
+        self._write()
+
+    def saved(self) -> None:
+        """Notes that a checkpoint of this start is on the disk."""
+        self.start["saved"] = True
         self._write()
 
     def skip(self, steps: SkipRange) -> None:
@@ -158,18 +185,23 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
     try:
         record, notes = describe_start(config, command), []
         manifest = {"starts": [], "skip_steps": []}
-        has_begun = _has_begun(run_dir)
-        now, old = to_dict(config), None
-        if has_begun and (run_dir / "config.json").exists():
-            old = with_newer_settings(_read(run_dir / "config.json"), config)
+        if has_begun := _has_begun(run_dir):
+            manifest |= read_manifest(run_dir)
+        last = manifest["starts"][-1] if manifest["starts"] else None
+        now, old = to_dict(config), saved_config(run_dir, last) if has_begun else None
+        if old is not None:
+            old = with_newer_settings(old, config)
+        elif has_begun:
+            notes.append(
+                f"{run_dir} has neither config.json nor manifest.json: that the settings are those "
+                "of its earlier starts is up to you"
+            )
         # What the run had and this start has no more can be changed as well.
         known = [*flat_fields(now), *flat_fields(old), *record["inputs"]]
         _check_allowed(config.allow_change, known)
         if old is not None:
             notes += _compare(old, now, config)
-        if has_begun and (run_dir / "manifest.json").exists():
-            manifest |= _read(run_dir / "manifest.json")
-            last = manifest["starts"][-1]
+        if last is not None:
             notes += _compare_inputs(saved_inputs(last), record["inputs"], config)
             notes += version_notes(last["versions"], record["versions"])
         parse_skips(config.skip_steps)  # a wrong one is told before anything is loaded
@@ -337,12 +369,3 @@ def _compare_inputs(
 
 def _is_named(path: str, names: Sequence[str]) -> bool:
     return any(path == name or path.startswith(name + ".") for name in names)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is not readable as JSON: {error}; restore it or choose another run_dir"
-        ) from error

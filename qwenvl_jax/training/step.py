@@ -40,7 +40,7 @@ def make_train_step(config: TrainConfig, layout: Layout) -> TrainStep:
     Raises:
         ConfigError: the rows of a micro-batch do not divide over the devices.
     """
-    _check_rows(config, layout.mesh)
+    check_rows(config, layout.mesh)
     optimizer = make_optimizer(config.optimizer)
     faults = parse_faults(config.simulate_fault)
 
@@ -100,7 +100,8 @@ def _counts(batch: Batch, sums: Sums) -> Metrics:
     }
 
 
-def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
+def check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises ConfigError unless the rows of a micro-batch divide over the devices."""
     num_shards = num_parts(axes.BATCH, mesh)
     if config.data.rows % (config.micro_batches * num_shards):
         raise ConfigError(
