@@ -1,26 +1,44 @@
 """Files that no kill and no full disk spoils: replaced as a whole, or added to line by line."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+HALF = ".new"  # ends the name of what is being written, or what a kill has left of it
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Has a file written beside its place, and moves it there when it is whole.
 
-    Raises: OSError, or what `write` raises; the file that was there before is as it was, and
+@contextlib.contextmanager
+def appearing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yields a place beside `path`; the file written there moves to `path` when the block ends.
+
+    `durable`: it is on the disk by then, which takes a disk's time.
+
+    Raises: OSError, or what the block raises; the file that was there before is as it was, and
         nothing lies beside it.
     """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")  # others may write the same
+    beside = path.with_name(f"{path.name}.{os.getpid()}{HALF}")  # others may write the same
     try:
-        write(beside)
+        yield beside
+        if durable:
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(beside, path)
     except BaseException:  # an interrupt too
         beside.unlink(missing_ok=True)
         raise
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Puts what `write` writes, at the place that it is given, in the place of a file.
+
+    Raises: as `appearing`, and what `write` raises.
+    """
+    with appearing(path) as beside:
+        write(beside)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -96,7 +96,7 @@ def test_index_counts_and_refused_rows_are_listed(folder):
     assert "never written" in refused[0]["detail"]
     names = {p.name for p in folder.iterdir()}
     assert not names & {"parts", "plan.json"}
-    assert not [name for name in names if name.endswith(".tmp")]
+    assert not [name for name in names if name.endswith(".new")]
 
 
 def test_processes_write_the_same_bytes(folder, tmp_path):
@@ -171,7 +171,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
 
 def test_a_run_killed_before_it_had_a_plan_goes_on(folder, tmp_path):
     (tmp_path / "out" / "parts").mkdir(parents=True)
-    (tmp_path / "out" / "plan.json.7.tmp").write_text("{")
+    (tmp_path / "out" / "plan.json.7.new").write_text("{")
     prepare(plan(tmp_path / "out", Pairs(), tokenizer=NANO), processes(1))
     assert files_of(tmp_path / "out") == files_of(folder)
 

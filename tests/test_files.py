@@ -1,11 +1,14 @@
 """Files that are replaced as a whole or added to line by line, on a disk that is full meanwhile."""
 
 import errno
+import json
+import math
 import os
+from pathlib import Path
 
 import pytest
 
-from qwenvl_jax.files import Lines, replace, replace_text
+from qwenvl_jax.files import Lines, json_line, replace, replace_text
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -60,3 +63,12 @@ def test_a_line_that_a_kill_has_cut_is_ended_and_no_file_is_made_for_nothing(tmp
         lines.close()
     assert cut.path.read_text().splitlines() == ['{"step": 1}', '{"st', '{"step": 2}']
     assert not empty.path.exists()
+
+
+def test_a_line_of_json_has_null_for_what_is_no_number():
+    record = {"loss": math.nan, "replay": {"loss": -math.inf, "norm": 1.5}, "step": 3}
+    text = json_line(record | {"path": Path("a")}, default=str)
+    expected = {"loss": None, "replay": {"loss": None, "norm": 1.5}, "step": 3, "path": "a"}
+    assert json.loads(text) == expected
+    with pytest.raises(TypeError):
+        json_line({"path": Path("a")})

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qwenvl_jax.data.shard import PARTS, Plan, PrepareError, appearing, write_shard
+from qwenvl_jax.data.shard import PARTS, Plan, PrepareError, appearing_file, write_shard
 from qwenvl_jax.data.sources.prepared import INDEX, REFUSED, check_files, read_index
 from qwenvl_jax.data.workers import WorkerKilled, spread
+from qwenvl_jax.files import HALF
 
 _PLAN = "plan.json"
 
@@ -123,18 +124,18 @@ def _begin(folder: Path, facts: Mapping[str, Any]) -> None:
     try:
         begun = json.loads((folder / _PLAN).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        half = {PARTS, *(path.name for path in folder.glob(f"{_PLAN}.*.tmp"))}  # of a killed run
+        half = {PARTS, *(path.name for path in folder.glob(f"{_PLAN}.*{HALF}"))}  # of a killed run
         if names := sorted({path.name for path in folder.iterdir()} - half):
             raise PrepareError(
                 f"{folder} holds something else: got {', '.join(names[:5])}, expected a new or "
                 "empty folder; choose another one"
             ) from None
-        with appearing(folder / _PLAN) as file:
+        with appearing_file(folder / _PLAN) as file:
             file.write(json.dumps(facts, indent=1).encode())
     else:
         _check_same(folder, begun, facts)
     (folder / PARTS).mkdir(exist_ok=True)
-    for path in [*folder.glob("*.tmp"), *(folder / PARTS).glob("*.tmp")]:
+    for path in [*folder.glob(f"*{HALF}"), *(folder / PARTS).glob(f"*{HALF}")]:
         path.unlink()
 
 
@@ -184,7 +185,7 @@ def _finish(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "made_from": facts,
         "shards": [{name: shard[name] for name in _SHARD_FACTS} for shard in shards],
     }
-    with appearing(folder / REFUSED) as file:
+    with appearing_file(folder / REFUSED) as file:
         for path in parts:
             with path.with_suffix(".refused.jsonl").open("rb") as part:
                 shutil.copyfileobj(part, file)
@@ -194,7 +195,7 @@ def _finish(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
             ", delete the folder, and mend the source or the rules"
         )
     check_files(folder, shards)
-    with appearing(folder / INDEX) as file:
+    with appearing_file(folder / INDEX) as file:
         file.write(json.dumps(index, indent=1).encode())
     _clear(folder)
     return index

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -26,6 +25,7 @@ from qwenvl_jax.data.record import FIELDS, Record, decode_record, encode_record
 from qwenvl_jax.data.sources.prepared import FORMAT, ROWS_ENDING, sizes_name
 from qwenvl_jax.data.sources.stream import Refusal, Stream
 from qwenvl_jax.data.tasks import example_of
+from qwenvl_jax.files import appearing
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 
 PARTS = "parts"  # the folder of finished shards' facts, gone when the index is written
@@ -92,7 +92,7 @@ def write_shard(plan: Plan, shard: str, number: int, num_shards: int) -> dict[st
     sizes = _Sizes()
     counts = {kind: collections.Counter() for kind in ("tasks", "refused", "changed")}
     with (
-        appearing(plan.folder / PARTS / f"{number:05d}.refused.jsonl") as refused,
+        appearing_file(plan.folder / PARTS / f"{number:05d}.refused.jsonl") as refused,
         _array_record(plan.folder / name) as rows,
     ):
         for row in plan.stream.read(shard):
@@ -108,7 +108,7 @@ def write_shard(plan: Plan, shard: str, number: int, num_shards: int) -> dict[st
             counts["tasks"][stored.task] += 1
             counts["changed"].update(stored.changed)
         rows.num_rows = len(sizes.bytes)
-    with appearing(plan.folder / sizes_name(name)) as file:
+    with appearing_file(plan.folder / sizes_name(name)) as file:
         arrays = sizes.arrays(has_tokens=plan.tokenizer is not None)
         np.savez(file, allow_pickle=False, **arrays)
     with (plan.folder / name).open("rb") as file:
@@ -123,7 +123,7 @@ def write_shard(plan: Plan, shard: str, number: int, num_shards: int) -> dict[st
         "read": len(sizes.bytes) + counts["refused"].total(),
         **{kind: dict(sorted(counter.items())) for kind, counter in counts.items()},
     }
-    with appearing(facts_path) as file:
+    with appearing_file(facts_path) as file:
         file.write(json.dumps(facts, indent=1).encode())
     return facts
 
@@ -195,17 +195,10 @@ def _tokenizer(folder: Path | None) -> Tokenizer | None:
 
 
 @contextlib.contextmanager
-def appearing(path: Path) -> Iterator[IO[bytes]]:
+def appearing_file(path: Path) -> Iterator[IO[bytes]]:
     """Yields a file that gets its name when the block ends well, and is on disk by then."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(path, durable=True) as beside, beside.open("wb") as file:
+        yield file
 
 
 class _RowWriter:
@@ -218,29 +211,24 @@ class _RowWriter:
 
 @contextlib.contextmanager
 def _array_record(path: Path) -> Iterator[_RowWriter]:
-    """Yields a writer of rows, as `appearing`; its file has been opened again and counted."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Yields a writer of rows, as `appearing_file`; its file has been opened again and counted."""
     try:
-        writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
-        try:
-            rows = _RowWriter(writer.write)
-            yield rows
-        finally:
-            writer.close()
-        reader = ArrayRecordReader(str(temporary))
-        num_rows = reader.num_records()
-        reader.close()
-        if num_rows != rows.num_rows:
-            raise RuntimeError(f"got {num_rows} rows back, expected {rows.num_rows}")
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with appearing(path, durable=True) as beside:
+            writer = ArrayRecordWriter(str(beside), _WRITER_OPTIONS)
+            try:
+                rows = _RowWriter(writer.write)
+                yield rows
+            finally:
+                writer.close()
+            reader = ArrayRecordReader(str(beside))
+            num_rows = reader.num_records()
+            reader.close()
+            if num_rows != rows.num_rows:
+                raise RuntimeError(f"got {num_rows} rows back, expected {rows.num_rows}")
     except RuntimeError as error:  # what ArrayRecord raises when the disk is full, among others
         raise PrepareError(
             f"{path} cannot be written: {error}; make room, and run the same command to go on"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _as_json(value: Any) -> Any:

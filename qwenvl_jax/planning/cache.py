@@ -5,7 +5,6 @@ read from the text each time, so a better reading needs no compilation; and what
 source without changing the program finds its program again.
 """
 
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -18,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from qwenvl_jax.files import appearing
 from qwenvl_jax.planning.pods import GB
 
 _FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
@@ -96,20 +96,17 @@ class ProgramCache:
     def write(self, digest: str, program: CompiledProgram) -> None:
         """Keeps a program; where that fails, a line on stderr says so, and the plan goes on."""
         path = self._path(digest)
-        partial = path.with_suffix(f".{os.getpid()}")
         content = json.dumps(dataclasses.asdict(program)).encode()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(gzip.compress(content, compresslevel=6))
-            partial.replace(path)  # whole, or not there
+            with appearing(path) as beside:
+                beside.write_bytes(gzip.compress(content, compresslevel=6))
         except OSError as error:
             print(
                 f"the compiled program was not kept in {self._folder}: {error.strerror}; name "
                 "another folder with --cache",
                 file=sys.stderr,
             )
-            with contextlib.suppress(OSError):
-                partial.unlink()
 
     def _path(self, digest: str) -> Path:
         return self._folder / f"{digest}.json.gz"
