@@ -152,6 +152,12 @@ class ModelConfig:
                 "ModelConfig.attention_block must be a multiple of 128, the lanes of a TPU "
                 f"register: got {self.attention_block}"
             )
+        _positive(self, "image_size")
+        if self.adapter.num_queries > self.decoder.max_positions - 2:
+            raise ConfigError(
+                "adapter.num_queries, and two, must not exceed decoder.max_positions: got "
+                f"{self.adapter.num_queries} and {self.decoder.max_positions}"
+            )
         patch, heads = self.vision.patch_size, self.adapter.num_heads
         _multiple("ModelConfig.image_size", self.image_size, "vision.patch_size", patch)
         _multiple("decoder.width", self.decoder.width, "adapter.num_heads", heads)

@@ -313,6 +313,15 @@ def test_a_save_that_fails_in_the_background(tmp_path, monkeypatch):
         OSError(errno.EIO, "Input/output error"),
         PermissionError(errno.EACCES, "Permission denied"),
         ValueError("UNAVAILABLE: the storage does not answer"),
+        # As tensorstore tells what the system says, with names of its own for some of it.
+        *(
+            ValueError(f"{name}: Error reading 'a/0': {os.strerror(number)}")
+            for name, number in (
+                ("UNKNOWN", errno.EIO),
+                ("ABORTED", errno.ESTALE),
+                ("FAILED_PRECONDITION", errno.ENOTCONN),
+            )
+        ),
     ],
 )
 def test_what_the_storage_says_is_not_taken_for_damage(tmp_path, monkeypatch, error):
@@ -341,6 +350,42 @@ def test_a_checkpoint_of_a_newer_version_is_no_damage(tmp_path, monkeypatch):
     store.close()
 
 
+def test_a_flipped_bit_in_the_format_is_damage(tmp_path, capsys):
+    saved_run(tmp_path, 1, 2).close()
+    (digest,) = (tmp_path / "checkpoints" / "2" / "digest").glob("metadata")
+    noted = digest.read_text()
+    assert noted.count('"format": 1') == 1
+    digest.write_text(noted.replace('"format": 1', '"format": 3'))
+    store = CheckpointStore(tmp_path)
+    assert store.restore_newest(wanted())[0] == 1
+    store.close()
+    assert "the digest record itself is damaged); renamed to 2.corrupt" in capsys.readouterr().out
+
+
+def test_a_reader_follows_a_run_that_goes_on(tmp_path, monkeypatch):
+    """A step that the run has removed for a newer one while it was read is no damage."""
+    run = CheckpointStore(tmp_path, keep=1)
+    run.save(2, items(2))
+    run.wait()
+    reader, goes_on = CheckpointStore(tmp_path, read_only=True), [4]
+    listed = reader.steps
+
+    def steps():
+        found = listed()
+        for step in goes_on:
+            run.save(step, items(step))
+            run.wait()
+        goes_on.clear()
+        return found
+
+    monkeypatch.setattr(reader, "steps", steps)
+    step, found = reader.restore_newest(wanted())
+    assert step == 4
+    assert_same(found["weights"], weights(4))
+    reader.close()
+    run.close()
+
+
 def test_files_that_are_not_ours_stay(tmp_path):
     saved_run(tmp_path, 1).close()
     checkpoints = tmp_path / "checkpoints"
@@ -348,13 +393,14 @@ def test_files_that_are_not_ours_stay(tmp_path):
     for path in foreign:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
+    (checkpoints / "3").write_text("mine")
     store = saved_run(tmp_path, 2, 3, 4)  # so many that the oldest is removed
     assert store.steps() == [2, 3, 4]
     step, found = store.restore_newest(wanted())
     store.close()
     assert step == 4
     assert_same(found["weights"], weights(4))
-    foreign[2] = checkpoints / "99.foreign" / "x"
+    foreign[2:] = [checkpoints / "99.foreign" / "x", checkpoints / "3.foreign"]
     assert all(path.read_text() == "mine" for path in foreign)
 
 
@@ -518,7 +564,7 @@ def test_left_over_of_killed_frozen_weights_is_replaced(tmp_path):
 
 @pytest.mark.parametrize(("shape", "at_once"), [((1, 8, 1), 1 << 30), ((2, 2, 2), 1)])
 def test_frozen_weights_go_onto_another_mesh(tmp_path, shape, at_once, monkeypatch):
-    monkeypatch.setattr("qwenvl_jax.checkpoint.frozen._READ_BYTES", at_once)  # 1: one by one
+    monkeypatch.setattr("qwenvl_jax.checkpoint.parts._READ_BYTES", at_once)  # 1: one by one
     saved_with_still(tmp_path, 3)
     data, fsdp, tensor = shape
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))

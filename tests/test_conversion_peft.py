@@ -124,6 +124,9 @@ def test_everything_that_does_not_fit_is_named_at_once(base, tmp_path):
     trained[half(second, "B")] = trained[half(second, "B")][:, 1:]
     trained[half(third, "A")][0, 0] = np.nan
     del trained[half(fourth, "B")]
+    doubled = half(third, "B").replace(".weight", ".default.weight")
+    trained[doubled] = trained[half(third, "B")]
+    trained[f"base_model.model.{fourth}.weight"] = np.zeros((4, 4), np.float32)
     trained["base_model.model.transformer.wte.lora_embedding_A"] = np.zeros((4, 4), np.float32)
     with pytest.raises(ConversionError) as error:
         import_released(base, tmp_path / "out", lora=write_adapter(tmp_path / "a", trained))
@@ -134,6 +137,8 @@ def test_everything_that_does_not_fit_is_named_at_once(base, tmp_path):
         f"{second}.weight: A is",
         f"{half(third, 'A')} holds NaN or infinity",
         f"{fourth}.weight: lora_B is missing",
+        f"{fourth}.weight is there whole, and as a pair",
+        "are for the same matrix",
         "lora_embedding_A is unknown",
     ):
         assert part in told, part

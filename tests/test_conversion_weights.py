@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
-from released_files import golden_tensors, write_folder
+from released_files import golden_tensors, read_all, write_folder
 
 from qwenvl_jax.checkpoint.leaves import (
     CHUNK_BYTES,
@@ -135,6 +136,100 @@ def test_a_lost_or_strange_file_of_the_folder_is_named(saved, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(WeightsError, match="is missing"):
         read_weights_config(folder)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        {"dtype": "float32", "sha256": "0"},
+        {"shape": [2], "sha256": "0"},
+        {"shape": [2], "dtype": "float32"},
+        {"shape": ["2"], "dtype": "float32", "sha256": "0"},
+        {"shape": [2], "dtype": "float", "sha256": "0"},
+    ],
+)
+def test_a_manifest_that_is_damaged_is_told(saved, tmp_path, entry):
+    folder = copy_of(saved[0], tmp_path / "ours")
+    manifest = {"format": 1, "arrays": {PART: entry}}
+    for arrays in (manifest["arrays"], [], None):
+        (folder / "weights.json").write_text(json.dumps(manifest | {"arrays": arrays}))
+        with pytest.raises(WeightsError, match=r"weights\.json is damaged: expected a shape"):
+            verify_weights(folder)
+    deep = "[" * 100_000
+    (folder / "weights.json").write_text(deep)
+    with pytest.raises(WeightsError, match="is not JSON"):
+        open_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora": None}, "no LoraConfig in it"),
+        ({"lora": []}, "no LoraConfig in it"),
+        ({"image_size": 28.0}, r"ModelConfig\.image_size must be a whole number: got 28\.0"),
+        ({"image_size": 0}, r"ModelConfig\.image_size must be positive"),
+        ({"dtype": "half"}, r"ModelConfig\.dtype must be a dtype: got 'half'"),
+    ],
+)
+def test_a_config_that_is_damaged_is_told(saved, tmp_path, change, said):
+    folder = copy_of(saved[0], tmp_path / "ours")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(WeightsError, match=f"does not describe a model: .*{said}"):
+        read_weights_config(folder)
+
+
+def test_large_arrays_are_read_some_at_a_time(saved, monkeypatch):
+    """What is read at once is held twice by Orbax."""
+    monkeypatch.setattr("qwenvl_jax.checkpoint.parts._READ_BYTES", 20_000)
+    restore, sizes = ocp.Checkpointer.restore, []
+
+    def watched(self, folder, args):
+        sizes.append([x.size * x.dtype.itemsize for x in args.item.values()])
+        return restore(self, folder, args=args)
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", watched)
+    _, abstract = abstract_state(tiny.model_config())
+    loaded = load_weights_folder(saved[0], abstract)
+    for path, variable in named_variables(loaded).items():
+        np.testing.assert_array_equal(variable.get_value(), saved[1][path], err_msg=path)
+    assert len(sizes) > 2
+    assert all(len(part) == 1 or sum(part) <= 20_000 for part in sizes)
+    assert max(sizes[0]) == max(x.nbytes for x in saved[1].values())
+
+
+def test_parts_of_several_dtypes_leave_as_the_one_that_holds_all(tmp_path):
+    """As of a run that trains q_proj in float32 and keeps the rest in bfloat16."""
+    released = write_folder(tmp_path / "released", golden_tensors())
+    assert main(["import", str(released), str(tmp_path / "ours")]) == 0
+    config = read_config(tmp_path / "ours")
+    _, abstract = abstract_state(config)
+    mixed = {
+        path: variable.get_value().astype("f4" if ".attn.q_proj." in path else jnp.bfloat16)
+        for path, variable in named_variables(load_weights(tmp_path / "ours", abstract)).items()
+    }
+    save_weights(tmp_path / "mixed", config, fill(abstract, mixed))
+    assert main(["export", str(tmp_path / "mixed"), str(tmp_path / "back")]) == 0
+    tensors = read_all(tmp_path / "back")
+    for name, expected in golden_tensors().items():
+        is_mixed = ".attn.c_attn." in name or ".attn_pool.attn.in_proj_" in name
+        assert tensors[name].dtype == (np.float32 if is_mixed else jnp.bfloat16), name
+        rounded = expected.astype(jnp.bfloat16).astype(np.float32)
+        np.testing.assert_allclose(tensors[name].astype(np.float32), rounded, rtol=8e-3, atol=1e-6)
+
+
+def test_folders_that_were_made_go_with_a_conversion_that_fails(tmp_path, capsys):
+    (tmp_path / "W").mkdir()
+    left = tmp_path / "W" / ".dst.partial-killed"
+    left.mkdir()
+    assert main(["import", str(tmp_path / "none"), str(tmp_path / "W" / "a" / "b" / "dst")]) == 2
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "W" / "a" / "b" / "dst"):
+        raise RuntimeError
+    assert list((tmp_path / "W").iterdir()) == [left]
+    with new_folder(tmp_path / "W" / "dst"):
+        pass
+    assert f"{left} is of a conversion that was killed" in capsys.readouterr().err
 
 
 def test_another_models_folder_is_refused_by_shape(saved):

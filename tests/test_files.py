@@ -66,9 +66,10 @@ def test_a_line_that_a_kill_has_cut_is_ended_and_no_file_is_made_for_nothing(tmp
 
 
 def test_a_line_of_json_has_null_for_what_is_no_number():
-    record = {"loss": math.nan, "replay": {"loss": -math.inf, "norm": 1.5}, "step": 3}
+    record: dict = {"loss": math.nan, "replay": {"loss": -math.inf, "norm": 1.5}, "step": 3}
+    record["list"] = [math.inf, (1,)]
     text = json_line(record | {"path": Path("a")}, default=str)
-    expected = {"loss": None, "replay": {"loss": None, "norm": 1.5}, "step": 3, "path": "a"}
-    assert json.loads(text) == expected
+    expected = {"loss": None, "replay": {"loss": None, "norm": 1.5}, "step": 3}
+    assert json.loads(text) == expected | {"list": [None, [1]], "path": "a"}
     with pytest.raises(TypeError):
         json_line({"path": Path("a")})

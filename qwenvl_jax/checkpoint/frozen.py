@@ -6,34 +6,30 @@ The folder is named by what it holds. With LoRA at full size a checkpoint thus t
 21.
 """
 
-import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
+from qwenvl_jax.checkpoint.parts import Item, restore_in_parts
 from qwenvl_jax.checkpoint.record import (
     CheckpointError,
     Damaged,
-    Item,
     Record,
     compare,
     describe,
     read,
-    restore_args,
     set_aside,
     sha256,
 )
-from qwenvl_jax.checkpoint.weights import placed
 
 Spare = Callable[[], Item]  # the weights that the run began with, read or drawn once more
 
 FROZEN = "frozen"
 # On one device an array would be one file, of gigabytes, copied whole when it is written.
 _CHUNK_BYTES = 64 << 20
-_READ_BYTES = 1 << 30
 
 
 class FrozenFolder:
@@ -117,33 +113,8 @@ class FrozenFolder:
 
 
 def _read(folder: Path, wanted: Item) -> Item:
-    """Returns the arrays, some at a time: while they are read, Orbax holds two copies of them.
-
-    The largest come first, when most of the memory is free.
-    """
-    arrays = {}
     with ocp.Checkpointer(_handler()) as checkpointer:
-        for some in _in_parts(wanted):
-            arrays |= checkpointer.restore(folder, args=restore_args(some, is_part=True))
-    return arrays
-
-
-def _in_parts(wanted: Item) -> Iterator[Item]:
-    """Yields the items in dicts that take a process about `_READ_BYTES`, or hold one array.
-
-    All processes get the same ones, as they read together.
-    """
-    part, filled = {}, 0
-    for name, x in sorted(wanted.items(), key=lambda pair: (-pair[1].size, pair[0])):
-        here = placed(x).sharding
-        share = math.prod(here.shard_shape(x.shape)) * x.dtype.itemsize
-        share = share * len(here.device_set) // jax.process_count()
-        if part and filled + share > _READ_BYTES:
-            yield part
-            part, filled = {}, 0
-        part[name], filled = x, filled + share
-    if part:
-        yield part
+        return restore_in_parts(lambda args: checkpointer.restore(folder, args=args), wanted)
 
 
 def _name(record: Record) -> str:

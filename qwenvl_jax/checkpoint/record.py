@@ -3,19 +3,20 @@
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-import orbax.checkpoint as ocp
-
 from qwenvl_jax.checkpoint.digest import digests
-from qwenvl_jax.checkpoint.weights import placed
+from qwenvl_jax.checkpoint.parts import Item
 
-Item = dict[str, Any]  # dotted name -> array, or ShapeDtypeStruct with a sharding
 Record = dict[str, dict[str, Any]]  # dotted name -> {shape, dtype, digest}
 
-_ERRORS_OF_THE_SYSTEM = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT)
+_ERRORS_OF_THE_SYSTEM = (
+    errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN,
+    errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+)  # fmt: skip
 _STATES_OF_THE_SYSTEM = (  # as tensorstore names them
     "RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "UNAUTHENTICATED",
     "DEADLINE_EXCEEDED",
@@ -42,17 +43,6 @@ def describe(arrays: Item) -> Record:
 def sha256(record: Any) -> str:
     """Returns the digest of a record itself."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def restore_args(wanted: Item, *, is_part: bool = False) -> ocp.args.PyTreeRestore:
-    """Returns how Orbax is asked for arrays of these shapes, dtypes and shardings.
-
-    `is_part`: there are others beside them.
-    """
-    target = {name: placed(x) for name, x in wanted.items()}
-    # Without these Orbax takes the dtypes and the shardings of the save.
-    each = ocp.checkpoint_utils.construct_restore_args(target)
-    return ocp.args.PyTreeRestore(target, restore_args=each, partial_restore=is_part)
 
 
 def read(action: Callable[[], Any]) -> Any:
@@ -88,6 +78,7 @@ def _raise_damaged(error: Exception) -> NoReturn:
     is_systems = isinstance(error, MemoryError | PermissionError) or (
         isinstance(error, OSError) and error.errno in _ERRORS_OF_THE_SYSTEM
     )
-    if is_systems or any(name in str(error) for name in _STATES_OF_THE_SYSTEM):
+    told = (*_STATES_OF_THE_SYSTEM, *map(os.strerror, _ERRORS_OF_THE_SYSTEM))
+    if is_systems or any(words in str(error) for words in told):
         raise error
     raise Damaged(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error

@@ -21,15 +21,14 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from qwenvl_jax.checkpoint.frozen import FROZEN, FrozenFolder, Spare
+from qwenvl_jax.checkpoint.parts import Item, restore_in_parts
 from qwenvl_jax.checkpoint.record import (
     CheckpointError,
     Damaged,
-    Item,
     Record,
     compare,
     describe,
     read,
-    restore_args,
     set_aside,
     sha256,
 )
@@ -107,6 +106,7 @@ class CheckpointStore:
         if still:
             record[FROZEN] = self._frozen.keep(still)
         payload = {"format": FORMAT, "items": record, "sha256": sha256(record)}
+        payload["whole"] = _digest_of_all(payload)
         parts: dict[str, Any] = {
             name: ocp.args.PyTreeSave(dict(arrays)) for name, arrays in items.items()
         }
@@ -159,12 +159,19 @@ class CheckpointStore:
             CheckpointError: there are steps and none is good, or names or shapes are not `wanted`,
                 or frozen weights are damaged.
         """
-        steps = self.steps()
-        for step in reversed(steps):
+        steps, gone = self.steps(), set[int]()
+        while left := [step for step in steps if step not in gone]:
+            step = left[-1]
+            gone.add(step)
             try:
                 return step, self._restore(step, wanted, defaults or {}, any_dtype, spare)
             except Damaged as reason:
-                self._set_aside(step, reason)
+                if self._read_only and not (self._directory / str(step)).exists():
+                    # The run goes on meanwhile, and has removed it for a newer one.
+                    self._manager.reload()
+                    steps = self.steps()
+                else:
+                    self._set_aside(step, reason)
         aside = sorted(path.name for path in self._directory.glob("*.corrupt*"))
         if steps or aside:
             raise CheckpointError(
@@ -230,44 +237,48 @@ class CheckpointStore:
             wanted = {name: _as_saved(item, whole.get(name, {})) for name, item in wanted.items()}
         for name, arrays in wanted.items():
             _check_names(f"{self._directory / str(step)} item {name!r}", arrays, whole.get(name))
-        args = {
-            name: restore_args({path: x for path, x in arrays.items() if path in record[name]})
-            for name, arrays in wanted.items()
-        }
-        restored = read(lambda: self._manager.restore(step, args=ocp.args.Composite(**args)))
-        items = {name: restored[name] for name in wanted}
-        for name, arrays in items.items():
-            compare(arrays, record[name])
+        items = {}
+        for name, arrays in wanted.items():
+            own = {path: x for path, x in arrays.items() if path in record[name]}
+            items[name] = self._read_item(step, name, own)
+            compare(items[name], record[name])
         if still:
             beside = {path: wanted[_WEIGHTS][path] for path in still}
             items[_WEIGHTS] = items[_WEIGHTS] | self._frozen.restore(still, beside, spare)
         return items | old
 
+    def _read_item(self, step: int, name: str, wanted: Item) -> Item:
+        def restore(args: ocp.args.PyTreeRestore) -> Item:
+            return self._manager.restore(step, args=ocp.args.Composite(**{name: args}))[name]
+
+        return read(lambda: restore_in_parts(restore, wanted))
+
     def _read_record(self, step: int) -> dict[str, Record]:
         """Returns item -> name -> {shape, dtype, digest}; checked against its own sha256."""
         args = ocp.args.Composite(**{_DIGEST: ocp.args.JsonRestore()})
         payload = read(lambda: self._manager.restore(step, args=args)[_DIGEST])
-        if isinstance(payload, dict) and payload.get("format", FORMAT) > FORMAT:
+        found = payload.get("format", FORMAT) if isinstance(payload, dict) else FORMAT
+        if found != FORMAT and payload.get("whole", "") == _digest_of_all(payload):
             raise CheckpointError(
                 f"{self._directory / str(step)} was saved by a newer version: got format "
-                f"{payload['format']} of its digests, expected at most {FORMAT}; update qwenvl-jax"
+                f"{found} of its digests, expected at most {FORMAT}; update qwenvl-jax"
             )
         record, noted = read(lambda: (payload["items"], payload["sha256"]))
-        if sha256(record) != noted:
+        if sha256(record) != noted or found != FORMAT:
             raise Damaged("the digest record itself is damaged")
         return record
 
     def _set_foreign_aside(self) -> None:
-        """Renames folders that are called as steps and hold nothing of a checkpoint.
+        """Renames what is called as a step and holds nothing of a checkpoint.
 
-        Orbax would count them among the checkpoints to keep, and remove them in turn.
+        Orbax would count folders among the checkpoints to keep, and remove them in turn; a file it
+        would write over.
         """
         if jax.process_index() == 0 and self._directory.is_dir():
-            for folder in list(self._directory.iterdir()):
-                is_step = folder.name.isdigit() and folder.is_dir()
-                if is_step and not any((folder / name).exists() for name in _PARTS):
-                    target = set_aside(folder, "foreign")
-                    print(f"{folder} is no checkpoint; renamed to {target.name}", flush=True)
+            for path in list(self._directory.iterdir()):
+                if path.name.isdigit() and not any((path / name).exists() for name in _PARTS):
+                    target = set_aside(path, "foreign")
+                    print(f"{path} is no checkpoint; renamed to {target.name}", flush=True)
         _wait_for_the_first()
 
     def _set_aside(self, step: int, reason: Damaged) -> None:
@@ -319,6 +330,11 @@ def restore_trained(run_dir: str | Path) -> Item:
         store.close()
     assert found is not None  # it has the step that `trained` has read
     return found[1][_WEIGHTS]
+
+
+def _digest_of_all(payload: Mapping[str, Any]) -> str:
+    """Returns the digest of a record with its format: tells a newer one from a flipped bit."""
+    return sha256({name: value for name, value in payload.items() if name != "whole"})
 
 
 def _wait_for_the_first() -> None:

@@ -11,17 +11,19 @@ OCDBT database: that one gathers data files of gigabytes in memory before writin
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import errno
+import glob
 import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from qwenvl_jax.checkpoint.leaves import (
+    DTYPES,
     Leaf,
     OnBytes,
     digest_leaf,
@@ -37,10 +40,12 @@ from qwenvl_jax.checkpoint.leaves import (
     unwatched,
     write_leaf,
 )
+from qwenvl_jax.checkpoint.parts import restore_in_parts
 from qwenvl_jax.config import (
     AdapterConfig,
     ConfigError,
     DecoderConfig,
+    DType,
     LoraConfig,
     ModelConfig,
     VisionConfig,
@@ -75,27 +80,33 @@ def check_ours(source: Path) -> None:
 # --- writing ------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty folder beside `path` that becomes `path` when the block ends without error.
 
-    On any error, an interrupt included, it is removed and nothing is left at `path`.
+    On any error, an interrupt included, it is removed, with the folders above it that were made,
+    and nothing is left at `path`. What a kill has left beside it is named.
 
     Raises:
         WeightsError: `path` is there already.
         OSError: the disk is full.
     """
     path = check_new(path)
+    made = [parent for parent in path.parents if not parent.exists()]  # the innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        told = "is of a conversion that was killed, or is under way: remove it if it is not"
+        print(f"{left} {told}", file=sys.stderr)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o777 & ~umask)  # mkdtemp makes it private
         yield partial
-        for file in partial.rglob("*"):
+        for file in (partial, *partial.rglob("*")):
             _flush(file)
         partial.rename(path)
+        made = []
     except Exception as error:
         if not _is_full(error):
             raise
@@ -103,6 +114,9 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         raise OSError(errno.ENOSPC, told, str(path.parent)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # somebody else's by now
+                parent.rmdir()
 
 
 def check_new(path: str | Path) -> Path:
@@ -225,8 +239,10 @@ def model_config_from_dict(fields: dict[str, Any], where: str | Path) -> ModelCo
     parts = {"vision": VisionConfig, "adapter": AdapterConfig, "decoder": DecoderConfig}
     try:
         made = {name: _from_dict(kind, fields.get(name)) for name, kind in parts.items()}
-        lora = fields.get("lora", {})  # JSON has no tuples
-        made["lora"] = _from_dict(LoraConfig, lora | {"targets": tuple(lora.get("targets", ()))})
+        lora = fields.get("lora", {})
+        if isinstance(lora, dict):  # JSON has no tuples
+            lora = lora | {"targets": tuple(lora.get("targets", ()))}
+        made["lora"] = _from_dict(LoraConfig, lora)
         return _from_dict(ModelConfig, fields | made)
     except (ConfigError, TypeError) as error:
         raise WeightsError(f"{where} does not describe a model: {error}") from error
@@ -299,16 +315,10 @@ def load_weights_folder(path: str | Path, abstract: nnx.State, *, verify: bool =
     if verify:
         verify_weights(path)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    target = {name: placed(array) for name, array in wanted.items()}
-    with ocp.StandardCheckpointer() as checkpointer:
-        arrays = checkpointer.restore((path / WEIGHTS).resolve(), target)
+    folder = (path / WEIGHTS).resolve()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        arrays = restore_in_parts(lambda args: checkpointer.restore(folder, args=args), wanted)
     return fill(abstract, arrays)
-
-
-def placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns the same with a sharding: the first device's where none is asked for."""
-    sharding = array.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -318,7 +328,23 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path / MANIFEST} has format {manifest.get('format')}, expected {FORMAT}: written by "
             "another version of this package"
         )
-    return manifest["arrays"]
+    arrays = manifest.get("arrays")
+    if not isinstance(arrays, dict) or not all(map(_is_entry, arrays.values())):
+        raise WeightsError(
+            f"{path / MANIFEST} is damaged: expected a shape, a dtype and a sha256 for each array; "
+            "copy or convert the folder again"
+        )
+    return arrays
+
+
+def _is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(shape := entry.get("shape"), list)
+        and all(type(size) is int for size in shape)
+        and entry.get("dtype") in DTYPES
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -326,7 +352,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise WeightsError(f"{file} is missing: not a complete folder of weights") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"{file} is not JSON: {error}") from error
     if not isinstance(contents, dict):
         raise WeightsError(f"{file} holds a {type(contents).__name__}, expected an object")
@@ -336,12 +362,19 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _from_dict(kind: type, fields: Any) -> Any:
     if not isinstance(fields, dict):
         raise ConfigError(f"no {kind.__name__} in it")
-    names = {field.name for field in dataclasses.fields(kind)}
-    unknown = sorted(set(fields) - names)
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(fields) - set(known))
     if unknown:
         raise ConfigError(
-            f"unknown fields {', '.join(unknown)}, expected {', '.join(sorted(names))}"
+            f"unknown fields {', '.join(unknown)}, expected {', '.join(sorted(known))}"
         )
+    for name, value in fields.items():
+        if known[name].type is int and type(value) is not int:
+            raise ConfigError(f"{kind.__name__}.{name} must be a whole number: got {value!r}")
+        if known[name].type is float and type(value) not in (int, float):
+            raise ConfigError(f"{kind.__name__}.{name} must be a number: got {value!r}")
+        if known[name].type is DType and value not in get_args(DType):
+            raise ConfigError(f"{kind.__name__}.{name} must be a dtype: got {value!r}")
     return kind(**fields)
 
 

@@ -16,6 +16,7 @@ RELEASED_ADAPTER_HEAD_DIM = 128
 RELEASED_NORM_EPS = 1e-6  # of every vision norm; not in the released file
 DEFAULT_QUERIES = 256
 _WHOLE, _NUMBER = (int,), (int, float)
+_LARGEST = 1e12  # of any number here; nor infinity, nor NaN
 # What may be left out, and what it must be where it is there.
 _VISUAL_OPTIONS = {"n_queries": _WHOLE}
 _DECODER_OPTIONS = {
@@ -276,17 +277,22 @@ def _bad_sizes(
     kinds: tuple[type, ...] = _WHOLE,
 ) -> list[str]:
     return [
-        f"{prefix}{name} must be {_KINDS[kinds]}: got {fields.get(name)!r}"
+        f"{prefix}{name} must be {_KINDS[kinds]}: got {fields.get(name)!r:.60}"
         for name in names
-        if type(fields.get(name)) not in kinds
+        if not _is_of(fields.get(name), kinds)
     ]
+
+
+def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Returns whether a value is of a kind, and of a size that a model may have."""
+    return type(value) in kinds and (isinstance(value, bool) or -_LARGEST < value < _LARGEST)
 
 
 def _bad_options(
     fields: dict[str, Any], kinds: dict[str, tuple[type, ...]], prefix: str = ""
 ) -> list[str]:
     return [
-        f"{prefix}{name} must be {_KINDS[kind]}, or left out: got {fields[name]!r}"
+        f"{prefix}{name} must be {_KINDS[kind]}, or left out: got {fields[name]!r:.60}"
         for name, kind in kinds.items()
-        if name in fields and type(fields[name]) not in kind
+        if name in fields and not _is_of(fields[name], kind)
     ]

@@ -82,8 +82,10 @@ def load_weights(path: str | Path, abstract: nnx.State, *, verify: bool = True) 
     if is_weights_folder(path):
         return load_weights_folder(path, abstract, verify=verify)
     if is_run(path):
-        loaded = load_run(path, abstract)
-        return jax.tree.map(lambda array, wanted: array.astype(wanted.dtype), loaded, abstract)
+        arrays = _arrays_of_run(path, abstract)
+        for name, variable in named_variables(abstract).items():
+            arrays[name] = arrays[name].astype(variable.get_value().dtype)  # and one is let go
+        return fill(abstract, arrays)
     rules = qwen_vl_rules(read_config(path))
     with ReleasedFolder(path) as folder:
         check_released(folder, rules, values=verify)
@@ -118,12 +120,16 @@ def load_run(path: Path, abstract: nnx.State) -> nnx.State:
 
     Raises: CheckpointError where there is none, or it is of another model.
     """
+    return fill(abstract, _arrays_of_run(path, abstract))
+
+
+def _arrays_of_run(path: Path, abstract: nnx.State) -> dict[str, jax.Array]:
     wanted = {name: variable.get_value() for name, variable in named_variables(abstract).items()}
     lora = run_config(path).lora
     restored = restore_weights(path, wanted | _abstract_pairs(path, wanted))
     if lora.rank:
         restored = fold(restored, lora)
-    return fill(abstract, {name: restored[name] for name in wanted})
+    return {name: restored[name] for name in wanted}
 
 
 def _abstract_pairs(

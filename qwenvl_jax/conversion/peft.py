@@ -108,7 +108,7 @@ class AdaptedFolder(ReleasedFolder):
             got: tuple[int, ...] = slots[self._whole[name]].shape
         else:
             down, up = (slots[half].shape for half in self._pairs[name])
-            if len(down) != 2 or len(up) != 2 or down[0] != up[1]:
+            if len(down) != 2 or len(up) != 2 or down[0] != up[1] or not down[0]:
                 return f"{name}: A is {down} and B {up}, expected [rank, in] and [out, rank]"
             got = (up[0], down[1])
         wanted = self.slots[name].shape
@@ -128,14 +128,22 @@ def _read_settings(folder: Path) -> _Settings:
         if settings.get(name) not in values
     ]
     alpha: Any = settings.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        problems.append(f"lora_alpha is {alpha!r}, expected a number")
+    is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not is_number or not abs(alpha) < 1e30:
+        problems.append(f"lora_alpha is {alpha!r:.60}, expected a number")
     whole: Any = settings.get("modules_to_save") or []
     if not isinstance(whole, list) or not all(isinstance(name, str) for name in whole):
         problems.append(f"modules_to_save is {whole!r}, expected a list of names")
     if problems:
         raise ConversionError(folder / CONFIG, problems)
     return _Settings(float(alpha), bool(settings.get("use_rslora")), tuple(whole))
+
+
+def _note(names: dict[str, str], key: str, name: str) -> dict[str, str]:
+    """Notes a name under a key; returns it with the one that stood there, if there was one."""
+    found = {name: names[key]} if key in names else {}
+    names[key] = name
+    return found
 
 
 def _lost(wanted: tuple[str, ...], adapter: ReleasedFolder) -> list[str]:
@@ -154,18 +162,20 @@ def _sorted_names(adapter: ReleasedFolder) -> tuple[dict[str, _Pair], dict[str, 
     """Returns pairs and whole tensors by the released name that each is for, and what is odd."""
     halves: dict[str, dict[str, str]] = {}
     whole: dict[str, str] = {}
-    problems = []
+    problems, twice = [], dict[str, str]()
     for name, slot in adapter.slots.items():
         if slot.dtype not in FLOAT_DTYPES:
             problems.append(f"{name} has dtype {slot.dtype.name}, expected a float")
         elif not all_finite(adapter.tensor(name)):
             problems.append(f"{name} holds NaN or infinity")
         elif half := _HALF.fullmatch(name):
-            halves.setdefault(f"{half[1]}.weight", {})[half[2]] = name
+            twice |= _note(halves.setdefault(f"{half[1]}.weight", {}), half[2], name)
         elif ".lora_" not in name and (found := _WHOLE.fullmatch(name)):
-            whole[f"{found[1]}.{found[2]}"] = name
+            twice |= _note(whole, f"{found[1]}.{found[2]}", name)
         else:
             problems.append(f"{name} is unknown")
+    problems += [f"{name} and {other} are for the same matrix" for name, other in twice.items()]
+    problems += [f"{name} is there whole, and as a pair" for name in halves if name in whole]
     problems += [
         f"{name}: lora_{'B' if 'A' in found else 'A'} is missing"
         for name, found in halves.items()

@@ -72,8 +72,11 @@ class _PartReader:
 
 
 def released_tensor(rule: Rule, layer: int, leaves: Mapping[str, Leaf]) -> np.ndarray:
-    """Returns one released tensor, put together from our arrays; only its parts are read."""
-    parts = []
+    """Returns one released tensor, put together from our arrays; only its parts are read.
+
+    Its dtype is `released_dtype`.
+    """
+    dtype, parts = released_dtype(rule, leaves), []
     for path in rule.ours:
         leaf = leaves[path]
         whole = (slice(None),) * len(leaf.shape)
@@ -81,8 +84,17 @@ def released_tensor(rule: Rule, layer: int, leaves: Mapping[str, Leaf]) -> np.nd
             parts.append(leaf.read((slice(layer, layer + 1), *whole[1:]))[0])
         else:
             parts.append(leaf.read(whole))
-    bits = tuple(part.view(f"<u{part.dtype.itemsize}") for part in parts)
-    return rule.transform.to_released(bits).view(parts[0].dtype)
+    parts = [part.astype(dtype, copy=False) for part in parts]
+    bits = tuple(part.view(f"<u{dtype.itemsize}") for part in parts)
+    return rule.transform.to_released(bits).view(dtype)
+
+
+def released_dtype(rule: Rule, leaves: Mapping[str, Leaf]) -> np.dtype:
+    """Returns the dtype of a released tensor: the one that holds all of its parts exactly.
+
+    They differ where a run trains some of them and keeps the others in bfloat16.
+    """
+    return np.result_type(*(leaves[path].dtype for path in rule.ours))
 
 
 def in_released_order(rules: tuple[Rule, ...]) -> Iterator[tuple[str, Rule, int]]:

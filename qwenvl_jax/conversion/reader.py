@@ -122,7 +122,7 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError as error:
         missing = path.name if path.parent.is_dir() else "the folder itself"
         raise ConversionError(path.parent, [f"{missing} is missing"]) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(path, [f"is not JSON: {error}"]) from error
     if not isinstance(contents, dict):
         raise ConversionError(path, [f"holds a {type(contents).__name__}, expected an object"])

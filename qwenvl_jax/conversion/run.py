@@ -44,6 +44,7 @@ from qwenvl_jax.conversion.peft import AdaptedFolder
 from qwenvl_jax.conversion.placement import (
     check_released,
     in_released_order,
+    released_dtype,
     released_leaves,
     released_tensor,
 )
@@ -98,6 +99,7 @@ def import_released(
     opened = ReleasedFolder(source) if lora is None else AdaptedFolder(source, lora)
     with new_folder(target) as folder, opened as released:
         size = _num_bytes(released, rules)
+        check_space(folder, size)  # before minutes of reading
         with watch("check", size) as on_bytes:
             check_released(released, rules, on_bytes=on_bytes)
         with watch("import", size) as on_bytes:
@@ -197,11 +199,11 @@ def export_released(
     if code is not None:
         described = code.add_to(described)
     total = sum(leaf.num_bytes for leaf in leaves.values())
+    shards = _plan_shards(rules, leaves, shard_bytes, dtype)
     with new_folder(target) as folder:
+        check_space(folder, sum(entry.num_bytes for shard in shards for entry in shard.values()))
         with watch("check", total) as on_bytes:
             verify_weights(source, on_bytes)
-        shards = _plan_shards(rules, leaves, shard_bytes, dtype)
-        check_space(folder, sum(entry.num_bytes for shard in shards for entry in shard.values()))
         with watch("export", total) as on_bytes:
             _write_shards(folder, shards, leaves, on_bytes)
         text = json.dumps(described, indent=2) + "\n"
@@ -232,7 +234,7 @@ def _plan_shards(
     shards: list[dict[str, _Entry]] = []
     filled = 0
     for name, rule, layer in in_released_order(rules):
-        kept = leaves[rule.ours[0]].dtype
+        kept = released_dtype(rule, leaves)
         entry = _Entry(rule, layer, kept if dtype == "keep" else DTYPES[dtype])
         if not shards or filled + entry.num_bytes > shard_bytes:
             shards.append({})

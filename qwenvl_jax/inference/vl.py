@@ -58,8 +58,8 @@ def from_pretrained(
 
     Raises:
         InputError: there is no such dtype.
-        ConversionError: the folder, its config or its weights cannot be used; says which file and
-            why.
+        ConversionError, WeightsError, CheckpointError: the released folder, folder of ours or run
+            cannot be used; says which file and why.
     """
     if dtype is None:
         dtype = "float32" if path is None else "bfloat16"

@@ -13,7 +13,7 @@ from qwenvl_jax.config import ConfigError, TrainConfig
 from qwenvl_jax.planning.estimate import estimate_memory, state_memory
 from qwenvl_jax.planning.plan import replicated
 from qwenvl_jax.planning.pods import GB, GiB
-from qwenvl_jax.planning.report import replicated_lines
+from qwenvl_jax.planning.report import replicated_lines, short
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.sharding import MESH_AXES, mesh_sizes
 from qwenvl_jax.training.flops import PEAKS
@@ -50,7 +50,7 @@ def find_gpus(name: str) -> Gpus | None:
     Raises:
         ConfigError: the name of a GPU without how many.
     """
-    found = re.fullmatch(rf"({'|'.join(_KINDS)})-(\d+)", name)
+    found = re.fullmatch(rf"({'|'.join(_KINDS)})-(\d{{1,6}})", name)
     if found is None or int(found[2]) < 1:
         near = [kind for kind in _KINDS if kind.split("-")[0] == name.split("-")[0]]
         if near:
@@ -77,12 +77,13 @@ def gpu_text(config: TrainConfig, gpus: Gpus) -> tuple[str, dict[str, Any], bool
     compute = useful_flops(config, tensor) / (data * fsdp) / gpus.peak_flops
     copied = replicated(make_layout(config, AbstractMesh(sizes, MESH_AXES)))
     lines = [f"{gpus.name}: memory of a GPU, estimated from shapes, nothing compiled"]
+    way_out = "" if total <= room else _way_out(config, gpus, sizes, state)
     lines += [f"  {kind:<12}{size / GB:>8.2f} GB" for kind, size in by_class.items() if size]
     lines += [
         f"  {'total':<12}{total / GB:>8.2f} GB of {room / GB:.1f} that jax can be given "
         f"(XLA_PYTHON_CLIENT_MEM_FRACTION={_RESERVE:.2f})",
-        "fits" if total <= room else f"DOES NOT FIT: {_way_out(config, sizes, state, room)}",
-        f"a step takes at least {compute:.2f} s, "
+        f"DOES NOT FIT: {way_out}" if way_out else "fits",
+        f"a step takes at least {short(compute)} s, "
         f"its useful work at {gpus.peak_flops / 1e12:.0f} TFLOP/s",
         *replicated_lines(copied),
     ]
@@ -96,10 +97,11 @@ def gpu_text(config: TrainConfig, gpus: Gpus) -> tuple[str, dict[str, Any], bool
 
 
 def _way_out(
-    config: TrainConfig, sizes: tuple[int, int, int], state: dict[str, int], room: int
+    config: TrainConfig, gpus: Gpus, sizes: tuple[int, int, int], state: dict[str, int]
 ) -> str:
     """Returns what can still be changed to make a run fit."""
     model, (data, fsdp, _) = config.model, sizes
+    room = int(gpus.memory_bytes * _RESERVE)
     split = ["parameters split over more of these (mesh.data=1, mesh.fsdp=-1)"] * (data > 1)
     if sum(state.values()) > room:
         # Nothing that a step keeps is among them.
@@ -108,7 +110,9 @@ def _way_out(
         return f"weights, moments and gradients alone do not: only {_either(ways)} can help"
     is_full = {model.remat, model.vit_remat or model.remat} == {"full"}
     more = ["more remat"] * (not is_full)
-    more += ["more micro-batches"] * (config.data.rows > config.micro_batches * data * fsdp)
+    most = dataclasses.replace(config, micro_batches=max(1, config.data.rows // (data * fsdp)))
+    least, now = (sum(estimate_memory(c, gpus.count, state).values()) for c in (most, config))
+    more += ["more micro-batches"] * (least < 0.99 * now)
     return _either([*more, *split, "more GPUs"])
 
 
