@@ -51,7 +51,7 @@ nano: $(VENV)/.installed-generate
 	  $(BIN)/python train.py configs/nano/$$stage.py || exit 1; done
 	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last
 	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last \
-	  --rows $(addprefix runs/nano/rows/heldout/,scenes animals food english chinese)
+	  --rows $(addprefix runs/nano/rows/heldout/,scenes animals food english chinese) --num-rows 1000
 
 clean:
 	rm -rf $(VENV) build demo.png

@@ -4,11 +4,12 @@ Writes a synthetic Qwen-VL (normal weights, 10 safetensors shards, the published
 scratch folder. Then, each in a process of its own whose anonymous memory is sampled:
 
   infer     loads it, encodes a picture and writes 1 and 17 tokens: seconds for each
+  converted `convert.py import` makes our folder of it, which is loaded and asked in its place
   finetune  `train.py configs/finetune_lora.py` on one conversation with a picture, rows of 512
             tokens, from the released folder; two steps, a checkpoint, and one step more from there
 
 What it says is noise, as its weights are; times, memory and files are those of the real one. It
-needs 24 GB of memory and 45 GB of disk, and removes what it wrote.
+needs 24 GB of memory and 60 GB of disk, and removes what it wrote.
 
     python benchmarks/full_size_on_cpu.py --scratch build/full_size
 """
@@ -47,8 +48,10 @@ SETTINGS = (
 @dataclasses.dataclass(frozen=True)
 class Options:
     scratch: Path = Path("build/full_size")  # a new folder, removed at the end
-    parts: tuple[Literal["infer", "finetune"], ...] = ("infer", "finetune")
-    within: bool = False  # this is the process that is watched, of `infer`
+    parts: tuple[Literal["infer", "converted", "finetune"], ...] = (
+        "infer", "converted", "finetune",
+    )  # fmt: skip
+    within: str = ""  # the folder that is loaded: this is the process that is watched
 
 
 def normal() -> Draw:
@@ -85,15 +88,15 @@ def make_model(folder: Path) -> None:
     (folder / "conversations.json").write_text(json.dumps(conversations), encoding="utf-8")
 
 
-def answer(folder: Path) -> None:
-    """Loads the model, looks at the picture and writes; prints the seconds of each."""
+def answer(folder: Path, name: str) -> None:
+    """Loads the model of that name, looks at the picture and writes; prints the seconds of each."""
     from qwenvl_jax import from_pretrained
 
     def told(what: str, begin: float) -> None:
         print(f"  {what}: {time.perf_counter() - begin:.2f} s", flush=True)
 
     begin = time.perf_counter()
-    vl = from_pretrained(folder / "model")
+    vl = from_pretrained(folder / name)
     told("loading and checking every tensor", begin)
     picture = np.asarray(Image.open(folder / "noise.png"))
     for kind in ("compiling and encoding a picture", "encoding another"):
@@ -113,13 +116,18 @@ def main(options: Options) -> int:
     folder = options.scratch.resolve()
     os.environ["JAX_PLATFORMS"] = "cpu"
     if options.within:
-        answer(folder)
+        answer(folder, options.within)
         return 0
     folder.mkdir(parents=True)
     try:
         make_model(folder)
         if "infer" in options.parts:
-            run_measured("infer", __file__, "--within", "--scratch", str(folder))
+            run_measured("infer", __file__, "--within", "model", "--scratch", str(folder))
+        if "converted" in options.parts:
+            convert = [str(ROOT / "convert.py"), "import"]
+            run_measured("import", *convert, str(folder / "model"), str(folder / "ours"))
+            run_measured("converted", __file__, "--within", "ours", "--scratch", str(folder))
+            shutil.rmtree(folder / "ours")
         if "finetune" in options.parts:
             rows, model, run = (folder / name for name in ("conversations.json", "model", "run"))
             train = [str(ROOT / "train.py"), str(ROOT / "configs" / "finetune_lora.py"), *SETTINGS]

@@ -11,6 +11,7 @@ accelerator.
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def __getattr__(name: str) -> Any:
     if name == "evaluation":
         importlib.import_module("qwenvl_jax.evaluation.metrics")
         return importlib.import_module("qwenvl_jax.evaluation")
+    if name == "__version__":
+        return importlib.metadata.version("qwenvl-jax")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'qwenvl_jax' has no attribute {name!r}: it has {__all__}")

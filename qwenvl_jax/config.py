@@ -379,8 +379,8 @@ class TrainConfig:
             )
         if self.optimizer.warmup_steps >= self.steps:
             raise ConfigError(
-                "optimizer.warmup_steps must be smaller than steps: "
-                f"got {self.optimizer.warmup_steps} of {self.steps}"
+                "optimizer.warmup_steps must be smaller than steps: got "
+                f"{self.optimizer.warmup_steps} of {self.steps}; give both"
             )
         if not any(rule.is_trained for rule in self.parameters):
             raise ConfigError("TrainConfig.parameters has no trained row: nothing would be trained")

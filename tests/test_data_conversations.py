@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from qwenvl_jax.cli.data import main
 from qwenvl_jax.data import tasks
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import decode_record, encode_record
@@ -471,3 +473,32 @@ def test_a_table_of_many_rows_keeps_three_numbers_a_row(tmp_path):
     held = sum(part.nbytes for part in (table.starts, table.ends, table.lines))
     assert held == 5000 * 24
     assert table.starts.base is None or table.starts.base.nbytes < 10 * held
+
+
+def test_the_lines_of_the_docs_convert_what_llava_reads(tmp_path, monkeypatch):
+    page = Path("docs/data.md").resolve().read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import json\n.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(name)
+    rows = [
+        {"id": "1", "image": "a.png", "conversations": [("human", "<image>\nWhat?"), ("gpt", "x")]},
+        {"id": "2", "conversations": [("human", "Hi"), ("gpt", "hello")]},
+        {
+            "id": "3",
+            "image": ["a.png", "b.png"],
+            "conversations": [("human", "Which?\n<image>\n<image>"), ("gpt", "y")],
+        },
+    ]
+    for row in rows:
+        row["conversations"] = [{"from": who, "value": text} for who, text in row["conversations"]]
+    Path("llava.json").write_text(json.dumps(rows))
+    exec(code, {})
+    source = Conversations("my.json")
+    said = [source[i].fields["conversations"][0]["value"] for i in range(3)]
+    assert said == [
+        "Picture 1: <img>a.png</img>\nWhat?",
+        "Hi",
+        "Which?\nPicture 1: <img>a.png</img>\nPicture 2: <img>b.png</img>",
+    ]
+    assert main(["lint", "my.json"]) == 0

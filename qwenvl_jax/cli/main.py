@@ -10,7 +10,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from qwenvl_jax.cli.errors import run_command
+import qwenvl_jax
+from qwenvl_jax.cli.errors import SUCCESS, run_command
 from qwenvl_jax.cli.subcommands import choose
 
 COMMANDS = {
@@ -29,7 +30,11 @@ _EXAMPLE = "qwenvl infer --image street.jpg 'What is parked on the left?'"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 for success, 2 for wrong input, 130 when interrupted."""
-    chosen = choose("qwenvl", COMMANDS, sys.argv[1:] if argv is None else argv, _EXAMPLE)
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv) == ["--version"]:
+        print(f"qwenvl-jax {qwenvl_jax.__version__}")
+        return SUCCESS
+    chosen = choose("qwenvl", COMMANDS, argv, _EXAMPLE)
     if isinstance(chosen, int):
         return chosen
     name, rest = chosen

@@ -74,7 +74,10 @@ def open_model(options: AnswerOptions) -> "VL":
     """
     folder = options.model or SHIPPED_MODEL
     if not folder.is_dir():
-        raise ConfigError(f"--model is not a folder: got {str(folder)!r}; name one with weights")
+        raise ConfigError(
+            f"--model is not a folder: got {str(folder)!r}; name one with weights, or download "
+            "them (README, Install)"
+        )
     if options.model is None and not (folder / "config.json").is_file():
         raise ConfigError(
             f"the small model's weights are not in this installation: got no config.json in "

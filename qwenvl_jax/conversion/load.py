@@ -44,7 +44,8 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ConversionError(path, ["no such folder; name one that holds config.json and weights"])
+        told = "no such folder; name one that holds config.json and weights (README, Install)"
+        raise ConversionError(path, [told])
     if is_weights_folder(path):
         return read_weights_config(path)
     if is_run(path):

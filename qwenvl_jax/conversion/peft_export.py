@@ -54,7 +54,13 @@ def export_adapter(run: str | Path, target: str | Path) -> int:
     check_new(target)
     config = run_config(run)
     if not config.lora.rank:
-        raise ConversionError(run, ["was trained without LoRA: export the whole model instead"])
+        raise ConversionError(
+            run,
+            [
+                "was trained without LoRA: make the whole model of it, by 'convert.py import RUN "
+                "WEIGHTS' and 'convert.py export WEIGHTS DST'"
+            ],
+        )
     trained = {name: np.asarray(x) for name, x in restore_trained(run).items()}
     parts, problems = [], []
     left = set(trained)

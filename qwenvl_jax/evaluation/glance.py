@@ -134,8 +134,7 @@ def exchange(asked: Asked, answer: list[int], tokenizer: Tokenizer) -> Exchange:
         asked=f"{asked.example.task}: {_question(asked.question.prompt, tokenizer)}",
         answer=said,
         is_right=agrees(said, expected),
-        # With coordinates in the text: the picture has the answer's boxes alone.
-        expected=tokenizer.decode(asked.question.answer, skip_special=True),
+        expected=expected,
     )
 
 

@@ -1,7 +1,7 @@
 """A contact sheet: pictures with the boxes of the answers, and beside each what was asked."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -26,12 +26,12 @@ Colour = tuple[int, int, int]
 
 
 class Exchange(NamedTuple):
-    """One prompt about a picture and its answer; `expected` says what would have been right."""
+    """One prompt about a picture and its answer; `expected` is what would have been right."""
 
     asked: str
     answer: str  # with its tags
     is_right: bool
-    expected: str
+    expected: str  # with its tags
 
 
 class Sitting(NamedTuple):
@@ -40,7 +40,10 @@ class Sitting(NamedTuple):
 
 
 def draw_sheet(title: str, sittings: Sequence[Sitting]) -> Image.Image:
-    """Returns the sheet: one row a picture, boxes drawn on it, prompts and answers to its right."""
+    """Returns the sheet: one row a picture, boxes drawn on it, prompts and answers to its right.
+
+    Green is right, red is wrong, of texts and of boxes.
+    """
     texts = [[line for exchange in one.exchanges for line in _lines(exchange)] for one in sittings]
     pictures = [_picture(one) for one in sittings]
     pairs = zip(pictures, texts, strict=True)
@@ -63,8 +66,16 @@ def draw_sheet(title: str, sittings: Sequence[Sitting]) -> Image.Image:
 def _picture(sitting: Sitting) -> Image.Image:
     picture = Image.fromarray(sitting.image_YXC)
     picture = ImageOps.contain(picture, (PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BICUBIC)
-    boxes = [box for exchange in sitting.exchanges for box in parse_boxes(exchange.answer)]
+    boxes = [box for exchange in sitting.exchanges for box in _boxes(exchange)]
     return draw_boxes(picture, boxes)
+
+
+def _boxes(exchange: Exchange) -> list[dict[str, Any]]:
+    """Returns the boxes of an answer, green or red as its text, and of the right one beside it."""
+    said, right = parse_boxes(exchange.answer), parse_boxes(exchange.expected)
+    colour = GOOD if exchange.is_right else BAD
+    boxes = [box | {"colour": colour} for box in said]
+    return boxes if exchange.is_right else [*boxes, *(box | {"colour": GOOD} for box in right)]
 
 
 def _lines(exchange: Exchange) -> list[tuple[str, Colour]]:

@@ -33,11 +33,11 @@ def draw_boxes(
     """Returns an RGB copy of the picture with the boxes and quads of `parse_boxes` drawn on it.
 
     `image` is uint8[Y, X, 3] or a PIL picture, drawn as the model sees it: upright, over white, 16
-    bits scaled down. Coordinates are 0..999, clipped to it. Places of one
-    phrase share a colour, in the order in which phrases appear (use `inherit_ref=True` when parsing
-    so that all boxes of a phrase count as its own). Lines and letters grow with the picture; labels
-    stay inside it and avoid each other where they can. Beyond `max_boxes`, a note in the corner
-    says how many are not drawn.
+    bits scaled down. Coordinates are 0..999, clipped to it. Places of one phrase share a colour, in
+    the order in which phrases appear (use `inherit_ref=True` when parsing so that all boxes of a
+    phrase count as its own); an item may bring a "colour" of its own, (R, G, B). Lines and letters
+    grow with the picture; labels stay inside it and avoid each other where they can. Beyond
+    `max_boxes`, a note in the corner says how many are not drawn.
 
     Raises: ValueError for an array of another kind, and an item without a box or quad.
     """
@@ -47,14 +47,17 @@ def draw_boxes(
     colours: dict[str | None, Colour] = {}
     for item in shown:
         colours.setdefault(item.get("ref"), _PALETTE[len(colours) % len(_PALETTE)])
+    own = [item.get("colour", colours[item.get("ref")]) for item in shown]
 
     line = max(2, round(min(canvas.size) / 120))
-    anchors = [_draw_place(draw, item, colours[item.get("ref")], line) for item in shown]
+    anchors = [
+        _draw_place(draw, item, colour, line) for item, colour in zip(shown, own, strict=True)
+    ]
     # Labels come after all lines, so that no line crosses a word.
     taken: list[Rectangle] = []
-    for item, anchor in zip(shown, anchors, strict=True):
+    for item, anchor, colour in zip(shown, anchors, own, strict=True):
         if item.get("ref"):
-            _draw_label(draw, item["ref"], anchor, colours[item["ref"]], taken)
+            _draw_label(draw, item["ref"], anchor, colour, taken)
     if len(boxes) > len(shown):
         corner = (0, canvas.height, 0, canvas.height)
         _draw_label(draw, f"{len(boxes) - len(shown)} more not drawn", corner, _BACKGROUND, taken)

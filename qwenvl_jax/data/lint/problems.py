@@ -6,7 +6,7 @@ from typing import NamedTuple
 KINDS = {
     "file": "the file as a whole; rows before the place are checked",
     "form": 'a row is not {"id": ..., "conversations": [{"from": ..., "value": ...}, ...]}',
-    "foreign_format": "written for another model; here pictures are <img>path</img> in the text",
+    "foreign_format": "written for another model; docs/data.md has a few lines that convert it",
     "role": 'a turn is from somebody else than "user" and "assistant"',
     "order": "turns do not go user, assistant, user, assistant",
     "empty": "a question, an answer or a phrase without words",
