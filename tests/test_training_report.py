@@ -18,6 +18,7 @@ from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training.expectation import expected_step_time
 from qwenvl_jax.training.flops import _tower_pairs, peak_flops, step_flops
 from qwenvl_jax.training.goodput import Goodput
+from qwenvl_jax.training.introduction import _rounds
 from qwenvl_jax.training.memory import OutOfMemory, explained
 from qwenvl_jax.training.optimizer import plan_parameters
 from qwenvl_jax.training.plot import draw_curves, draw_tasks, running_mean, tasks_of
@@ -238,3 +239,12 @@ def test_the_time_of_a_step_is_told_from_runs_alike(tmp_path, monkeypatch):
 def test_a_stop_that_takes_too_long_says_what_follows():
     assert grace(2.04, 30.0) == "a stop takes 2.0 s, within guard.grace_seconds=30"
     assert "a stop takes 31.0 s, LONGER THAN guard.grace_seconds=30" in grace(31.0, 30.0)
+
+
+def test_how_often_a_run_sees_its_data_is_told():
+    config = tiny.train_config(steps=20)
+    assert _rounds(config, None) == []
+    rows = 20 * config.data.rows
+    for num_rows, told in ((rows * 10, "0.1"), (rows, "1"), (rows // 40, "40")):
+        (line,) = _rounds(config, num_rows)
+        assert line == f"the data: {num_rows:,} packed rows; 20 steps see them {told} times"

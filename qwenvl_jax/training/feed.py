@@ -17,7 +17,12 @@ _SLICE = 0.2  # seconds after which a wait looks up
 
 @runtime_checkable
 class Teller(Protocol):
-    """What the data side says afterwards of the batch of a step, counted from 0."""
+    """What the data side says afterwards of the batch of a step, counted from 0.
+
+    `num_rows`: packed rows of a round of the data, None where they have no end.
+    """
+
+    num_rows: int | None
 
     def metrics(self, step: int) -> dict[str, int | float]: ...
 
@@ -64,6 +69,11 @@ class Feed:
         args = (batches, sharding)
         self._thread = threading.Thread(target=self._fill, args=args, name="feed", daemon=True)
         self._thread.start()
+
+    @property
+    def num_rows(self) -> int | None:
+        """Packed rows of a round of the data; None where they have no end, or nobody knows."""
+        return None if self._teller is None else self._teller.num_rows
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -11,10 +11,12 @@ from qwenvl_jax.training.state import Layout
 
 
 def introduction(
-    config: TrainConfig, layout: Layout, first_step: int, run_dir: RunDir
+    config: TrainConfig, layout: Layout, first_step: int, run_dir: RunDir, num_rows: int | None
 ) -> list[str]:
     """Returns lines: what has changed since the last start, all settings, what trains, memory a
     device, what a step is and takes, where the run stands.
+
+    num_rows: packed rows of a round of the data, None where they have no end.
     """
     data = config.data
     size = {name: bytes_per_device(part) / 1e9 for name, part in layout.abstract._asdict().items()}
@@ -28,10 +30,20 @@ def introduction(
         f"optimizer {size['optimizer']:.3f}",
         f"a step: {data.rows} rows x {data.length} tokens, at most {data.max_images} pictures "
         f"a row of {data.image_size} x {data.image_size}, {config.micro_batches} micro-batches",
+        *_rounds(config, num_rows),
         expected_step_time(config, layout, run_dir.start),
         *_evaluation(config),
         f"{config.run_dir}: {begin}, {config.steps} steps",
     ]
+
+
+def _rounds(config: TrainConfig, num_rows: int | None) -> list[str]:
+    """Returns how often a run sees its data."""
+    if not num_rows:
+        return []
+    rounds = config.steps * config.data.rows / num_rows
+    told = f"{rounds:,.0f}" if rounds >= 10 else f"{rounds:.2g}"
+    return [f"the data: {num_rows:,} packed rows; {config.steps:,} steps see them {told} times"]
 
 
 def _settings(name: str, fields: dict[str, Any]) -> list[str]:

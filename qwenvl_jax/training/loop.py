@@ -101,9 +101,9 @@ def train(
         with goodput.spend("restore"):
             state = _first_state(config, layout, run_dir, store)
         when_loaded()
-        first_step = int(state.step)
-        feed = stack.enter_context(closing(open_feed(first_step + 1)))  # refuses other data
-        report = stack.enter_context(closing(_open_report(config, layout, run_dir, first_step)))
+        begun = int(state.step)
+        feed = stack.enter_context(closing(open_feed(begun + 1)))  # refuses other data
+        report = stack.enter_context(closing(_open_report(config, layout, run_dir, feed, begun)))
         run = Run(
             config=config,
             run_dir=run_dir,
@@ -120,9 +120,9 @@ def train(
             feed=feed,
         )
         stack.enter_context(closing(run))
-        if first_step == config.steps and not run.is_look_missed(first_step):
-            report.say(_NOTHING_TO_DO.format(steps=first_step))
-            return first_step
+        if begun == config.steps and not run.is_look_missed(begun):
+            report.say(_NOTHING_TO_DO.format(steps=begun))
+            return begun
         goodput.started()
         last_step = loop(run, stack.enter_context(StopRequest()))
         run.end(last_step)
@@ -200,11 +200,13 @@ def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
     return CheckpointStore(config.run_dir, keep=config.checkpoint.keep, frozen=frozen)
 
 
-def _open_report(config: TrainConfig, layout: Layout, run_dir: RunDir, first_step: int) -> Report:
+def _open_report(
+    config: TrainConfig, layout: Layout, run_dir: RunDir, feed: Feed, first_step: int
+) -> Report:
     """Returns the report, after it has told what is about to happen; nothing can refuse it now."""
     run_dir.begin()
     report = Report(config, layout, first_step)
-    report.say("\n".join(introduction(config, layout, first_step, run_dir)))
+    report.say("\n".join(introduction(config, layout, first_step, run_dir, feed.num_rows)))
     return report
 
 
