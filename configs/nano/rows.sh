@@ -20,6 +20,9 @@
 #   configs/nano/rows.sh last        into runs/nano/rows/last: new pages once more, and animals and food to be named
 #   configs/nano/rows.sh last_pairs  into runs/nano/rows/last_pairs: new dialogues about two collages
 #   configs/nano/rows.sh related_more into runs/nano/rows/related_more: new ones of `related`
+#   configs/nano/rows.sh whole       into runs/nano/rows/whole: new scenes, collages and pages of every kind
+#   configs/nano/rows.sh counted     into runs/nano/rows/counted: questions on numbers, places and what there is
+#   configs/nano/rows.sh whole_pairs into runs/nano/rows/whole_pairs: new dialogues about two collages
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
 #
@@ -82,11 +85,21 @@ case $1 in
   related_more)
     scenes=40000 animals=0 food=0 english=0 chinese=0 skip=900000
     scenes_tasks="vqa chat" scenes_questions="link relation relation" ;;
+  whole)
+    scenes=24000 animals=88000 food=36000 english=26000 chinese=26000 skip=1000000
+    collages_tasks="$named_tasks grounded_caption vqa vqa chat chat"
+    documents_tasks="ocr_vqa ocr_vqa ocr ocr ocr ocr vqa vqa chat" ;;
+  counted)
+    scenes=0 animals=50000 food=16000 english=0 chinese=0 skip=1150000
+    collages_tasks=vqa collages_questions="total total count count exists exists more relation neighbour" ;;
+  whole_pairs)
+    scenes=0 animals=15000 food=10000 english=0 chinese=0 skip=1100000
+    collages_tasks="compare either" ;;
   dialogue)
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|close|last|last_pairs|related_more|dialogue|heldout" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|close|last|last_pairs|related_more|whole|counted|whole_pairs|dialogue|heldout" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1
