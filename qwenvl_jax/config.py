@@ -39,7 +39,8 @@ def _not_negative(config: Any, *names: str) -> None:
 
 def _multiple(whole: str, a: int, part: str, b: int) -> None:
     if a % b:
-        raise ConfigError(f"{whole} must be a multiple of {part}: got {a} and {b}")
+        got = f"{whole.rpartition('.')[2]}={a}, {part.rpartition('.')[2]}={b}"
+        raise ConfigError(f"{whole} must be a multiple of {part}: got {got}")
 
 
 # --- model --------------------------------------------------------------------------------------
