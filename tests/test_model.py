@@ -302,7 +302,7 @@ def test_unrolled_layers_take_their_rotary_angles_from_one_table():
 def test_config_errors_name_field_and_numbers():
     with pytest.raises(ConfigError, match=r"num_queries must be a square.*got 15, nearest 16"):
         tiny.model_config(adapter=dataclasses.replace(tiny.model_config().adapter, num_queries=15))
-    with pytest.raises(ConfigError, match=r"image_size must be a multiple.*got 30"):
+    with pytest.raises(ConfigError, match=r"image_size must be a multiple.*got image_size=30"):
         tiny.model_config(image_size=30)
     with pytest.raises(ConfigError, match=r"width must be a multiple of num_heads.*width=12"):
         small_tower(num_heads=5)
