@@ -159,10 +159,10 @@ class CheckpointStore:
             CheckpointError: there are steps and none is good, or names or shapes are not `wanted`,
                 or frozen weights are damaged.
         """
-        steps, gone = self.steps(), set[int]()
-        while left := [step for step in steps if step not in gone]:
+        steps, tried = self.steps(), set[int]()
+        while left := [step for step in steps if step not in tried]:
             step = left[-1]
-            gone.add(step)
+            tried.add(step)
             try:
                 return step, self._restore(step, wanted, defaults or {}, any_dtype, spare)
             except Damaged as reason:

@@ -132,8 +132,5 @@ def _image_bytes(record: Record, image: Picture) -> bytes:
         )
     try:
         return Path(image).read_bytes()
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: no path at all, as "a\0b"
+    except (OSError, ValueError) as error:  # a name that is no path, as "a\0b", is a ValueError
         raise DataError(f"row {record.key} has a picture that cannot be read: {error}") from error

@@ -187,7 +187,11 @@ class Run:
         if self.look is None or step == 0:
             return False
         is_due = self._is_look_due(step) or step == self.config.steps
-        return is_due and not first_says(step in self.run_dir.evaluated_steps())
+        if not is_due:
+            return False
+        # The first process alone reads the file, which it has just cut to whole lines.
+        is_first = jax.process_index() == 0
+        return first_says(is_first and step not in self.run_dir.evaluated_steps())
 
     def save_what_is_done(self, ahead: Flight | None) -> None:
         """Saves the steps before the one whose batch could not be had.
