@@ -117,7 +117,14 @@ def _scores(q_BTNH: jax.Array, part: _Part) -> jax.Array:
 def _product(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Returns the float32 product of both in the narrower dtype of the two."""
     narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-    return jnp.einsum(axes, a.astype(narrow), b.astype(narrow), preferred_element_type=jnp.float32)
+    a, b = a.astype(narrow), b.astype(narrow)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    inputs, (rows, tokens, heads, width) = axes.split("->")
+    if narrow != jnp.float32 or heads != "N":
+        return product(axes, a, b)
+    # A product leaves heads beside rows. Asked for them elsewhere, einsum turns the sides round and
+    # leaves tokens last, and on a CPU whatever reads the result does so at a stride.
+    return jnp.swapaxes(product(f"{inputs}->{rows}{heads}{tokens}{width}", a, b), 1, 2)
 
 
 def _beside_heads(x_BNT: jax.Array) -> jax.Array:
