@@ -40,7 +40,7 @@ nano: $(VENV)/.installed-generate
 	test -d runs/nano/drawn || $(BIN)/python convert.py import runs/nano/stage3_again runs/nano/drawn
 	test -d runs/nano/wide_start || $(BIN)/python convert.py vocabulary \
 	  runs/nano/drawn configs/nano/wide.tiktoken runs/nano/wide_start
-	for rows in train cells named more asked pairs dialogue heldout fresh fresh_pairs fresh_chat letters related pages signs lines close last last_pairs; do \
+	for rows in train cells named more asked pairs dialogue heldout exam fresh fresh_pairs fresh_chat letters related pages signs lines close last last_pairs; do \
 	  configs/nano/rows.sh $$rows || exit 1; done
 	@for stage in stage2_wide stage2_cells stage3_wide stage2_longer_cells stage2_last_cells \
 	  stage2_named stage2_pairs; do \
@@ -52,6 +52,8 @@ nano: $(VENV)/.installed-generate
 	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last
 	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last \
 	  --rows $(addprefix runs/nano/rows/heldout/,scenes animals food english chinese) --num-rows 1000
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last \
+	  --rows $(addprefix runs/nano/rows/exam/,animals food) --num-rows 4000
 
 clean:
 	rm -rf $(VENV) build demo.png

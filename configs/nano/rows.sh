@@ -24,7 +24,8 @@
 #   configs/nano/rows.sh counted     into runs/nano/rows/counted: questions on numbers, places and what there is
 #   configs/nano/rows.sh whole_pairs into runs/nano/rows/whole_pairs: new dialogues about two collages
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
-#   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to be examined on
+#   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to compare stages on
+#   configs/nano/rows.sh exam        into runs/nano/rows/exam: other collages, that no stage is chosen by
 #
 # It needs Debian's tuxpaint-stamps-default and fonts-liberation and the extra qwenvl-jax[generate].
 set -e
@@ -99,7 +100,8 @@ case $1 in
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|close|last|last_pairs|related_more|whole|counted|whole_pairs|dialogue|heldout" >&2; exit 2 ;;
+  exam) split=heldout scenes=0 animals=4000 food=4000 english=0 chinese=0 skip=2000 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|close|last|last_pairs|related_more|whole|counted|whole_pairs|dialogue|heldout|exam" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1

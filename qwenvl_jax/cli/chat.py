@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    options = parse_options(TalkOptions, argv, "chat", __doc__)
+    options = parse_options(TalkOptions, argv, "qwenvl chat", __doc__)
     options.check()
     check_output(options.output_dir / "answer-1.png")
     talk = Talk(open_model(options), options)

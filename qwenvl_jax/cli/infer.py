@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    options = parse_options(InferOptions, argv, "infer", __doc__)
+    options = parse_options(InferOptions, argv, "python infer.py", __doc__)
     # What can be wrong cheaply is found before the model is loaded.
     from qwenvl_jax.image import load_image
 
