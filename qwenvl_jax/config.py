@@ -12,6 +12,8 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
+from qwenvl_jax.checks import ConfigError, Settings, multiple, not_negative, positive
+
 AttentionBackend = Literal["auto", "xla", "xla_chunked", "splash", "cudnn"]
 RematPolicy = Literal["none", "weights", "dots", "full"]
 DType = Literal["float32", "bfloat16"]
@@ -19,35 +21,11 @@ Mixing = Literal["counts", "weights", "temperature"]
 LossMask = Literal["released", "assistant_only"]
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used: what is wrong, what was got, what is expected."""
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not 0 < value < math.inf:  # nor NaN
-            raise ConfigError(f"{type(config).__name__}.{name} must be positive: got {value}")
-
-
-def _not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not value >= 0:
-            raise ConfigError(f"{type(config).__name__}.{name} must not be negative: got {value}")
-
-
-def _multiple(whole: str, a: int, part: str, b: int) -> None:
-    if a % b:
-        got = f"{whole.rpartition('.')[2]}={a}, {part.rpartition('.')[2]}={b}"
-        raise ConfigError(f"{whole} must be a multiple of {part}: got {got}")
-
-
 # --- model --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(Settings):
     """The tower: OpenCLIP ViT without class token (paper 2.1; released `visual.py`)."""
 
     width: int  # E
@@ -62,13 +40,14 @@ class VisionConfig:
     global_every: int = 4  # one block in so many sees everything; `window` only
 
     def __post_init__(self):
-        _positive(self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "table_side")
-        _positive(self, "window_side", "global_every", "norm_eps")
-        _multiple("VisionConfig.width", self.width, "num_heads", self.num_heads)
+        super().__post_init__()
+        positive(self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "table_side")
+        positive(self, "window_side", "global_every", "norm_eps")
+        multiple("VisionConfig.width", self.width, "num_heads", self.num_heads)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(Settings):
     """One cross-attention from learned queries to patches (paper 2.1)."""
 
     num_queries: int  # Q, a square number: queries sit on a grid
@@ -76,7 +55,8 @@ class AdapterConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self):
-        _positive(self, "num_queries", "num_heads", "norm_eps")
+        super().__post_init__()
+        positive(self, "num_queries", "num_heads", "norm_eps")
         side = round(self.num_queries**0.5)
         if side * side != self.num_queries:
             raise ConfigError(
@@ -86,7 +66,7 @@ class AdapterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(Settings):
     """The language model: Qwen-7B (paper 2.1; released `modeling_qwen.py`)."""
 
     width: int  # D
@@ -103,14 +83,15 @@ class DecoderConfig:
     use_logn: bool = True
 
     def __post_init__(self):
-        _positive(self, "width", "num_layers", "num_heads", "head_dim", "mlp_dim", "vocab_size")
-        _positive(self, "seq_length", "max_positions", "rope_base", "norm_eps")
+        super().__post_init__()
+        positive(self, "width", "num_layers", "num_heads", "head_dim", "mlp_dim", "vocab_size")
+        positive(self, "seq_length", "max_positions", "rope_base", "norm_eps")
         if self.head_dim % 2:
             raise ConfigError(f"DecoderConfig.head_dim must be even: got {self.head_dim}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Pairs of thin matrices beside frozen kernels, trained in their place (arXiv 2106.09685)."""
 
     rank: int = 0  # 0: there are none
@@ -119,7 +100,8 @@ class LoraConfig:
     dropout: float = 0.0  # share of a pair's input that a training step leaves out
 
     def __post_init__(self):
-        _positive(self, "alpha")
+        super().__post_init__()
+        positive(self, "alpha")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"LoraConfig.dropout must be in [0, 1): got {self.dropout}")
         has_pairs, idle = self.rank > 0, self.dropout and not self.rank
@@ -131,7 +113,7 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The whole model's sizes, and how it computes."""
 
     vision: VisionConfig
@@ -148,20 +130,21 @@ class ModelConfig:
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
+        super().__post_init__()
         if self.attention_block < 128 or self.attention_block % 128:
             raise ConfigError(
                 "ModelConfig.attention_block must be a multiple of 128, the lanes of a TPU "
                 f"register: got {self.attention_block}"
             )
-        _positive(self, "image_size")
+        positive(self, "image_size")
         if self.adapter.num_queries > self.decoder.max_positions - 2:
             raise ConfigError(
                 "adapter.num_queries, and two, must not exceed decoder.max_positions: got "
                 f"{self.adapter.num_queries} and {self.decoder.max_positions}"
             )
         patch, heads = self.vision.patch_size, self.adapter.num_heads
-        _multiple("ModelConfig.image_size", self.image_size, "vision.patch_size", patch)
-        _multiple("decoder.width", self.decoder.width, "adapter.num_heads", heads)
+        multiple("ModelConfig.image_size", self.image_size, "vision.patch_size", patch)
+        multiple("decoder.width", self.decoder.width, "adapter.num_heads", heads)
         if not 0 <= self.image_start_id < self.decoder.vocab_size - 2:
             raise ConfigError(
                 "ModelConfig.image_start_id must leave room for </img> and <imgpad> in the "
@@ -181,7 +164,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """What a training row is made of."""
 
     source: str  # "scenes"; "text": the same without pictures; "rows": `path` or `mixture`
@@ -208,8 +191,9 @@ class DataConfig:
     max_bad_fraction: float = 0.001  # of the samples that may be unusable before the run stops
 
     def __post_init__(self):
-        _positive(self, "length", "image_size", "rows", "temperature")
-        _not_negative(self, "num_workers", "max_images")
+        super().__post_init__()
+        positive(self, "length", "image_size", "rows", "temperature")
+        not_negative(self, "num_workers", "max_images")
         for name in ("tasks", "mixture"):
             weights = getattr(self, name)
             if any(not 0 < weight < math.inf for weight in weights.values()):
@@ -221,7 +205,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW with linear warm-up and cosine decay (paper Table 8); weight decay is a row's."""
 
     peak_lr: float  # learning rate at the end of the warm-up
@@ -233,13 +217,14 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # a longer gradient is scaled down to this
 
     def __post_init__(self):
-        _positive(self, "peak_lr", "eps", "clip_norm")
+        super().__post_init__()
+        positive(self, "peak_lr", "eps", "clip_norm")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(
                     f"OptimizerConfig.{name} must be in [0, 1): got {getattr(self, name)}"
                 )
-        _not_negative(self, "warmup_steps")
+        not_negative(self, "warmup_steps")
         if not 0 <= self.end_lr <= self.peak_lr <= 1:  # AdamW's steps are as long as the rate
             raise ConfigError(
                 "OptimizerConfig.end_lr must lie between 0 and peak_lr, and that below 1: "
@@ -248,7 +233,7 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ParameterRule:
+class ParameterRule(Settings):
     """One row of the table that says what trains: the first row that matches a path decides.
 
     `pattern` is a shell pattern over the dotted path, in which `*` also matches dots:
@@ -264,7 +249,8 @@ class ParameterRule:
     weight_decay: float = 0.0  # multiplied by the row's rate too, as AdamW does
 
     def __post_init__(self):
-        _positive(self, "rate", "layer_decay")
+        super().__post_init__()
+        positive(self, "rate", "layer_decay")
         if not 0 <= self.weight_decay <= 1:  # nor NaN
             raise ConfigError(
                 f"ParameterRule.weight_decay of {self.pattern!r} must lie in 0..1: "
@@ -279,7 +265,7 @@ class ParameterRule:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Settings):
     """How many devices each mesh axis spans; `fsdp=-1` takes what is left."""
 
     data: int = 1  # copies of the model
@@ -288,18 +274,19 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings):
     """How often to save, and how many saves to keep."""
 
     every_steps: int = 1000  # and at the end, and when the run is stopped
     keep: int = 3  # the newest ones; older ones are deleted
 
     def __post_init__(self):
-        _positive(self, "every_steps", "keep")
+        super().__post_init__()
+        positive(self, "every_steps", "keep")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GuardConfig:
+class GuardConfig(Settings):
     """What a run does about steps that go wrong."""
 
     stop_after: int = 3  # steps in a row whose update was refused
@@ -311,12 +298,13 @@ class GuardConfig:
     grace_seconds: float = 30.0  # between SIGTERM and SIGKILL, as the machine's owner gives them
 
     def __post_init__(self):
-        _positive(self, "stop_after", "spike_sigmas", "data_timeout", "grace_seconds")
-        _not_negative(self, "rewind_margin", "digest_every")
+        super().__post_init__()
+        positive(self, "stop_after", "spike_sigmas", "data_timeout", "grace_seconds")
+        not_negative(self, "rewind_margin", "digest_every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(Settings):
     """What is looked at while a run trains: its loss on held-out data, and some of its answers."""
 
     every_steps: int = 0  # and at the end; 0: never
@@ -326,12 +314,13 @@ class EvaluationConfig:
     path: str = ""  # the held-out rows of data.source="rows"; scenes hold out their own
 
     def __post_init__(self):
-        _positive(self, "batches", "max_new_tokens")
-        _not_negative(self, "every_steps", "samples")
+        super().__post_init__()
+        positive(self, "batches", "max_new_tokens")
+        not_negative(self, "every_steps", "samples")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """One run. The resolved values are printed, and saved beside the checkpoints."""
 
     run_dir: str  # for checkpoints and metrics; a run that is in it resumes
@@ -355,7 +344,8 @@ class TrainConfig:
     simulate_fault: tuple[str, ...] = ()  # "NAME@STEP", to see what happens (docs/reliability.md)
 
     def __post_init__(self):
-        _positive(self, "steps", "micro_batches", "loss_chunk", "log_every")
+        super().__post_init__()
+        positive(self, "steps", "micro_batches", "loss_chunk", "log_every")
         if not self.run_dir:
             raise ConfigError("TrainConfig.run_dir is empty: name a folder, e.g. runs/mine")
         if self.model.param_dtype != "float32":
@@ -366,7 +356,7 @@ class TrainConfig:
         if not 0 <= self.seed < 2**32:  # JAX drops what is above
             raise ConfigError(f"TrainConfig.seed must lie in 0 .. 2**32 - 1: got {self.seed}")
         patch, most = self.model.vision.patch_size, self.model.decoder.max_positions
-        _multiple("data.image_size", self.data.image_size, "vision.patch_size", patch)
+        multiple("data.image_size", self.data.image_size, "vision.patch_size", patch)
         answer = self.evaluation.max_new_tokens if self.evaluation.every_steps else 0
         if max(self.data.length, answer + 1) > most:
             raise ConfigError(

@@ -35,7 +35,11 @@ def read_config(
     """
     base = load_config(path)
     config = parse_options(
-        TrainConfig, overrides, prog or f"python train.py {path}", default=base, more_names=more_names
+        TrainConfig,
+        overrides,
+        prog or f"python train.py {path}",
+        default=base,
+        more_names=more_names,
     )
     return _with_tokenizer(_without_its_own_rows(config, base))
 

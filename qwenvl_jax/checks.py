@@ -1,0 +1,78 @@
+"""What a settings class refuses when it is made, in words that name the field."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, Literal, get_args, get_origin
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used: what is wrong, what was got, what is expected."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A class of settings: each field must be of its type. Python itself would take anything."""
+
+    def __post_init__(self):
+        kinds = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), kinds[field.name]
+            if not _fits(value, kind):
+                raise ConfigError(
+                    f"{type(self).__name__}.{field.name} must be {_told(kind)}: got {value!r:.200}"
+                )
+
+
+def positive(config: Any, *names: str) -> None:
+    """Raises ConfigError where one of these fields is not a number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:  # nor NaN
+            raise ConfigError(f"{type(config).__name__}.{name} must be positive: got {value}")
+
+
+def not_negative(config: Any, *names: str) -> None:
+    """Raises ConfigError where one of these fields is below 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= 0:
+            raise ConfigError(f"{type(config).__name__}.{name} must not be negative: got {value}")
+
+
+def multiple(whole: str, a: int, part: str, b: int) -> None:
+    """Raises ConfigError where `a` is no multiple of `b`; `whole` and `part` are their names."""
+    if a % b:
+        got = f"{whole.rpartition('.')[2]}={a}, {part.rpartition('.')[2]}={b}"
+        raise ConfigError(f"{whole} must be a multiple of {part}: got {got}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:  # of any length
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        pairs = value.items() if isinstance(value, dict) else [(None, None)]
+        return all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in pairs)
+    if kind in (int, float):  # a truth value is no number here
+        return type(value) is int or type(value) is kind
+    return isinstance(value, kind)
+
+
+def _told(kind: Any) -> str:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, parts))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_told(part) for part in parts)
+    if origin is tuple:
+        return f"a tuple, each item {_told(parts[0])}"
+    if origin is dict:
+        return f"a dict, each key {_told(parts[0])} and each value {_told(parts[1])}"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+    return words.get(kind) or ("None" if kind is type(None) else f"a {kind.__name__}")

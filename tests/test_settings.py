@@ -1,0 +1,101 @@
+"""What a settings class refuses: a value of the wrong type or choice, wherever it was written."""
+
+import dataclasses
+import subprocess
+import sys
+import typing
+from typing import Literal
+
+import pytest
+
+from qwenvl_jax import config as config_module
+from qwenvl_jax.checks import ConfigError, Settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part(Settings):
+    side: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole(Settings):
+    count: int = 1
+    rate: float = 0.5
+    is_on: bool = False
+    name: str = ""
+    kind: Literal["a", "b"] = "a"
+    maybe: Literal["a", "b"] | None = None
+    words: tuple[str, ...] = ()
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
+    part: Part = Part()
+    parts: tuple[Part, ...] = ()
+
+
+def test_values_of_the_right_type_are_taken():
+    made = Whole(
+        count=3, rate=1, kind="b", maybe="a", words=("x",), shares={"x": 2}, parts=(Part(),)
+    )
+    assert (made.rate, made.maybe, made.shares) == (1, "a", {"x": 2})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"count": "3"}, "Whole.count must be a whole number: got '3'"),
+        ({"count": 3.0}, "Whole.count must be a whole number: got 3.0"),
+        ({"count": True}, "Whole.count must be a whole number: got True"),
+        ({"rate": None}, "Whole.rate must be a number: got None"),
+        ({"rate": False}, "Whole.rate must be a number: got False"),
+        ({"is_on": "no"}, "Whole.is_on must be True or False: got 'no'"),
+        ({"name": 3}, "Whole.name must be text: got 3"),
+        ({"kind": "c"}, "Whole.kind must be one of 'a', 'b': got 'c'"),
+        ({"maybe": "c"}, "Whole.maybe must be one of 'a', 'b' or None: got 'c'"),
+        ({"words": "x"}, "Whole.words must be a tuple, each item text: got 'x'"),
+        ({"words": ("x", 1)}, "Whole.words must be a tuple, each item text"),
+        ({"shares": {"x": "1"}}, "Whole.shares must be a dict, each key text and each value a num"),
+        ({"shares": None}, "Whole.shares must be a dict"),
+        ({"part": {"side": 2}}, "Whole.part must be a Part: got {'side': 2}"),
+        ({"parts": (None,)}, "Whole.parts must be a tuple, each item a Part"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(wrong, told):
+    with pytest.raises(ConfigError) as refusal:
+        Whole(**wrong)
+    assert str(refusal.value).startswith(told)
+
+
+def test_every_class_of_settings_checks_its_fields():
+    made = [kind for kind in vars(config_module).values() if dataclasses.is_dataclass(kind)]
+    assert len(made) > 10
+    assert all(issubclass(kind, Settings) for kind in made if isinstance(kind, type))
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [
+        ("guard", "spike", "rewnd"),
+        ("data", "mixing", "weight"),
+        ("data", "mask", "assistant"),
+        ("model", "remat", "dot"),
+        ("model", "dtype", "float16"),
+        ("model", "attention_backend", "flash"),
+    ],
+)
+def test_a_config_file_with_an_unknown_choice_is_refused(tmp_path, part, field, value):
+    """In a process of its own: here annotations are checked everywhere, there by us alone."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import dataclasses\n"
+        "from qwenvl_jax.cli.config_file import load_config\n"
+        "def get_config():\n"
+        "    base = load_config('configs/nano/stage2.py')\n"
+        f"    part = dataclasses.replace(base.{part}, {field}={value!r})\n"
+        f"    return dataclasses.replace(base, {part}=part)\n"
+    )
+    command = [sys.executable, "train.py", str(file), f"--run-dir={tmp_path / 'run'}"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    kind = typing.get_type_hints(config_module.TrainConfig)[part]
+    assert run.returncode == 2
+    assert f"{kind.__name__}.{field} must be one of" in run.stderr, run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "run").exists()
