@@ -209,8 +209,8 @@ class OptimizerConfig(Settings):
     """AdamW with linear warm-up and cosine decay (paper Table 8); weight decay is a row's."""
 
     peak_lr: float  # learning rate at the end of the warm-up
-    end_lr: float  # at the last step
-    warmup_steps: int  # from 0 up to `peak_lr`; fewer than `steps`
+    end_lr: float  # where the cosine ends, one step after the last
+    warmup_steps: int  # up to `peak_lr`, the first step's rate is 0; fewer than `steps`
     beta1: float = 0.9
     beta2: float = 0.98
     eps: float = 1e-6

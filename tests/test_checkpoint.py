@@ -386,6 +386,28 @@ def test_a_reader_follows_a_run_that_goes_on(tmp_path, monkeypatch):
     run.close()
 
 
+def test_a_reader_of_what_trains_follows_a_run_that_goes_on(tmp_path, monkeypatch):
+    frozen = sorted(weights(2))[:1]
+    run = CheckpointStore(tmp_path, keep=1, frozen=frozen)
+    run.save(2, items(2))
+    run.wait()
+    reader, goes_on = CheckpointStore(tmp_path, read_only=True), [4]
+    listed = reader.steps
+
+    def steps():
+        found = listed()
+        for step in goes_on:
+            run.save(step, items(step))
+            run.wait()
+        goes_on.clear()
+        return found
+
+    monkeypatch.setattr(reader, "steps", steps)
+    assert sorted(reader.trained()) == sorted(weights(2).keys() - frozen)
+    reader.close()
+    run.close()
+
+
 def test_files_that_are_not_ours_stay(tmp_path):
     saved_run(tmp_path, 1).close()
     checkpoints = tmp_path / "checkpoints"

@@ -172,15 +172,14 @@ def test_a_score_counts_new_facts_apart(tokenizer):
     new = sum(paper.is_new for paper in papers)
     score = summarise(papers, answers)[0]
     assert 0 < new < len(papers)
-    assert score == Score("locate: IoU at 0.5", 1 - new / len(papers), len(papers), 0.0, new)
-    assert score.known_value == pytest.approx(1.0)
-    assert Score("read: ANLS", 0.5, 3, 0.5, 3).known_value is None
+    known, share = len(papers) - new, pytest.approx(1 - new / len(papers))
+    assert score == Score("locate: IoU at 0.5", share, len(papers), 1.0, known, 0.0, new)
 
 
 def test_reports_hold_every_score_and_answer(tokenizer, tmp_path):
     papers = examination(tokenizer, SIDE, 2)
     answers = [right_answer(paper) for paper in papers]
-    scores = [Score("read: word exact", 0.875, 8, None, 0), *summarise(papers, answers)]
+    scores = [Score("read: word exact", 0.875, 8, 0.875, 8, None, 0), *summarise(papers, answers)]
     page = report.to_markdown(scores)
     assert "| read: word exact | 87.5 % | 8 | 87.5 % | - | - |" in page.splitlines()
     assert len(page.splitlines()) == len(scores) + 2
@@ -255,12 +254,15 @@ def test_a_word_wider_than_a_line_is_cut(text):
         assert lines[0].startswith(start + text[0])
 
 
-def test_a_mean_over_what_was_known_is_never_below_nothing():
-    marks = [Mark("question: all", value, True) for value in (0.1, 0.2, 0.3, 0.7)]
-    marks += [Mark("question: all", 0.0, False)] * 3
+def test_marks_of_which_nobody_says_whether_they_are_new_count_in_the_whole_only():
+    marks = [Mark("question: all", 1.0, True), *[Mark("question: all", 0.0, None)] * 3]
     [score] = mean_marks(marks, ["question"])
-    assert 0.0 <= score.known_value < 1e-9
-    assert Score("m", 0.1 + 0.2, 3, 0.9 + 1e-15, 1).known_value == 0.0
+    assert score == Score("question: all", 0.25, 4, None, 0, 1.0, 1)
+    assert score.is_told_apart
+    [score] = mean_marks([*marks, Mark("question: all", 0.5, False)], ["question"])
+    assert (score.known_value, score.known_count, score.value) == (0.5, 1, 0.3)
+    [score] = mean_marks(marks[1:], ["question"])
+    assert not score.is_told_apart
 
 
 def test_the_sheet_draws_boxes_and_grows_with_its_text(tokenizer):

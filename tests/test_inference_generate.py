@@ -1,5 +1,6 @@
 """Decoding: the cache against the full forward pass, batches against rows, and what compiles."""
 
+import dataclasses
 from itertools import chain
 
 import jax
@@ -12,7 +13,9 @@ from golden_model import greedy, ids, load, model, outputs, pictures
 from qwenvl_jax.inference import forward, generate
 from qwenvl_jax.inference.errors import InputError
 from qwenvl_jax.inference.sampling import Sampling, stack
+from qwenvl_jax.inference.vl import VL
 from qwenvl_jax.model.decoder import ntk_alpha
+from qwenvl_jax.model.qwenvl import abstract_state
 
 STEPS = 6
 
@@ -78,6 +81,20 @@ def test_reference_mode_equals_left_padding():
     np.testing.assert_allclose(logits[1, 0], outputs()["text_long.logits"][-1], atol=1e-4)
     alone = vl.logits(short)[-1]
     assert np.abs(logits[0, 0] - alone).max() > 1e-2  # the batch mate is felt, as released
+
+
+@pytest.mark.parametrize("switch", ["use_logn", "use_dynamic_ntk"])
+def test_what_changes_long_texts_can_be_switched_off(switch):
+    vl = model()
+    decoder = dataclasses.replace(vl.config.decoder, **{switch: False})
+    config = dataclasses.replace(vl.config, decoder=decoder)
+    graphdef, _ = abstract_state(config, vl.mesh)
+    without = VL(config, graphdef, vl._generator._state, vl.mesh)
+    short, long = ids("text_short"), ids("text_long")
+    np.testing.assert_array_equal(without.logits(short), vl.logits(short))
+    beyond = vl.config.decoder.seq_length
+    assert len(long) > beyond
+    assert np.abs(without.logits(long) - vl.logits(long))[beyond:].max() > 1e-2
 
 
 def test_filler_tokens_leave_no_trace(monkeypatch):

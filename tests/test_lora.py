@@ -158,6 +158,36 @@ def test_pairs_train_alone_and_alike_on_one_device_and_on_eight():
     assert plain[2] != losses[2]
 
 
+def test_every_step_seed_and_micro_batch_drops_otherwise():
+    """Keys come from seed and step alone, so a step that is made again repeats itself."""
+
+    def losses(config, at, batch):
+        layout, found = layout_of(config), []
+        step = make_train_step(config, layout)
+        for number in at:
+            weights = {
+                path: x + 0.1 if path.endswith("lora.up") else x  # else dropout changes nothing
+                for path, x in random_weights(config, layout).items()
+            }
+            state = start_state(config, layout, weights)._replace(step=jnp.int32(number))
+            _, metrics = step(state, jax.device_put(batch, batch_sharding(layout.mesh)))
+            found.append(float(metrics["loss"]))
+        return found
+
+    # As many equal rows as micro-batches: with one key for all of them, their mean is that of one.
+    row = jax.tree.map(lambda x: x[:1], tiny.batch(lora_config(), 0))
+    batches, configs = {}, {}
+    for count in (2, 4):
+        data = dataclasses.replace(lora_config().data, rows=count)
+        configs[count] = lora_config(data=data, micro_batches=count)
+        batches[count] = jax.tree.map(lambda x, n=count: np.repeat(x, n, axis=0), row)
+    first, second, again = losses(configs[2], (0, 1, 0), batches[2])
+    assert first == again
+    others = [second, *losses(configs[4], (0,), batches[4])]
+    others += losses(dataclasses.replace(configs[2], seed=8), (0,), batches[2])
+    assert all(abs(other / first - 1) > 1e-4 for other in others)
+
+
 def test_frozen_weights_in_bfloat16_give_what_a_bfloat16_step_gives():
     model = tiny.model_config(lora=released_lora(), dtype="bfloat16")
     config = lora_config()

@@ -14,6 +14,7 @@ from flax import nnx
 
 from qwenvl_jax import presets
 from qwenvl_jax.config import ConfigError, VisionConfig
+from qwenvl_jax.model.attention import AttentionMask
 from qwenvl_jax.model.decoder import ntk_alpha, rotary_angles
 from qwenvl_jax.model.products import logits, matmul
 from qwenvl_jax.model.qwenvl import (
@@ -32,7 +33,7 @@ from qwenvl_jax.model.vit import (
     sine_table,
     to_windows,
 )
-from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.sharding import make_mesh, named_variables
 from qwenvl_jax.training.state import merge_model
 
 
@@ -151,6 +152,20 @@ def test_the_released_size_is_exact():
     assert num_parameters(state["decoder"]) == 7_721_324_544
 
 
+def test_every_parameter_has_the_dtype_that_was_asked_for():
+    _, state = abstract_state(tiny.model_config(param_dtype="bfloat16"))
+    assert {str(x.dtype) for x in named_variables(state).values()} == {"bfloat16"}
+
+
+def test_pictures_without_places_are_refused():
+    model = QwenVL(tiny.model_config(), rngs=nnx.Rngs(0))
+    tokens, visual = jnp.arange(11)[None], model.encode_images(pixels(1, 28))[None]
+    with pytest.raises(ValueError, match="go together: got no image_start_BI"):
+        model(tokens, visual_BIQD=visual)
+    with pytest.raises(ValueError, match="go together: got no visual_BIQD"):
+        model(tokens, image_start_BI=jnp.array([[2]]))
+
+
 @pytest.mark.parametrize(
     ("dtype", "policies"),
     [("float32", ("weights", "full")), ("bfloat16", ("dots",))],  # on CPUs the latter unrolls
@@ -237,6 +252,24 @@ def test_window_attention_confines_all_blocks_but_every_fourth():
     np.testing.assert_array_equal(differs(tower), confined)
     _, tower = small_tower(attention="window", window_side=2, global_every=4)  # the last is global
     assert differs(tower).all()
+
+
+def test_patches_of_a_window_see_each_other_and_no_padding():
+    _, tower = small_tower(num_layers=1, attention="window", window_side=2, global_every=2)
+    graphdef, stacked = nnx.split(tower.blocks)
+    layer = nnx.merge(graphdef, jax.tree.map(lambda x: x[0], stacked))
+    image = pixels(1, 10)
+    x_PE = tower.embed(image, "float32")[0]
+    expected = np.zeros(x_PE.shape)
+    for top in (0, 2, 4):
+        for left in (0, 2, 4):  # 5 is no multiple of 2: those at the edge are smaller
+            rows, columns = np.mgrid[top : min(top + 2, 5), left : min(left + 2, 5)]
+            place = (5 * rows + columns).reshape(-1)
+            y_IPE = x_PE[None, place]
+            y_IPE += layer.attend(layer.ln_1(y_IPE), AttentionMask(), "xla")
+            expected[place] = (y_IPE + layer.feed_forward(layer.ln_2(y_IPE)))[0]
+    found = tower(image, dtype="float32", backend="xla", remat="none")[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_a_picture_of_one_window_needs_no_windows():

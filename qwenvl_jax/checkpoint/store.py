@@ -159,25 +159,20 @@ class CheckpointStore:
             CheckpointError: there are steps and none is good, or names or shapes are not `wanted`,
                 or frozen weights are damaged.
         """
-        steps, tried = self.steps(), set[int]()
-        while left := [step for step in steps if step not in tried]:
-            step = left[-1]
-            tried.add(step)
+        steps = []
+        for step in self._newest_first():
+            steps.append(step)
             try:
                 return step, self._restore(step, wanted, defaults or {}, any_dtype, spare)
             except Damaged as reason:
-                if self._read_only and not (self._directory / str(step)).exists():
-                    # The run goes on meanwhile, and has removed it for a newer one.
-                    self._manager.reload()
-                    steps = self.steps()
-                else:
+                if not self._is_gone(step):
                     self._set_aside(step, reason)
         aside = sorted(path.name for path in self._directory.glob("*.corrupt*"))
         if steps or aside:
             raise CheckpointError(
-                f"no good checkpoint is left in {self._directory}: all of {steps} are damaged, "
-                f"set aside {aside}; a run never starts over by itself: restore a copy, or choose "
-                "another run_dir"
+                f"no good checkpoint is left in {self._directory}: all of {sorted(steps)} are "
+                f"damaged, set aside {aside}; a run never starts over by itself: restore a copy, "
+                "or choose another run_dir"
             )
         return None
 
@@ -186,7 +181,7 @@ class CheckpointStore:
 
         Raises: CheckpointError where there is none, or none that tells them from frozen ones.
         """
-        for step in reversed(self.steps()):
+        for step in self._newest_first():
             try:
                 record = self._read_record(step)
             except Damaged:
@@ -200,6 +195,20 @@ class CheckpointStore:
             noted = record[_WEIGHTS].items()
             return {name: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for name, x in noted}
         raise CheckpointError(f"no finished checkpoint in {self._directory}")
+
+    def _newest_first(self) -> Iterator[int]:
+        """Yields the steps, newest first, and what a run that goes on saves while one is read."""
+        steps, tried = self.steps(), set[int]()
+        while left := [step for step in steps if step not in tried]:
+            tried.add(left[-1])
+            yield left[-1]
+            if self._is_gone(left[-1]):
+                self._manager.reload()
+                steps = self.steps()
+
+    def _is_gone(self, step: int) -> bool:
+        """Whether the run that is being read has removed a step for a newer one."""
+        return self._read_only and not (self._directory / str(step)).exists()
 
     @contextlib.contextmanager
     def _clean_if_it_fails(self) -> Iterator[None]:

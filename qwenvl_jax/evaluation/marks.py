@@ -1,5 +1,6 @@
 """Marks that answers earn, and their means: what every examination has in common."""
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,22 +20,24 @@ class Mark(NamedTuple):
 
 
 class Score(NamedTuple):
-    """The mean mark of a measure, over everything and over what was never in training."""
+    """The mean mark of a measure: over everything, over what training had, and over the rest.
+
+    Means are None where there is no such mark. Items of which nobody says whether training had them
+    count in `value` only.
+    """
 
     measure: str
     value: float
     count: int
+    known_value: float | None
+    known_count: int
     new_value: float | None
     new_count: int
-    is_told_apart: bool = True  # False: nobody says of any item whether training had it
 
     @property
-    def known_value(self) -> float | None:
-        """The mean over what training had; None where there is no such mark."""
-        known = self.count - self.new_count
-        rest = self.value * self.count - (self.new_value or 0.0) * self.new_count
-        # Marks lie in 0..1; the difference of two sums can lie a rounding beside it.
-        return min(max(rest / known, 0.0), 1.0) if known else None
+    def is_told_apart(self) -> bool:
+        """Whether somebody says of an item if training had it."""
+        return self.known_count + self.new_count > 0
 
 
 def mean_marks(marks: Iterable[Mark], subjects: Sequence[str]) -> list[Score]:
@@ -50,14 +53,16 @@ def mean_marks(marks: Iterable[Mark], subjects: Sequence[str]) -> list[Score]:
 
 
 def _score(measure: str, group: Sequence[Mark]) -> Score:
+    known = [mark.value for mark in group if mark.is_new is False]
     new = [mark.value for mark in group if mark.is_new]
     return Score(
         measure=measure,
-        value=sum(mark.value for mark in group) / len(group),
+        value=statistics.fmean(mark.value for mark in group),
         count=len(group),
-        new_value=sum(new) / len(new) if new else None,
+        known_value=statistics.fmean(known) if known else None,
+        known_count=len(known),
+        new_value=statistics.fmean(new) if new else None,
         new_count=len(new),
-        is_told_apart=any(mark.is_new is not None for mark in group),
     )
 
 

@@ -84,11 +84,12 @@ class Adapter(nnx.Module):
         """
         is_short = np.tile(wave_rates(width) > SHORT_WAVE, 4)
         kernel_DNH = self.attn.q_proj.kernel[...]
-        kernel_DNH *= np.where(is_short, NEAR_GAIN, 1.0)[:, None, None]
+        gain_D11 = np.where(is_short, NEAR_GAIN, 1.0)[:, None, None]
+        kernel_DNH = (kernel_DNH * gain_D11).astype(kernel_DNH.dtype)  # NumPy's is float64
         for norm in (self.ln_q, self.ln_kv):
             norm.scale = nnx.Param(0.1 * norm.scale[...], axes=norm.scale.axes)
         for proj in (self.attn.q_proj, self.attn.k_proj):
-            proj.kernel = nnx.Param(kernel_DNH.astype(kernel_DNH.dtype), axes=proj.kernel.axes)
+            proj.kernel = nnx.Param(kernel_DNH, axes=proj.kernel.axes)
 
     def resample(
         self, x_IPE: Float[Array, "I P E"], *, backend: AttentionBackend | Kernel

@@ -37,9 +37,10 @@ class Kernel(NamedTuple):
 class AttentionMask(NamedTuple):
     """Query t may look at key s when the segments agree, are not 0, and s is not later.
 
-    Segments and positions are given together or not at all; without segments everyone sees
-    everyone. Segment 0 is padding: it looks at nothing and nobody looks at it. Within a segment
-    positions grow with the index, so one rule serves packed rows and cached decoding alike.
+    A causal mask needs segments and positions, another one segments or nothing; without segments
+    everyone sees everyone. Segment 0 is padding: it looks at nothing and nobody looks at it. Within
+    a segment positions grow with the index, so one rule serves packed rows and cached decoding
+    alike.
     """
 
     is_causal: bool = False
@@ -84,8 +85,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(q k / sqrt(H)) v in the dtype of `q`; scores and softmax are float32.
 
-    "auto" is `splash` on TPUs and `xla_chunked` elsewhere. `splash` leaves decoding, a few queries
-    against a cache, to `xla`: the kernel knows order by index only, and there is little to save.
+    "auto" is `splash` on TPUs and `xla_chunked` elsewhere. `splash` leaves queries against a cache
+    to plain XLA, in chunks of keys: the kernel knows order by index only.
 
     Raises:
         ValueError: the mask lacks what its rule needs, or the backend cannot compute this here.
@@ -105,7 +106,8 @@ def attention(
         )
     if name == "cudnn":
         return _cudnn(q_BTNH, k_BSNH, v_BSNH, mask)
-    chunk = CHUNK if name == "xla_chunked" else k_BSNH.shape[1]
+    # The scores of one query are few.
+    chunk = k_BSNH.shape[1] if name == "xla" or q_BTNH.shape[1] == 1 else CHUNK
     keep_BTS = mask.keep_BTS()
     if mask.is_causal and keep_BTS is not None and mask.is_among_themselves:
         return _in_strips(q_BTNH, k_BSNH, v_BSNH, keep_BTS, chunk)

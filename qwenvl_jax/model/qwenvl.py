@@ -96,7 +96,13 @@ class QwenVL(nnx.Module):
             segment_BL: samples packed in a row, from 1; 0 is padding.
             ntk_alpha_B: None computes as in training. A value a row (see `decoder.ntk_alpha`)
                 computes as in inference: rotary base scaled, log-n beyond the trained length.
+
+        Raises:
+            ValueError: pictures without their places, or places without pictures.
         """
+        if (visual_BIQD is None) != (image_start_BI is None):
+            missing = "visual_BIQD" if visual_BIQD is None else "image_start_BI"
+            raise ValueError(f"visual_BIQD and image_start_BI go together: got no {missing}")
         config = self.config
         x_BLD = self.decoder.embed_tokens(tokens_BL, config.dtype)
         if visual_BIQD is not None and image_start_BI is not None:
