@@ -1,6 +1,7 @@
 """What a settings class refuses when it is made, in words that name the field."""
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -16,13 +17,18 @@ class Settings:
     """A class of settings: each field must be of its type. Python itself would take anything."""
 
     def __post_init__(self):
-        kinds = typing.get_type_hints(type(self))
+        kinds = _kinds(type(self))
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), kinds[field.name]
             if not _fits(value, kind):
                 raise ConfigError(
                     f"{type(self).__name__}.{field.name} must be {_told(kind)}: got {value!r:.200}"
                 )
+
+
+@functools.cache
+def _kinds(settings: type) -> dict[str, Any]:
+    return typing.get_type_hints(settings)
 
 
 def positive(config: Any, *names: str) -> None:

@@ -1,5 +1,7 @@
 """Dialogues and completions: the prompts they make, what they return, and the history they keep."""
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -127,6 +129,15 @@ def test_turns_that_do_not_fit_are_dropped_with_their_pictures(scripted):
     assert reply.dropped_turns == 1
     assert [int(image[0, 0, 0]) for image in scripted.asked[0]["images"]] == [2]
     assert len(reply.history) == 3  # the caller's to keep; the window may be larger next time
+
+
+def test_pictures_of_a_history_are_shown_at_the_size_of_this_model(scripted):
+    larger = np.repeat(np.repeat(picture(3), 2, axis=0), 2, axis=1)
+    scripted.chat("Now?", [picture(4)], history=[Turn("old", (larger,), "a")])
+    shown = scripted.asked[0]["images"]
+    side = scripted.config.image_size
+    assert [image.shape for image in shown] == [(side, side, 3)] * 2
+    assert [int(image[0, 0, 0]) for image in shown] == [3, 4]
 
 
 def test_a_message_beyond_the_context_names_the_numbers(scripted):
@@ -263,3 +274,55 @@ def test_the_package_offers_its_public_names():
         assert getattr(qwenvl_jax, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         _ = qwenvl_jax.nonsense
+
+
+WRONG_CALLS = """
+import numpy as np
+import qwenvl_jax
+vl = qwenvl_jax.from_pretrained()
+for call in (
+    lambda: vl.chat("hi", max_new_tokens=7.5),
+    lambda: vl.chat("hi", max_new_tokens="8"),
+    lambda: vl.chat("hi", top_k=2.5),
+    lambda: vl.chat("hi", seed=1.5),
+    lambda: vl.chat("hi", temperature=None),
+    lambda: vl.chat("hi", temperature=1e39),
+    lambda: vl.chat("hi", system=None),
+    lambda: vl.chat(5),
+    lambda: vl.complete(None),
+    lambda: vl.generate([5], stop_tokens=[5.5]),
+    lambda: vl.generate([5], max_new_tokens=2.5),
+    lambda: vl.generate_batch([[5]], seed=1.5),
+    lambda: next(vl.stream([5], every=1.5)),
+):
+    try:
+        print(call())
+    except ValueError as error:
+        print(f"{type(error).__name__}: {error}")
+numbers = {"seed": np.int32(5), "temperature": np.float32(1)}
+print(len(vl.generate([5], max_new_tokens=np.int64(3), **numbers)))
+"""
+
+
+def test_wrong_kinds_of_values_are_refused_by_name():
+    """In a process of its own: here annotations are checked everywhere, there by us alone."""
+    command = [sys.executable, "-c", WRONG_CALLS]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = run.stdout.splitlines()
+    expected = [
+        "ChatOptions.max_new_tokens must be a whole number or None: got 7.5",
+        "ChatOptions.max_new_tokens must be a whole number or None: got '8'",
+        "ChatOptions.top_k must be a whole number: got 2.5",
+        "ChatOptions.seed must be a whole number: got 1.5",
+        "ChatOptions.temperature must be a number: got None",
+        "temperature must be 0 or more, and below 1e38: got 1e+39",
+        "ChatOptions.system must be text: got None",
+        "the text must be a str: got 5",
+        "the text must be a str: got None",
+        "stop_tokens must be a whole number: got 5.5",
+        "max_new_tokens must be a whole number: got 2.5",
+        "seed must be a whole number: got 1.5",
+        "every must be a whole number: got 1.5",
+    ]
+    assert told[:-1] == [f"InputError: {line}" for line in expected], run.stderr
+    assert 0 <= int(told[-1]) <= 3

@@ -13,7 +13,7 @@ import numpy as np
 
 from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.inference.cache import bucket, prompt_bucket
-from qwenvl_jax.inference.errors import InputError
+from qwenvl_jax.inference.errors import InputError, whole_number
 from qwenvl_jax.model.qwenvl import NO_IMAGE
 
 # `row`: each row's rotary base and log-n scale come from its own prompt, so that a batch equals
@@ -61,6 +61,7 @@ def check_ids(tokens: Any, config: ModelConfig, row: str) -> np.ndarray:
 
 def check_stop_tokens(tokens: Sequence[int], config: ModelConfig) -> tuple[int, ...]:
     """Returns the ids that end an answer; InputError where the model has no such id."""
+    tokens = [whole_number("stop_tokens", token) for token in tokens]
     for token in tokens:
         if not 0 <= token < config.decoder.vocab_size:
             raise InputError(
@@ -144,7 +145,7 @@ def find_pictures(ids: np.ndarray, num_images: int, config: ModelConfig, row: st
 def check_length(length: int, max_new_tokens: int, config: ModelConfig, row: str) -> None:
     """Raises InputError when the prompt and its answer do not fit the model."""
     limit = config.decoder.max_positions
-    if max_new_tokens < 0:
+    if whole_number("max_new_tokens", max_new_tokens) < 0:
         raise InputError(f"max_new_tokens must be 0 or more: got {max_new_tokens}")
     if length + max_new_tokens > limit:
         raise InputError(

@@ -8,7 +8,6 @@ temperature, top-k, top-p. Source: the logits processors of transformers 4.32, w
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from qwenvl_jax.inference.errors import InputError
+from qwenvl_jax.inference.errors import InputError, RequestOptions
 
 GREEDY = 0.0
 # Devices flush what is smaller to zero, and dividing by it would give no order.
@@ -26,11 +25,11 @@ ALL_TOKENS = 2**31 - 1  # as many as the device's integers count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(RequestOptions):
     """One row's way of choosing; the defaults choose the most likely token.
 
     Raises:
-        InputError: a value outside its range, by name.
+        InputError: a value of another type or outside its range, by name.
     """
 
     temperature: float = GREEDY  # 0: the most likely token, and the filters below do nothing
@@ -40,8 +39,11 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature must be 0 or more: got {self.temperature}")
+        super().__post_init__()
+        if not 0 <= self.temperature < 1e38:  # so that it is finite in float32 too
+            raise InputError(
+                f"temperature must be 0 or more, and below 1e38: got {self.temperature}"
+            )
         if self.top_k < 0:
             raise InputError(f"top_k must be 0 (off) or more: got {self.top_k}")
         if not 0 < self.top_p <= 1:

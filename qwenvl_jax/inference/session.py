@@ -17,7 +17,7 @@ from PIL import Image
 
 from qwenvl_jax.image import load_image, to_square
 from qwenvl_jax.image.load import ImageSource
-from qwenvl_jax.inference.errors import InputError
+from qwenvl_jax.inference.errors import InputError, RequestOptions
 from qwenvl_jax.inference.sampling import GREEDY, Sampling
 from qwenvl_jax.prompt.boxes import parse_boxes
 from qwenvl_jax.prompt.chat import (
@@ -40,7 +40,7 @@ _OPEN_PHRASE = re.compile(r"<ref>[^<]*</ref>(?:<box>|<quad>)?\Z")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextOptions:
+class TextOptions(RequestOptions):
     """How a text is answered; the defaults are greedy."""
 
     max_new_tokens: int | None = None  # None: 512, or half of a context shorter than 1024
@@ -79,6 +79,7 @@ def make_options(kind: type[Options], given: Mapping[str, Any]) -> Options:
 
     Raises:
         TypeError: one does not exist; the nearest and all others are named.
+        InputError: one is of another type.
     """
     names = [field.name for field in dataclasses.fields(kind)]
     for name in given:
@@ -142,6 +143,9 @@ class TextStream:
     def __iter__(self) -> Iterator[str]:
         return self._pieces
 
+    def __next__(self) -> str:
+        return next(self._pieces)
+
     def _run(self) -> Iterator[str]:
         tokens: list[int] = []
         pieces: list[str] = []
@@ -183,12 +187,15 @@ def chat_stream(
 
     Raises:
         ImageError: a picture that cannot be read.
-        InputError: a turn of the history that is neither a `Turn` nor a question and its answer.
+        InputError: the text is no `str`, or a turn of the history is neither a `Turn` nor a
+            question and its answer.
         ChatError: the message alone exceeds the context.
     """
     tok = vl.tokenizer
+    _check_text(text)
     squares = _load_squares(vl, images)
     turns = [_as_turn(turn, number) for number, turn in enumerate(history, start=1)]
+    turns = [turn._replace(images=_load_squares(vl, turn.images)) for turn in turns]
     messages = [Message("system", options.system)]
     for turn in turns:
         messages.append(_question(turn.text, turn.images, turn.live))
@@ -204,6 +211,11 @@ def chat_stream(
 
     stop_tokens = (tok.im_end_id, tok.im_start_id, tok.endoftext_id)
     return TextStream(vl, prompt, options, stop_tokens, finish)
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"the text must be a str: got {text!r:.80}")
 
 
 def _as_turn(turn: Any, number: int) -> Turn:
@@ -231,6 +243,7 @@ def complete_stream(
         InputError: the prompt is too long, or `raw` text marks more or fewer pictures than given.
     """
     tok = vl.tokenizer
+    _check_text(text)
     squares = _load_squares(vl, images)
     if raw:
         ids = tok.encode_raw(text)
@@ -270,7 +283,14 @@ def _question(text: str, images: Sequence[np.ndarray], live: Sequence[str]) -> M
 
 
 def _load_squares(vl: "VL", images: Pictures) -> tuple[np.ndarray, ...]:
-    return tuple(to_square(load_image(image), vl.config.image_size) for image in _several(images))
+    """Returns the pictures at the model's size; those of a history have it, but for another's."""
+    side = vl.config.image_size
+
+    def square(image: Any) -> np.ndarray:
+        is_ready = isinstance(image, np.ndarray) and image.shape == (side, side, 3)
+        return image if is_ready and image.dtype == np.uint8 else to_square(load_image(image), side)
+
+    return tuple(square(image) for image in _several(images))
 
 
 def _several(images: Any) -> list[Any]:

@@ -26,7 +26,7 @@ from qwenvl_jax.conversion.load import load_weights, read_config
 from qwenvl_jax.inference import prompts as prompts_lib
 from qwenvl_jax.inference import session
 from qwenvl_jax.inference.cache import row_bucket
-from qwenvl_jax.inference.errors import InputError
+from qwenvl_jax.inference.errors import InputError, whole_number
 from qwenvl_jax.inference.forward import Forward
 from qwenvl_jax.inference.generate import Generator
 from qwenvl_jax.inference.pictures import PictureFeatures
@@ -174,6 +174,7 @@ class VL:
         """
         if len(tokens) == 0:
             return []
+        seed = whole_number("seed", seed)
         if 0 <= seed < 2**63 < seed + len(tokens):
             raise InputError(
                 f"seed + rows must be at most 2**63, as row b draws with seed + b: got seed {seed} "
@@ -199,7 +200,7 @@ class VL:
         **sampling: Any,
     ) -> Iterator[list[int]]:
         """Yields the tokens of `generate` as they come, about `every` at a time."""
-        if every < 1:
+        if whole_number("every", every) < 1:
             raise InputError(f"every must be 1 or more: got {every}")
         choice = Sampling(**sampling)
         stop = prompts_lib.check_stop_tokens(stop_tokens, self.config)

@@ -137,7 +137,8 @@ def render_prompt(
     if max_length is not None and fixed > max_length:
         raise ChatError(
             f"the prompt is too long: the last message with its system text takes {fixed} ids, "
-            f"{max_length} are left; shorten it or send fewer pictures ({tok.slots + 2} ids each)"
+            f"{max_length} are left beside the answer; shorten it, send fewer pictures "
+            f"({tok.slots + 2} ids each), or lower max_new_tokens"
         )
     kept = 0
     for size in reversed(sizes):
