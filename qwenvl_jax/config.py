@@ -346,6 +346,8 @@ class TrainConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         positive(self, "steps", "micro_batches", "loss_chunk", "log_every")
+        if self.steps >= 2**31:  # the device counts them in 32 bits
+            raise ConfigError(f"TrainConfig.steps must be below 2**31: got {self.steps}")
         if not self.run_dir:
             raise ConfigError("TrainConfig.run_dir is empty: name a folder, e.g. runs/mine")
         if self.model.param_dtype != "float32":
@@ -357,6 +359,13 @@ class TrainConfig(Settings):
             raise ConfigError(f"TrainConfig.seed must lie in 0 .. 2**32 - 1: got {self.seed}")
         patch, most = self.model.vision.patch_size, self.model.decoder.max_positions
         multiple("data.image_size", self.data.image_size, "vision.patch_size", patch)
+        slots = self.model.adapter.num_queries + 2  # with its two markers
+        if self.data.max_images * slots > self.data.length:
+            raise ConfigError(
+                f"data.max_images is more than a row holds: got {self.data.max_images}, "
+                f"{self.data.length // slots} pictures of {slots} tokens fit into data.length "
+                f"{self.data.length}"
+            )
         answer = self.evaluation.max_new_tokens if self.evaluation.every_steps else 0
         if max(self.data.length, answer + 1) > most:
             raise ConfigError(

@@ -409,9 +409,11 @@ def test_groups_of_every_notation(text, first, count):
 
 def test_useful_work_of_a_full_step_is_that_of_the_published_sizes():
     """1.84 B tower weights see the 1,024 patches of a 448-pixel picture, 7.1 B a token."""
-    config = dataclasses.replace(tiny.train_config(), model=presets.qwen_vl())
+    config = tiny.train_config()
     data = dataclasses.replace(config.data, image_size=448, length=2048, max_images=1, rows=8)
-    config = dataclasses.replace(config, data=data, parameters=presets.stage_2())
+    config = dataclasses.replace(
+        config, model=presets.qwen_vl(), data=data, parameters=presets.stage_2()
+    )
     attention = 32 * 2 * 2048 * 2048 * 4096
     row = 4.11e12 + 0.11e12 + 2 * 7.10e9 * 2048 + attention
     assert useful_flops(config) == pytest.approx(3 * 8 * row, rel=0.01)

@@ -10,6 +10,7 @@ import pytest
 
 from qwenvl_jax import config as config_module
 from qwenvl_jax.checks import ConfigError, Settings
+from qwenvl_jax.cli.config_file import load_config, read_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,3 +100,35 @@ def test_a_config_file_with_an_unknown_choice_is_refused(tmp_path, part, field, 
     assert f"{kind.__name__}.{field} must be one of" in run.stderr, run.stderr
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_function_that_wants_arguments_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config(size):\n    return size\n")
+    with pytest.raises(ConfigError, match=r"must need no arguments: .* 'size'"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--skip-steps", "1:2", "--skip-steps", "5:6"),
+        ("--skip-steps=1:2", "--skip_steps=5:6"),
+        ("--steps=3", "--steps=3"),
+    ],
+)
+def test_an_option_that_comes_twice_is_refused(words):
+    name = "--steps" if "--steps=3" in words else "--skip-steps"
+    with pytest.raises(ConfigError, match=f"{name} is there twice: give it once"):
+        read_config("configs/nano/stage1.py", words)
+    assert read_config("configs/nano/stage1.py", ["--skip-steps", "1:2", "5:6"]).skip_steps == (
+        "1:2",
+        "5:6",
+    )
+
+
+def test_numbers_that_cannot_be_used_are_refused():
+    with pytest.raises(ConfigError, match=r"below 2\*\*31: got 3000000000"):
+        read_config("configs/nano/stage1.py", ["--steps=3000000000"])
+    with pytest.raises(ConfigError, match=r"more than a row holds: got 100, \d pictures of \d+"):
+        read_config("configs/nano/stage1.py", ["--data.max-images=100"])

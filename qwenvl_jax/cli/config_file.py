@@ -65,6 +65,8 @@ def load_config(path: str | Path) -> TrainConfig:
     except SyntaxError as error:
         raise ConfigError(f"{path} line {error.lineno} is not Python: {error.msg}") from error
     except Exception as error:
+        if isinstance(error, TypeError) and str(error).startswith("get_config() missing"):
+            raise ConfigError(f"{path}: get_config() must need no arguments: {error}") from error
         line = _line_at_fault(error, file)
         if line is None:
             raise

@@ -44,13 +44,31 @@ def parse_options(
     wrong one may be near to. `--help` prints and exits, as everywhere.
 
     Raises:
-        ConfigError: an option that does not exist (with the nearest name) or does not fit.
+        ConfigError: an option that does not exist (with the nearest name), does not fit, or comes
+            twice.
     """
     import tyro
 
+    _check_repeated(kind, argv)
     start = tyro.MISSING_NONPROP if default is None else default
     with told_in_one_line([*option_names(kind, default), *more_names]):
         return tyro.cli(kind, args=list(argv), prog=prog, description=description, default=start)
+
+
+def _check_repeated(kind: type, argv: Sequence[str]) -> None:
+    """Raises ConfigError where an option comes twice: the first would be forgotten silently."""
+    import tyro
+
+    gathers = {
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(kind)
+        if tyro.conf.UseAppendAction in getattr(field.type, "__metadata__", ())
+    }
+    words = argv[: argv.index("--")] if "--" in argv else argv
+    names = [word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+    for name in names:
+        if names.count(name) > 1 and name not in gathers:
+            raise ConfigError(f"{name} is there twice: give it once, with all its values behind it")
 
 
 @contextlib.contextmanager
