@@ -19,6 +19,7 @@ RematPolicy = Literal["none", "weights", "dots", "full"]
 DType = Literal["float32", "bfloat16"]
 Mixing = Literal["counts", "weights", "temperature"]
 LossMask = Literal["released", "assistant_only"]
+NO_IMAGE = 2**30  # where an unused picture slot of a row starts: past every real position
 
 
 # --- model --------------------------------------------------------------------------------------

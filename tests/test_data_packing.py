@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenvl_jax.config import ConfigError, DataConfig
+from qwenvl_jax.config import NO_IMAGE, ConfigError, DataConfig
 from qwenvl_jax.data.canvas import Canvases
-from qwenvl_jax.data.example import NO_IMAGE, NO_TASK, TASKS, DataError, Example
+from qwenvl_jax.data.example import NO_TASK, TASKS, DataError, Example
 from qwenvl_jax.data.packing import LOOK_AHEAD, TASK_NUMBERS, fill, fill_rows, pack
 from qwenvl_jax.data.pipeline import batches, draw, make_batch
 from qwenvl_jax.data.record import FIELDS

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from finetune_rows import NANO, SLOTS, Rows, data_config, numbers_in, same, write_rows
 
-from qwenvl_jax.config import ConfigError
-from qwenvl_jax.data.example import NO_IMAGE, Batch, DataError
+from qwenvl_jax.config import NO_IMAGE, ConfigError
+from qwenvl_jax.data.example import Batch, DataError
 from qwenvl_jax.data.pipeline import Share, batches
 from qwenvl_jax.data.record import Record
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from golden_model import GOLDEN
 
+from qwenvl_jax.config import NO_IMAGE
 from qwenvl_jax.conversion.config import model_config_from_released
 from qwenvl_jax.conversion.reader import read_json
 from qwenvl_jax.inference import prompts
 from qwenvl_jax.inference.cache import bucket, prompt_bucket, row_bucket
 from qwenvl_jax.inference.errors import InputError
 from qwenvl_jax.inference.pictures import MAX_AT_ONCE, PictureFeatures
-from qwenvl_jax.model.qwenvl import NO_IMAGE
 
 IMG, END, PAD = 420, 421, 422
 SPAN = [IMG, *[PAD] * 16, END]

@@ -13,12 +13,11 @@ import tiny
 from flax import nnx
 
 from qwenvl_jax import presets
-from qwenvl_jax.config import ConfigError, VisionConfig
+from qwenvl_jax.config import NO_IMAGE, ConfigError, VisionConfig
 from qwenvl_jax.model.attention import AttentionMask
 from qwenvl_jax.model.decoder import ntk_alpha, rotary_angles
 from qwenvl_jax.model.products import logits, matmul
 from qwenvl_jax.model.qwenvl import (
-    NO_IMAGE,
     QwenVL,
     abstract_state,
     init_state,

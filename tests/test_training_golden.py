@@ -10,10 +10,10 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from qwenvl_jax.config import ModelConfig, OptimizerConfig, ParameterRule, TrainConfig
+from qwenvl_jax.config import NO_IMAGE, ModelConfig, OptimizerConfig, ParameterRule, TrainConfig
 from qwenvl_jax.conversion.config import model_config_from_released
 from qwenvl_jax.conversion.rules import qwen_vl_rules
-from qwenvl_jax.data.example import NO_IMAGE, Batch
+from qwenvl_jax.data.example import Batch
 from qwenvl_jax.presets import stage_1, stage_2, stage_3
 from qwenvl_jax.sharding import batch_sharding, make_mesh
 from qwenvl_jax.training.state import make_layout, start_state

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from qwenvl_jax.config import (
+    NO_IMAGE,
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
@@ -17,7 +18,7 @@ from qwenvl_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from qwenvl_jax.data.example import NO_IMAGE, NO_TASK, Batch
+from qwenvl_jax.data.example import NO_TASK, Batch
 from qwenvl_jax.presets import stage_2
 
 IMAGE_START_ID = 50

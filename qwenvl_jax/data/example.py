@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-NO_IMAGE = 2**30  # `Batch.image_start` of an unused picture slot: past every real position
 # Every task that a sample can be of; `Batch.task` holds places in this list, so its order stays.
 TASKS = (
     "caption",

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwenvl_jax.config import NO_IMAGE
 from qwenvl_jax.data.example import (
-    NO_IMAGE,
     NO_TASK,
     TASKS,
     Batch,

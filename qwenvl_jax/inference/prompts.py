@@ -11,10 +11,9 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from qwenvl_jax.config import ModelConfig
+from qwenvl_jax.config import NO_IMAGE, ModelConfig
 from qwenvl_jax.inference.cache import bucket, prompt_bucket
 from qwenvl_jax.inference.errors import InputError, whole_number
-from qwenvl_jax.model.qwenvl import NO_IMAGE
 
 # `row`: each row's rotary base and log-n scale come from its own prompt, so that a batch equals
 # its rows alone. `reference`: from the longest prompt and from left-padded places, as released.

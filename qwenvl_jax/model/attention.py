@@ -182,6 +182,7 @@ class Projections(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """`width` and `num_heads` are (logical axis, size)."""
+        self.heads = num_heads[0]
         inputs = dict([width])
         heads = dict([num_heads, (axes.HEAD_DIM, head_dim)])
         self.q_proj = Dense(inputs, heads, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
@@ -194,7 +195,7 @@ class Projections(nnx.Module):
     def qkv(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns queries, keys and values of the same tokens, rows and heads split as tabled."""
         q, k, v = (
-            constrain(proj(x), axes.BATCH, None, axes.HEADS, None)
+            constrain(proj(x), axes.BATCH, None, self.heads, None)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return q, k, v

@@ -27,8 +27,6 @@ from qwenvl_jax.model.products import logits
 from qwenvl_jax.model.vit import ViT
 from qwenvl_jax.sharding import fill, named_variables, with_shardings
 
-NO_IMAGE = 2**30  # `image_start` of a picture slot that the row does not use
-
 
 def merge_images(
     x_BLD: Float[Array, "B L D"],

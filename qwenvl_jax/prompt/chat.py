@@ -9,8 +9,9 @@ Source: released `make_context` and `finetune.py`; paper B.2.
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsFloat
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsFloat, get_args
 
+from qwenvl_jax.config import LossMask
 from qwenvl_jax.prompt.boxes import box_text, quad_text
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 DEFAULT_SYSTEM = "You are a helpful assistant."
 RELEASED_WINDOW = 6144  # ids of system and history together
 
-LossMask = Literal["released", "assistant_only"]
 _ROLES = ("system", "user", "assistant")
 
 
@@ -194,7 +194,7 @@ def render_example(
     Raises: ChatError for an unknown role or mask.
     Source: released `finetune.py`, `preprocess`. Differs: pictures in an answer are not learnt.
     """
-    if mask not in ("released", "assistant_only"):
+    if mask not in get_args(LossMask):
         raise ChatError(f"mask must be 'released' or 'assistant_only': got {mask!r}")
     picture = {tok.image_start_id, tok.image_pad_id, tok.image_end_id}
     ids: list[int] = []

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from qwenvl_jax.config import ModelConfig, VisionConfig
 from qwenvl_jax.sharding import MESH_AXES, named_variables, partition_spec, parts_of
-from qwenvl_jax.training.optimizer import ParameterPlan
+from qwenvl_jax.training.optimizer import ParameterPlan, trained_parts
 
 # Dense bf16 operations a second of one device, as its maker states them.
 PEAKS = {
@@ -64,7 +64,7 @@ def step_flops(
     """
     patches = (image_size // model.vision.patch_size) ** 2
     queries = model.adapter.num_queries
-    trains = {path.split(".")[0] for path, row in plan.items() if row.is_trained}
+    trains = trained_parts(plan)
     # Gradients pass through a part when something in it or before it is trained.
     passes = {
         "vit": "vit" in trains,

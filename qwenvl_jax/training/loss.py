@@ -198,11 +198,11 @@ def sum_up(loss_BL: jax.Array, batch: Batch) -> Sums:
     # A comparison with every task instead of a scatter: few tasks, and it joins the sum above.
     is_task = task_BL == jnp.arange(len(TASKS))[:, None, None]
 
-    def by_task(x_BL: jax.Array) -> jax.Array:
+    def of_each(x_BL: jax.Array) -> jax.Array:
         return jnp.where(is_task, x_BL, 0.0).sum((1, 2))
 
     weight_BL = jnp.asarray(batch.loss_weight, jnp.float32)
-    return Sums(loss_BL.sum(), weight_BL.sum(), by_task(loss_BL), by_task(weight_BL))
+    return Sums(loss_BL.sum(), weight_BL.sum(), of_each(loss_BL), of_each(weight_BL))
 
 
 def no_sums() -> Sums:

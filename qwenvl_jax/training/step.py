@@ -12,10 +12,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax import axes
-from qwenvl_jax.config import ConfigError, TrainConfig
+from qwenvl_jax.config import NO_IMAGE, ConfigError, TrainConfig
 from qwenvl_jax.data.example import Batch
 from qwenvl_jax.model.noise import noise
-from qwenvl_jax.model.qwenvl import NO_IMAGE
 from qwenvl_jax.sharding import AXIS_TABLE, batch_sharding, num_parts
 from qwenvl_jax.training.compiler import compiler_options
 from qwenvl_jax.training.faults import disturb, parse_faults
