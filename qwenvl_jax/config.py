@@ -339,7 +339,7 @@ class TrainConfig(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    log_every: int = 10  # steps between two lines on the terminal
+    log_every: int = 10  # steps between two lines of numbers
     skip_steps: tuple[str, ...] = ()  # "A:B": the batches of steps A to B are left out
     allow_change: tuple[str, ...] = ()  # settings that this start may change, of a run begun before
     simulate_fault: tuple[str, ...] = ()  # "NAME@STEP", to see what happens (docs/reliability.md)

@@ -210,7 +210,7 @@ def test_a_pair_that_pytorch_would_not_call_is_not_written(tmp_path, monkeypatch
     trained = {name: np.ones(shape, "f4") for name, shape in shapes.items() if is_lora(name)}
     room = "qwenvl_jax.conversion.peft_export"
     monkeypatch.setattr(f"{room}.run_config", lambda run: config)
-    monkeypatch.setattr(f"{room}.read_json", lambda path: {})
+    monkeypatch.setattr(f"{room}.read_json", lambda path: {"starts": [{"config": {"init": "x"}}]})
     monkeypatch.setattr(f"{room}.restore_trained", lambda run: trained)
     with pytest.raises(ConversionError) as error:
         export_adapter(tmp_path, tmp_path / "a")

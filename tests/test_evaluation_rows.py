@@ -321,3 +321,26 @@ def test_what_is_wrong_with_paths_is_found_before_the_model_is_loaded(
 def test_settings_without_effect_are_refused(argv, message, capsys):
     assert command.main(argv) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "language"),
+    [
+        ("图里有什么？", "一个图形。", "zh"),
+        ("What is it?", "A dog.", "en"),
+        ("有几个？", "3", "zh"),
+    ],
+)
+def test_the_language_of_a_row_that_names_none_is_that_of_its_words(
+    tokenizer, question, answer, language
+):
+    said = [{"from": "user", "value": f"Picture 1: {PICTURE}\n{question}"}]
+    said += [{"from": "assistant", "value": answer}]
+    for task, fields in (
+        ("chat", {"conversations": said}),
+        ("vqa", {"question": question, "answer": answer}),
+    ):
+        row = Record(f"{task}/1", task, fields, (picture(),))
+        assert row_paper(row, tokenizer, SIDE).language == language
+    named = record("vqa", question=question, answer=answer, language="fr")
+    assert row_paper(named, tokenizer, SIDE).language == "fr"

@@ -130,10 +130,10 @@ def test_the_bar_shows_everything_at_any_width():
     record = {
         "step": 640, "loss": 0.4408, "lr": 3.84e-4, "grad_norm": 1.47, "padding": 0.06,
         "tokens_per_second": 13_027.0, "images_per_second": 585.5, "seconds_per_step": 0.962,
-        "mfu": 0.451, "skipped": 2,
+        "mfu": 0.451, "skipped": 2, "bad_samples": 3,
     }  # fmt: skip
     told = [part for part in _numbers(record).split("  ") if part]
-    assert told[-3:] == ["padding 6.0%", "MFU 45.1%", "skipped 2"]
+    assert told[-3:] == ["MFU 45.1%", "unusable samples 3", "skipped 2"]
     for width in (40, 80, 200):
         screen = io.StringIO()
         console = Console(file=screen, width=width, force_terminal=True, color_system=None)

@@ -147,7 +147,10 @@ def import_(
         )
     target = folders[-1]
     if lora is not None and (vit is not None or is_run(folders[0])):
-        raise ConfigError("--lora is added to a released folder: got parts or a run to import")
+        raise ConfigError(
+            "--lora is added to a released folder: got parts or a run to import; make one of a run "
+            "first (convert.py import RUN WEIGHTS, convert.py export WEIGHTS DIR)"
+        )
     if vit is not None and llm is not None:
         config = import_parts(
             vit,
@@ -234,8 +237,9 @@ def adapter(
         run: the directory of a training run with LoRA
         target: the new folder: adapter_config.json and adapter_model.safetensors
     """
+    from qwenvl_jax.checkpoint.weights import is_weights_folder
     from qwenvl_jax.conversion.load import is_run
-    from qwenvl_jax.conversion.peft_export import export_adapter
+    from qwenvl_jax.conversion.peft_export import base_of, export_adapter
 
     if not is_run(run):
         raise ConfigError(
@@ -243,6 +247,12 @@ def adapter(
             "config.json and checkpoints/ in it"
         )
     print(f"{target}: {export_adapter(run, target)} modules, ready")
+    base = base_of(run)
+    if base is not None and (is_run(Path(base)) or is_weights_folder(Path(base))):
+        print(
+            f"it fits only the weights that the run began with: make a released folder of {base} "
+            "(convert.py import, convert.py export) and name that as the base"
+        )
 
 
 def queries(

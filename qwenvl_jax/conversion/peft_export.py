@@ -61,6 +61,7 @@ def export_adapter(run: str | Path, target: str | Path) -> int:
                 "WEIGHTS' and 'convert.py export WEIGHTS DST'"
             ],
         )
+    base = base_of(run)
     trained = {name: np.asarray(x) for name, x in restore_trained(run).items()}
     parts, problems = [], []
     left = set(trained)
@@ -85,9 +86,18 @@ def export_adapter(run: str | Path, target: str | Path) -> int:
         raise ConversionError(run, [f"adapter: {problem}" for problem in problems])
     with new_folder(target) as folder:
         _write(folder, parts)
-        settings = _settings(parts, config.lora, read_json(run / "config.json").get("init"))
+        settings = _settings(parts, config.lora, base)
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return sum(len(part.rule.names()) for part in parts)
+
+
+def base_of(run: Path) -> str | None:
+    """Returns what a run's frozen weights came from: later starts may have named another `init`."""
+    file = run / "manifest.json"
+    try:
+        return read_json(file)["starts"][0]["config"]["init"]
+    except (LookupError, TypeError) as error:
+        raise ConversionError(file, ["does not say what the run began with"]) from error
 
 
 def _part(rule: Rule, trained: Arrays) -> _Part:

@@ -92,7 +92,11 @@ def import_released(
     """
     source = Path(source)
     if is_weights_folder(source):
-        way_out = "load it as it is" if lora is None else "an adapter is added to a released folder"
+        way_out = (
+            "load it as it is"
+            if lora is None
+            else "an adapter is added to a released folder: export it"
+        )
         raise ConversionError(source, [f"is a folder of ours already: {way_out}"])
     config = model_config_from_released(read_json(source / "config.json"), source / "config.json")
     rules = qwen_vl_rules(config)

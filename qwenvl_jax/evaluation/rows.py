@@ -18,11 +18,13 @@ row has `objects`, as in a file of your own, there is one score and no such colu
     scores = summarise_rows(papers, sit_rows(vl, papers))
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from qwenvl_jax.data.clean import language_of
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.packing import pixels
 from qwenvl_jax.data.record import Record, Source
@@ -51,6 +53,9 @@ _NAMES = {
     "chat": "chat",
     "compare": "two pictures in chat",
 }
+_FORMAT = re.compile(  # what is the same in all languages
+    r"<\|im_start\|>(?:system.*?<\|im_end\|>|\w+)|Picture \d+:|Answer:|<[^<>]*>", re.DOTALL
+)
 _MARGIN = 16  # tokens that an answer may have more than the right one, and more up to the next 32
 
 
@@ -109,19 +114,24 @@ def row_paper(record: Record, tokenizer: Tokenizer, side: int) -> RowPaper | Non
     prompt = question.prompt.tolist()
     num_images = prompt.count(tokenizer.image_start_id)
     shown = [pixels(example, image, side) for image in example.images[:num_images]]
-    expected = tokenizer.decode(question.answer)
+    asked, expected = tokenizer.decode(prompt), tokenizer.decode(question.answer)
     subject = "compare" if record.task == "chat" and num_images > 1 else record.task
     return RowPaper(
         key=record.key,
         subject=_NAMES[subject],
-        language=str(record.fields.get("language", "en")),
-        asked=tokenizer.decode(prompt),
+        language=str(record.fields.get("language") or _language(asked + expected)),
+        asked=asked,
         tokens=prompt,
         images_IYXC=np.stack(shown) if shown else np.zeros((0, side, side, 3), np.uint8),
         expected=expected,
         form=_form(expected, record),
         is_new=_is_new(record),
     )
+
+
+def _language(text: str) -> str:
+    """Returns the language of a dialogue, without what its format says in Latin letters."""
+    return language_of(_FORMAT.sub(" ", text))
 
 
 def _is_new(record: Record) -> bool | None:

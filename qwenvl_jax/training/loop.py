@@ -61,8 +61,8 @@ from qwenvl_jax.training.step import Metrics, check_rows, make_train_step
 from qwenvl_jax.training.stop import StopRequest, grace
 
 _NOTHING_TO_DO = (
-    "nothing to do: this run is finished, with {steps} steps; ask for more of them, or name "
-    "another run_dir to begin anew"
+    "nothing to do: this run is finished, with {steps} steps; ask for more of them with --steps=N "
+    "--allow-change steps, or name another run_dir to begin anew"
 )
 GivenBatches = Callable[[int], Iterator[Batch]]  # first step -> the batches from there on
 OpenPage = Callable[[TrainConfig, Layout], Callable[[Weights], np.ndarray | None]]
@@ -144,7 +144,7 @@ def loop(run: Run, stop: StopRequest) -> int:
     while True:
         tick += 1
         if not end and (asked := stop.reached(tick)):
-            end = f"{asked}: stopping after step {step}"
+            end = f"{asked}: stopping after step {step}; the same command goes on from there"
         is_last = bool(end) or step == config.steps
         is_due = ahead is not None and run.is_pause_due(step)
         skip_to = last_skipped(step + 1, run.run_dir.skips)

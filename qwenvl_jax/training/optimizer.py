@@ -206,7 +206,7 @@ def describe_plan(abstract: nnx.State, plan: dict[str, ParameterPlan]) -> str:
         names = path.split(".")
         group = ".".join(names[:2]) if names[1] == "blocks" else names[0]
         groups.setdefault(group, []).append((variable.get_value().size, plan[path]))
-    lines = [f"{'part':<16}{'trained':>16}{'fixed':>16}{'decayed':>16}  {'rate':<18}weight decay"]
+    lines = [f"{'part':<14}{'trained':>14}{'fixed':>14}{'decayed':>14}  {'rate':<16}decay"]
     totals = [0, 0, 0]
     for group, rows in groups.items():
         trained = [(size, row) for size, row in rows if row.is_trained]
@@ -218,9 +218,9 @@ def describe_plan(abstract: nnx.State, plan: dict[str, ParameterPlan]) -> str:
         totals = [a + b for a, b in zip(totals, counts, strict=True)]
         rates = _span([rate for _, row in trained for rate in row.rate]) if trained else "frozen"
         decays = _span([row.weight_decay for _, row in trained if row.weight_decay])
-        counted = "".join(f"{count:>16,}" for count in counts)
-        lines.append(f"{group:<16}{counted}  {rates:<18}{decays}".rstrip())
-    lines.append(f"{'total':<16}" + "".join(f"{count:>16,}" for count in totals))
+        counted = "".join(f"{count:>14,}" for count in counts)
+        lines.append(f"{group:<14}{counted}  {rates:<16}{decays}".rstrip())
+    lines.append(f"{'total':<14}" + "".join(f"{count:>14,}" for count in totals))
     return "\n".join(lines)
 
 

@@ -61,7 +61,7 @@ class Report:
         self._write(record)
         if self._bar is not None:
             self._bar.show(record)
-        elif record["step"] % self._config.log_every == 0 or record["step"] == self._config.steps:
+        if record["step"] % self._config.log_every == 0 or record["step"] == self._config.steps:
             self.say(_line(record, self._config.steps, self._is_compiling))
 
     def paused(self, seconds: float) -> None:
@@ -228,4 +228,6 @@ def _numbers(record: dict[str, Any]) -> str:
     )
     if record["mfu"] is not None:
         text += f"  MFU {record['mfu']:.1%}"
+    if record.get("bad_samples"):
+        text += f"  unusable samples {record['bad_samples']}"
     return text + (f"  skipped {record['skipped']}" if record["skipped"] else "")
