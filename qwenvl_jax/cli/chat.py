@@ -15,7 +15,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, is_user_error, one_line, run_command
+from qwenvl_jax.cli.errors import (
+    SUCCESS,
+    USAGE_ERROR,
+    is_user_error,
+    leave,
+    note_interrupt,
+    one_line,
+    run_command,
+)
 from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, save_drawn
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
@@ -142,6 +150,7 @@ def _run(argv: Sequence[str]) -> int:
             if not talk.take(line):
                 break
         except KeyboardInterrupt:
+            note_interrupt()
             print("(stopped)", file=sys.stderr)  # the answer; the dialogue goes on
         except Exception as error:
             if isinstance(error, BrokenPipeError) or not is_user_error(error):
@@ -170,4 +179,4 @@ def _lines(is_terminal: bool) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

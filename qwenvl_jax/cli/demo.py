@@ -12,12 +12,11 @@ Examples:
 import dataclasses
 import itertools
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
 from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, waiting
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
@@ -172,4 +171,4 @@ def question_of(paper: "RowPaper") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

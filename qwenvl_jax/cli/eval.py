@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwenvl_jax.cli.errors import SUCCESS, one_line, run_command
+from qwenvl_jax.cli.errors import SUCCESS, leave, one_line, run_command
 from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, check_seed, open_model
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
@@ -228,4 +228,4 @@ def _watch(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

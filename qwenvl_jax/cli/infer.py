@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from qwenvl_jax.cli.errors import SUCCESS, one_line, run_command
+from qwenvl_jax.cli.errors import SUCCESS, leave, one_line, run_command
 from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, save_drawn, waiting
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
@@ -141,4 +141,4 @@ def task_prompt(task: Task, prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
