@@ -218,6 +218,22 @@ def test_the_eval_command_prints_the_table(tokenizer, monkeypatch, capsys, tmp_p
     assert json.loads((tmp_path / "scenes_task.json").read_text())["run"]["seed"] == 5
 
 
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    tokenizer, monkeypatch, capsys, tmp_path
+):
+    from qwenvl_jax.cli import eval as command
+
+    model = ModelThatKnows(tokenizer, examination(tokenizer, SIDE, 3, seed=5))
+    model.config = types.SimpleNamespace(image_size=SIDE)
+    monkeypatch.setattr(command, "open_model", lambda _: model)
+    output = tmp_path / "sc[v1]ores" / "x[" / "y]" / ("long " * 30)
+    argv = ["--num-scenes", "3", "--seed", "5", "--form", "task", "--output", str(output)]
+    assert command.main([*argv, "--model", "m[v1]"]) == 0
+    printed = capsys.readouterr().out
+    assert f"\nwrote {output / 'scenes_task.json'}\n" in printed
+    assert printed.startswith("m[v1]: task prompts")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [(["--num-scenes", "0"], "--num-scenes must be positive"), (["--model", "no/such"], "no/such")],
