@@ -1,7 +1,9 @@
 """Scoring on held-out scenes: prompts are those of training, and marks say what is right."""
 
+import io
 import json
 import shlex
+import sys
 import types
 
 import numpy as np
@@ -232,6 +234,25 @@ def test_names_that_look_like_markup_are_printed_as_they_are(
     printed = capsys.readouterr().out
     assert f"\nwrote {output / 'scenes_task.json'}\n" in printed
     assert printed.startswith("m[v1]: task prompts")
+
+
+def test_names_that_look_like_markup_are_shown_while_one_waits(monkeypatch):
+    from qwenvl_jax.cli import eval as command
+    from qwenvl_jax.cli.opening import waiting
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream in ("stderr", "stdout"):
+        monkeypatch.setattr(sys, stream, Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with waiting("loading m[v1]"):
+        pass
+    assert "loading m[v1]" in sys.stderr.getvalue()
+    with command._watch("x[/y]", 3) as on_progress:
+        on_progress(3)
+    assert "x[/y]" in sys.stdout.getvalue()
 
 
 @pytest.mark.parametrize(
