@@ -1,8 +1,7 @@
 """Converts weights: `python convert.py import|export SRC DST`; see `--help`."""
 
-import sys
-
 from qwenvl_jax.cli.convert import main
+from qwenvl_jax.cli.errors import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

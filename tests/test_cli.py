@@ -1,9 +1,12 @@
 """What a person sees at the terminal: help, unknown commands, and errors as one line."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,8 @@ from qwenvl_jax.cli.devices import leave_out_absent_tpu
 from qwenvl_jax.cli.errors import INTERRUPTED, SUCCESS, USAGE_ERROR, is_user_error, run_command
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError, MeshConfig
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +137,105 @@ def test_a_reader_that_goes_away_is_no_error():
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (SUCCESS, "")
+
+
+def run_python(code: str, *argv: str, redirect: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs Python as a shell does, with the output buffered that tests often have unbuffered."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = shlex.join([sys.executable, "-c", code, *argv])
+    shell = ["bash", "-c", f"set -o pipefail; {command} {redirect}"]
+    return subprocess.run(shell, check=False, capture_output=True, text=True, env=env, cwd=ROOT)
+
+
+RUN_MAIN = "import sys; from qwenvl_jax.cli.main import main; sys.exit(main())"
+PRINT = "import sys; from qwenvl_jax.cli.errors import run_command\n" + (
+    "sys.exit(run_command('t', lambda argv: print('x') or 0, []))"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "argv"),
+    [(PRINT, ()), (RUN_MAIN, ("--help",)), (RUN_MAIN, ("--version",)), (RUN_MAIN, ("eval", "-h"))],
+    ids=["print", "help", "version", "help of a command"],
+)
+@pytest.mark.parametrize(
+    ("redirect", "status", "told"),
+    [
+        ("| true", SUCCESS, ""),
+        (">/dev/full", USAGE_ERROR, ": standard output cannot be written: No space left on device"),
+    ],
+    ids=["no reader", "full"],
+)
+def test_what_is_printed_last_is_flushed_under_guard(code, argv, redirect, status, told):
+    if redirect.startswith("|"):  # the reader is gone before a word is printed
+        code = f"import time; time.sleep(0.2); {code}"
+    done = run_python(code, *argv, redirect=redirect)
+    assert done.returncode == status, done.stderr
+    assert told in done.stderr
+    assert done.stderr.count("\n") == bool(told)
+
+
+def test_an_error_is_told_once_where_nothing_can_be_printed():
+    code = (
+        "import sys; from qwenvl_jax.cli.errors import run_command\n"
+        "def command(argv):\n"
+        "    print('x')\n"
+        "    raise FileNotFoundError('no weights')\n"
+        "sys.exit(run_command('t', command, []))"
+    )
+    done = run_python(code, redirect=">/dev/full")
+    assert (done.returncode, done.stderr) == (USAGE_ERROR, "t: no weights\n")
+
+
+@pytest.mark.parametrize("redirect", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_as_the_null_device(redirect):
+    code = (
+        "import os, sys; from qwenvl_jax.cli.errors import run_command\n"
+        "def command(argv):\n"
+        "    assert sys.stdin.read() == '' and not sys.stderr.isatty()\n"
+        "    print('out'); print('err', file=sys.stderr)\n"
+        "    assert [s.fileno() for s in (sys.stdin, sys.stdout, sys.stderr)] == [0, 1, 2]\n"
+        "    return 7\n"
+        "sys.exit(run_command('t', command, []))"
+    )
+    done = run_python(code, redirect=redirect if "<" in redirect else f"{redirect} </dev/null")
+    assert done.returncode == 7, done.stderr
+    assert done.stdout == ("" if ">&-" in redirect.replace("2>", "") else "out\n")
+    assert done.stderr == ("" if "2>&-" in redirect else "err\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "is_noted", "has_jax", "ends_at_once"),
+    [
+        (INTERRUPTED, False, True, True),
+        (INTERRUPTED, False, False, False),
+        (SUCCESS, False, True, False),
+        (SUCCESS, True, True, True),  # a dialogue that went on behind a stopped answer
+        (SUCCESS, True, False, False),
+    ],
+)
+def test_an_interrupt_under_jax_ends_the_process_at_once(code, is_noted, has_jax, ends_at_once):
+    lines = (
+        "import atexit, sys; from qwenvl_jax.cli.errors import leave, note_interrupt",
+        "atexit.register(print, 'usual end')",
+        "sys.modules['jax'] = sys" if has_jax else "",
+        "note_interrupt()" if is_noted else "",
+        f"print('answer'); leave({code})",
+    )
+    done = run_python("\n".join(lines))
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ("answer\n" if ends_at_once else "answer\nusual end\n")
+
+
+def test_every_door_leaves_by_the_same_way():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"qwenvl": f"{cli.__name__}:{cli.start.__name__}"}
+    doors = [ROOT / f"{name}.py" for name in ("infer", "train", "convert")]
+    for path in (*doors, *(ROOT / "qwenvl_jax" / "cli").glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "__main__" in text:
+            end = "start()" if path.stem == "main" else "leave(main())"
+            assert text.endswith(f'if __name__ == "__main__":\n    {end}\n'), path
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Scoring on held-out scenes: prompts are those of training, and marks say what is right."""
 
+import io
 import json
 import shlex
+import sys
 import types
 
 import numpy as np
@@ -216,6 +218,41 @@ def test_the_eval_command_prints_the_table(tokenizer, monkeypatch, capsys, tmp_p
     assert "100.0 %" in capsys.readouterr().out
     assert (tmp_path / "scenes_task.md").exists()
     assert json.loads((tmp_path / "scenes_task.json").read_text())["run"]["seed"] == 5
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(
+    tokenizer, monkeypatch, capsys, tmp_path
+):
+    from qwenvl_jax.cli import eval as command
+
+    model = ModelThatKnows(tokenizer, examination(tokenizer, SIDE, 3, seed=5))
+    model.config = types.SimpleNamespace(image_size=SIDE)
+    monkeypatch.setattr(command, "open_model", lambda _: model)
+    output = tmp_path / "sc[v1]ores" / "x[" / "y]" / ("long " * 30)
+    argv = ["--num-scenes", "3", "--seed", "5", "--form", "task", "--output", str(output)]
+    assert command.main([*argv, "--model", "m[v1]"]) == 0
+    printed = capsys.readouterr().out
+    assert f"\nwrote {output / 'scenes_task.json'}\n" in printed
+    assert printed.startswith("m[v1]: task prompts")
+
+
+def test_names_that_look_like_markup_are_shown_while_one_waits(monkeypatch):
+    from qwenvl_jax.cli import eval as command
+    from qwenvl_jax.cli.opening import waiting
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream in ("stderr", "stdout"):
+        monkeypatch.setattr(sys, stream, Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    with waiting("loading m[v1]"):
+        pass
+    assert "loading m[v1]" in sys.stderr.getvalue()
+    with command._watch("x[/y]", 3) as on_progress:
+        on_progress(3)
+    assert "x[/y]" in sys.stdout.getvalue()
 
 
 @pytest.mark.parametrize(

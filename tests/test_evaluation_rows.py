@@ -2,6 +2,7 @@
 
 import io
 import json
+import tempfile
 import types
 from pathlib import Path
 
@@ -299,11 +300,17 @@ def test_what_is_wrong_with_paths_is_found_before_the_model_is_loaded(
     chats = tmp_path / "a.json"
     said = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yes"}]
     chats.write_text(json.dumps([{"id": "1", "conversations": said}]))
+
+    def full(**_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
     for argv, message in (
         (["--rows", "a.json", "nowhere"], "no data at 'nowhere'"),
         (["--rows", "a.json", "./a.json"], "--rows names 'a.json' more than once"),
         (["--output", "a.json"], "--output is no folder: got the file 'a.json'"),
         (["--output", "a.json/scores"], "--output is no folder: got the file 'a.json'"),
+        (["--output", "full"], "the folder cannot be written to: got 'full', No space left"),
         (["--seed", "-1"], "--seed must lie in 0 .. 2**63 - 1: got -1"),
     ):
         assert command.main(argv) == 2

@@ -91,6 +91,47 @@ def test_unusable_arrays_are_named(pixels, words):
         load_image(pixels, max_pixels=35)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_damaged_pil_image_that_was_not_read_yet_is_an_own_error(kind):
+    encoded = encode(noise(), kind)
+    lazy = Image.open(io.BytesIO(encoded[: len(encoded) * 2 // 3] if kind != "WEBP" else encoded))
+    if kind == "WEBP":  # which is decoded from memory, and there opened whole or not at all
+        lazy.close()
+    with pytest.raises(ImageError, match="the PIL image cannot be decoded: got one that is trunc"):
+        load_image(lazy)
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_closed_pil_image_is_an_own_error(is_read):
+    image = Image.open(io.BytesIO(encode(noise())))
+    if is_read:
+        image.load()
+    image.close()
+    with pytest.raises(ImageError, match="damaged or closed"):
+        load_image(image)
+
+
+def test_memory_that_runs_out_is_no_damage(monkeypatch):
+    def out_of_memory(self):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "load", out_of_memory)
+    with pytest.raises(MemoryError):
+        load_image(noise())
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_a_tiff_of_pillow_is_turned_once(tmp_path, is_read):
+    image = noise()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.tif", exif=exif)
+    with Image.open(tmp_path / "a.tif") as opened:
+        if is_read:
+            opened.load()
+        np.testing.assert_array_equal(load_image(opened), np.rot90(np.array(image), -1))
+
+
 def test_other_types_are_refused():
     unchecked = inspect.unwrap(open_image)  # outside the tests no annotation is checked
     with pytest.raises(TypeError, match="got list, expected a path, bytes"):

@@ -3,6 +3,7 @@
 import io
 import shutil
 import struct
+import tempfile
 import zlib
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from golden_model import model
 from PIL import Image
 
-from qwenvl_jax.cli import chat, infer, opening
+from qwenvl_jax.cli import chat, infer, opening, outputs
 from qwenvl_jax.inference import session
 from qwenvl_jax.inference.vl import VL
 
@@ -65,6 +66,65 @@ def test_an_answer_is_printed_and_its_boxes_are_drawn(folder, here, answers, cap
     text = asked[0]["text"]
     assert text.endswith("user\nPicture 1: <img></img>\nFind the <ref>cup</ref>.<|im_end|>\n"
                          "<|im_start|>assistant\n")  # fmt: skip
+
+
+def test_boxes_never_replace_a_file_that_nobody_named(folder, here, answers, monkeypatch, capsys):
+    (here / "cup.png").rename("answer.png")
+    (here / "answer-2.png").symlink_to("nowhere.png")  # what is there for others
+    kept = (here / "answer.png").read_bytes()
+    answers[0].extend([BOXES] * 5)
+    arguments = ["--model", str(folder), "--image", "answer.png", "Where?"]
+    assert infer.main(arguments) == 0
+    assert "boxes: answer-3.png\n" in capsys.readouterr().err
+    assert (here / "answer.png").read_bytes() == kept
+    for told in (["answer-1.png", "answer-4.png"], ["answer-5.png", "answer-6.png"]):
+        assert talk(monkeypatch, folder, "/image answer.png", "Where?", "And?") == 0
+        err = capsys.readouterr().err
+        assert [line for line in err.splitlines() if "boxes" in line] == [
+            f"(boxes: {name})" for name in told
+        ]
+    assert (here / "answer.png").read_bytes() == kept
+
+
+def test_a_picture_that_its_format_does_not_take_spoils_nothing(
+    folder, here, answers, monkeypatch, capsys
+):
+    Image.new("RGB", (16400, 8), "white").save("wide.png")
+    (here / "old.webp").write_bytes(b"old")
+    answers[0].extend([BOXES, BOXES])
+    arguments = ["--model", str(folder), "--image", "wide.png", "Where?", "--output"]
+    assert infer.main([*arguments, "old.webp"]) == 2
+    err = capsys.readouterr().err
+    assert "infer: WEBP does not take the picture: got 16400 x 8 pixels for 'old.webp'" in err
+    assert err.endswith("; use .png\n")
+    assert (here / "old.webp").read_bytes() == b"old"
+    assert sorted(path.name for path in here.iterdir()) == ["cup.png", "old.webp", "wide.png"]
+    assert infer.main([*arguments, "new.png"]) == 0
+    assert Image.open("new.png").size == (16400, 8)
+
+
+@pytest.mark.parametrize("name", ["new.png", "new.jpg", "new.jpeg", "new.webp", "new.BMP"])
+def test_a_picture_is_written_as_its_name_says(here, name):
+    outputs.save_picture(Image.new("RGB", (8, 8)), here / name)
+    kind = outputs.DRAWN_FORMATS[f".{name[4:].lower()}"]
+    assert Image.open(here / name).format == kind
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    folder, here, answers, monkeypatch, capsys
+):
+    def refused(**_):
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", refused)
+    arguments = ["--model", str(folder), "--image", "cup.png", "--output", "new.png", "Where?"]
+    assert infer.main(arguments) == 2
+    assert "the folder cannot be written to: got '.', Permission denied" in capsys.readouterr().err
+    assert talk(monkeypatch, folder, "Hi", options=("--output-dir", str(here))) == 2
+    assert "Permission denied; name another place" in capsys.readouterr().err
+    assert answers[1] == []
+    answers[0].append("hello")  # without boxes nothing is to be written
+    assert talk(monkeypatch, folder, "Hi") == 0
 
 
 def test_a_drawing_that_nobody_asked_for_may_fail(folder, here, answers, monkeypatch, capsys):
@@ -166,6 +226,11 @@ def huge_png(side: int) -> bytes:
         (["--output", "x.png", "hi"], "--image"),
         (["--image", "cup.png", "--output", "x.txt", "hi"], "must end in"),
         (["--image", "cup.png", "--output", "no/x.png", "hi"], "no folder"),
+        (["--image", "cup.png", "--output", ".", "hi"], "the picture's place is a folder: got '.'"),
+        (["--image", "cup.png", "--output", "cut", "hi"], "name a file in it, such as 'cut/ans"),
+        (["--image", "cup.png", "--output", "text.png/a/x.png", "hi"], "'text.png' is a file"),
+        (["--image", "cup.png", "--output", "./cup.png", "hi"], "--image reads as 'cup.png'"),
+        (["caf\udce9?"], r"the prompt is not text in utf-8: got 'caf\udce9?'"),
         (["--tensor", "99", "hi"], "--tensor"),
         (["--temperature", "-1", "hi"], "temperature"),
         (["--max-new-tokens", "9000", "hi"], "got 9000"),
@@ -227,6 +292,9 @@ def test_a_wrong_line_does_not_end_the_dialogue(folder, here, answers, monkeypat
     [
         (("--temperature", "0", "--top-k", "3"), "--temperature above 0"),
         (("--seed", "-1"), "--seed must lie in"),
+        (("--system", "caf\udce9"), r"--system is not text in utf-8: got 'caf\udce9'"),
+        (("--output-dir", "no"), "no folder to write to: got 'no'; make no first"),
+        (("--output-dir", "cup.png"), "no folder to write to: 'cup.png' is a file"),
     ],
 )
 def test_a_dialogue_refuses_options_as_a_single_question_does(
@@ -297,11 +365,14 @@ def test_a_stopped_answer_leaves_the_dialogue_as_it_was(folder, here, answers, m
         return kinds.pop(0)(*parts)
 
     monkeypatch.setattr(session, "TextStream", make)
+    noted = []
+    monkeypatch.setattr(chat, "note_interrupt", lambda: noted.append("once"))
     assert talk(monkeypatch, folder, "/image cup.png", "One", "Two") == 0
     out, err = capsys.readouterr()
     assert "half" in out
     assert "whole" in out
     assert "(stopped)" in err
+    assert noted == ["once"]
     assert "One" not in answers[1][-1]["text"]
     assert "Picture 1" in answers[1][-1]["text"]  # the picture still waited
 

@@ -15,9 +15,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, is_user_error, one_line, run_command
-from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, save_drawn
+from qwenvl_jax.cli.errors import (
+    SUCCESS,
+    USAGE_ERROR,
+    is_user_error,
+    leave,
+    note_interrupt,
+    one_line,
+    run_command,
+)
+from qwenvl_jax.cli.opening import AnswerOptions, check_text, open_model
 from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.cli.outputs import check_folder, first_free, numbered, save_drawn
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -34,7 +43,13 @@ class TalkOptions(AnswerOptions):
     system: str | None = None
     """What the model is told about its role."""
     output_dir: Path = Path()
-    """Where pictures with boxes go, as answer-1.png and so on."""
+    """Where pictures with boxes go, as the first of answer-1.png and so on that is free."""
+
+    def check(self) -> None:
+        """Raises ConfigError for options that cannot be served."""
+        super().check()
+        if self.system is not None:
+            check_text(self.system, "--system", sys.getfilesystemencoding(), "LC_ALL")
 
     def choice(self) -> dict:
         given = super().choice()
@@ -49,7 +64,6 @@ class Talk:
         self._history: tuple[Turn, ...] = ()
         self._waiting: list[np.ndarray] = []
         self._latest: np.ndarray | None = None  # the picture that boxes refer to, in full size
-        self._num_drawn = 0
 
     def take(self, line: str) -> bool:
         """Does what one line says; returns False when it says to end."""
@@ -114,8 +128,7 @@ class Talk:
         elif not reply.text.strip():
             print("(the answer is empty)", file=sys.stderr)
         if reply.boxes and self._latest is not None:
-            self._num_drawn += 1
-            path = self._options.output_dir / f"answer-{self._num_drawn}.png"
+            path = first_free(self._options.output_dir, numbered(1))
             save_drawn(self._latest, reply.boxes, path)
             print(f"(boxes: {path})", file=sys.stderr)
 
@@ -128,20 +141,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     options = parse_options(TalkOptions, argv, "qwenvl chat", __doc__)
     options.check()
-    check_output(options.output_dir / "answer-1.png")
+    if options.output_dir != Path():  # else nobody has asked for pictures
+        check_folder(options.output_dir)
     talk = Talk(open_model(options), options)
     is_terminal = sys.stdin.isatty()
+    encoding = sys.stdin.encoding or "utf-8"  # what is no file may have none
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # `_check_text` names the line instead
+        sys.stdin.reconfigure(errors="surrogateescape")  # `check_text` names the line instead
     if is_terminal:
         print(HELP)
     has_failed = False
     for number, line in enumerate(_lines(is_terminal), start=1):
         try:
-            _check_text(line, number)
+            check_text(line, f"line {number}", encoding, "PYTHONIOENCODING")
             if not talk.take(line):
                 break
         except KeyboardInterrupt:
+            note_interrupt()
             print("(stopped)", file=sys.stderr)  # the answer; the dialogue goes on
         except Exception as error:
             if isinstance(error, BrokenPipeError) or not is_user_error(error):
@@ -150,15 +166,6 @@ def _run(argv: Sequence[str]) -> int:
             print(f"chat: {one_line(error)}", file=sys.stderr)
     # A person saw the message and went on; a script needs to hear of it.
     return USAGE_ERROR if has_failed and not is_terminal else SUCCESS
-
-
-def _check_text(line: str, number: int) -> None:
-    """Raises ConfigError for a line with bytes that the terminal's encoding does not have."""
-    if any("\udc80" <= char <= "\udcff" for char in line):
-        raise ConfigError(
-            f"line {number} is not text in {sys.stdin.encoding}: got {line[:60]!a}; save it "
-            "in that encoding, or set PYTHONIOENCODING to its own"
-        )
 
 
 def _lines(is_terminal: bool) -> Iterator[str]:
@@ -170,4 +177,4 @@ def _lines(is_terminal: bool) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,14 +14,13 @@ Examples:
 import dataclasses
 import difflib
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
 from qwenvl_jax.cli.opening import SHIPPED_MODEL
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
@@ -189,4 +188,4 @@ def _packing(options: InspectOptions, samples: "Sequence[Shown]") -> "Packing":
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.cli.row_passes import pass_over
 from qwenvl_jax.config import ConfigError
@@ -170,4 +170,4 @@ def _print_json(file: Path, num_rows: int, problems: "Iterator[Problem]") -> int
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

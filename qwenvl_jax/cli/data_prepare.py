@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.clean import Limits
@@ -223,4 +223,4 @@ def _watch(out: Path) -> Iterator[Callable[["Progress"], None]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import json
 import random
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.cli.row_passes import pass_over
 from qwenvl_jax.config import ConfigError
@@ -243,4 +242,4 @@ def _packing_line(packing: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

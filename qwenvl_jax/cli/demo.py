@@ -12,14 +12,14 @@ Examples:
 import dataclasses
 import itertools
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenvl_jax.cli.errors import SUCCESS, run_command
-from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, waiting
+from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
+from qwenvl_jax.cli.opening import AnswerOptions, open_model, waiting
 from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.cli.outputs import check_output, save_picture
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _run(argv: Sequence[str]) -> int:
         exchange = _told(asked, answer, right, paper.expected)
         sittings.append(Sitting(np.concatenate(paper.images_IYXC, axis=1), [exchange]))
     title = "Pictures the model never saw. Green: right. Red: wrong."
-    draw_sheet(title, sittings).save(options.output)
+    save_picture(draw_sheet(title, sittings), options.output)
     print(f"\nwrote {options.output}; the pictures alone are in {options.pictures}")
     return SUCCESS
 
@@ -172,4 +172,4 @@ def question_of(paper: "RowPaper") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

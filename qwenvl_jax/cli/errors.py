@@ -8,15 +8,20 @@ traceback of both.
 import codecs
 import dis
 import io
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from qwenvl_jax.cli.devices import leave_out_absent_tpu
 
 SUCCESS = 0
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+_has_stopped_work = threading.Event()
 
 
 def is_user_error(error: BaseException) -> bool:
@@ -59,6 +64,20 @@ def _print_every_character() -> None:
         out.reconfigure(errors="backslashreplace")
 
 
+def _open_closed_streams() -> None:
+    """Puts the null device in the place of standard streams that are closed (`2>&-`).
+
+    Python has None there. The numbers of the closed ones are the lowest that are free, so that the
+    streams get their own back, and no file that is opened later takes what others print.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            file = io.FileIO(os.devnull, "r" if name == "stdin" else "w")
+            os.set_inheritable(file.fileno(), True)  # or a worker process would be without again
+            text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace")
+            setattr(sys, name, text)
+
+
 def run_command(
     name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None
 ) -> int:
@@ -68,18 +87,73 @@ def run_command(
     argv: without the program's name; None takes it from the command line.
     """
     leave_out_absent_tpu()
+    _open_closed_streams()
     _print_every_character()
     try:
-        return command(sys.argv[1:] if argv is None else argv)
+        code = _told(name, command, sys.argv[1:] if argv is None else argv)
+    except SystemExit:  # after `--help`
+        code = _flushed(name, SUCCESS)
+        if code == SUCCESS:
+            raise
+        return code
+    return _flushed(name, code)
+
+
+def _told(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    try:
+        return command(argv)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader went away (`| head`). Python would complain once more while flushing at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader went away (`| head`)
+        _discard_output()
         return SUCCESS
     except Exception as error:
         if os.environ.get("QWENVL_DEBUG") == "1" or not is_user_error(error):
             raise
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return USAGE_ERROR
+
+
+def _flushed(name: str, code: int) -> int:
+    """Returns the exit code once all that was printed has left; Python would do it unguarded."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _discard_output()
+        if code == SUCCESS and not isinstance(error, BrokenPipeError):
+            why = error.strerror or one_line(error)
+            print(
+                f"{name}: standard output cannot be written: {why}; send it to another place",
+                file=sys.stderr,
+            )
+            return USAGE_ERROR
+    return code
+
+
+def _discard_output() -> None:
+    """Sends what is still to be printed nowhere; Python would complain once more at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def note_interrupt() -> None:
+    """Says that an interrupt has stopped work, after which the command may go on; for `leave`."""
+    _has_stopped_work.set()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process of a command with its exit code.
+
+    An interrupt may leave jax compiling in threads of its own. They would be cut by the usual end
+    of an interpreter, which they answer with a segmentation fault: then it ends at once.
+    """
+    is_cut = code == INTERRUPTED or _has_stopped_work.is_set()
+    if is_cut and "jax" in sys.modules:
+        for child in multiprocessing.active_children():  # as the usual end does
+            child.terminate()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

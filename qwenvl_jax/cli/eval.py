@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwenvl_jax.cli.errors import SUCCESS, one_line, run_command
+from qwenvl_jax.cli.errors import SUCCESS, leave, one_line, run_command
 from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, check_seed, open_model
 from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.cli.outputs import check_folder
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ def _run(argv: Sequence[str]) -> int:
     options = parse_options(EvalOptions, argv, "qwenvl eval", __doc__)
     _check(options)
     sources = _open_sources(options.rows)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        check_folder(options.output)
     vl = open_model(AnswerOptions(model=options.model, dtype=options.dtype, tensor=options.tensor))
     if options.rows:
         for path, name, source in zip(options.rows, row_names(options.rows), sources, strict=True):
@@ -201,17 +205,17 @@ def _tell(
 
     from qwenvl_jax.evaluation import report
 
-    console, folder = Console(), options.model or SHIPPED_MODEL
+    folder = options.model or SHIPPED_MODEL
     title = f"{folder.name}: {title}"
-    console.print(report.to_table(title, scores))
-    console.print(f"{len(answers)} answers in {run['seconds']:.0f} s")
+    Console().print(report.to_table(title, scores))
+    print(f"{len(answers)} answers in {run['seconds']:.0f} s")
     if options.output is not None:
         settings = dataclasses.asdict(options)
         settings |= {"model": str(folder), "output": str(options.output), "rows": None} | run
         record = report.to_json(settings, scores, answers)
         page = f"{title}\n\n{report.to_markdown(scores)}"
         for path in report.write(options.output, name, page, record):
-            console.print(f"wrote {path}")
+            print(f"wrote {path}")
 
 
 @contextmanager
@@ -220,12 +224,13 @@ def _watch(what: str, total: int) -> Iterator[Callable[[int], None]]:
     if not sys.stderr.isatty():
         yield lambda done: print(f"{what}: {done} of {total}", file=sys.stderr)
         return
+    from rich.markup import escape
     from rich.progress import Progress
 
     with Progress(transient=True) as progress:
-        bar = progress.add_task(what, total=total)
+        bar = progress.add_task(escape(what), total=total)
         yield lambda done: progress.update(bar, completed=done)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -7,6 +7,7 @@ Examples:
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from qwenvl_jax.cli.errors import SUCCESS, one_line, run_command
-from qwenvl_jax.cli.opening import AnswerOptions, check_output, open_model, save_drawn, waiting
+from qwenvl_jax.cli.errors import SUCCESS, leave, one_line, run_command
+from qwenvl_jax.cli.opening import AnswerOptions, check_text, open_model, waiting
 from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.cli.outputs import check_output, first_free, numbered, save_drawn
 from qwenvl_jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +44,8 @@ class InferOptions(AnswerOptions):
     raw_prompt: bool = False
     """The prompt is trusted and whole: all tags are live, <img></img> is where a picture goes."""
     output: Path | None = None
-    """Where to draw the boxes of the answer, on the last picture; answer.png here."""
+    """Where to draw the boxes of the answer, on the last picture; here as answer.png, or the first
+    of answer-2.png and so on that is free."""
     allow_fetch: bool = False
     """Pictures may be http addresses."""
 
@@ -54,6 +57,7 @@ class InferOptions(AnswerOptions):
     def check(self) -> None:
         """Raises ConfigError for options that contradict each other."""
         super().check()
+        check_text(self.prompt, "the prompt", sys.getfilesystemencoding(), "LC_ALL")
         if self.raw_prompt and self.task != "chat":
             raise ConfigError(f"--raw-prompt has no --task: got {self.task!r}; leave one of them")
         if self.task in PROMPTLESS and self.prompt:
@@ -67,7 +71,7 @@ class InferOptions(AnswerOptions):
         if self.output is not None and not self.image:
             raise ConfigError("--output needs a picture to draw on: give --image")
         if self.output is not None:
-            check_output(self.output)
+            check_output(self.output, self.image)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +103,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _draw(image_YXC: "np.ndarray", reply: "Reply", output: Path | None) -> None:
-    path = output or Path("answer.png")
+    path = output or first_free(Path(), itertools.chain(["answer.png"], numbered(2)))
     try:
         save_drawn(image_YXC, reply.boxes, path)
     except OSError as error:
@@ -141,4 +145,4 @@ def task_prompt(task: Task, prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

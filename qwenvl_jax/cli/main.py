@@ -7,11 +7,11 @@ starts an accelerator.
 """
 
 import importlib
-import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import qwenvl_jax
-from qwenvl_jax.cli.errors import SUCCESS, run_command
+from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
 from qwenvl_jax.cli.subcommands import choose
 
 COMMANDS = {
@@ -30,7 +30,10 @@ _EXAMPLE = "qwenvl infer --image street.jpg 'What is parked on the left?'"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 for success, 2 for wrong input, 130 when interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+    return run_command("qwenvl", _run, argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     if list(argv) == ["--version"]:
         print(f"qwenvl-jax {qwenvl_jax.__version__}")
         return SUCCESS
@@ -38,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(chosen, int):
         return chosen
     name, rest = chosen
+    return importlib.import_module(f"qwenvl_jax.cli.{name}").main(rest)
 
-    def command(argv: Sequence[str]) -> int:
-        return importlib.import_module(f"qwenvl_jax.cli.{name}").main(argv)
 
-    return run_command(f"qwenvl {name}", command, rest)
+def start() -> NoReturn:
+    """What the installed command calls."""
+    leave(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

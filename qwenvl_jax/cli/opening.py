@@ -1,4 +1,4 @@
-"""What `infer` and `chat` share: which model, its pictures, and how answers are drawn."""
+"""What `infer` and `chat` share: which model answers, how, and to which text."""
 
 import dataclasses
 import sys
@@ -10,11 +10,7 @@ from qwenvl_jax.config import ConfigError, MeshConfig
 from qwenvl_jax.inference.shipped import SHIPPED_MODEL
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from qwenvl_jax.inference.vl import VL
-
-DRAWN_FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +62,18 @@ def check_seed(seed: int) -> None:
         raise ConfigError(f"--seed must lie in 0 .. 2**63 - 1: got {seed}")
 
 
+def check_text(text: str, name: str, encoding: str, variable: str) -> None:
+    """Raises ConfigError for text with bytes that its encoding does not have.
+
+    `variable` is that of the environment which says which encoding it is.
+    """
+    if any("\udc80" <= char <= "\udcff" for char in text):
+        raise ConfigError(
+            f"{name} is not text in {encoding}: got {text[:60]!a}; save it in that encoding, or "
+            f"set {variable} to its own"
+        )
+
+
 def open_model(options: AnswerOptions) -> "VL":
     """Returns the model; says on a terminal that it is being loaded.
 
@@ -103,22 +111,6 @@ def waiting(what: str) -> AbstractContextManager:
     if not sys.stderr.isatty():
         return nullcontext()
     from rich.console import Console
+    from rich.text import Text
 
-    return Console(stderr=True).status(what)
-
-
-def check_output(path: Path) -> None:
-    """Raises ConfigError when no picture can be written there; asked before the model runs."""
-    if path.suffix.lower() not in DRAWN_FORMATS:
-        raise ConfigError(
-            f"the picture's name must end in one of {', '.join(DRAWN_FORMATS)}: got {str(path)!r}"
-        )
-    if not path.parent.is_dir():
-        raise ConfigError(f"no folder for the picture: got {str(path)!r}; make {path.parent} first")
-
-
-def save_drawn(image_YXC: "np.ndarray", boxes: list[dict[str, Any]], path: Path) -> None:
-    """Writes the picture with its boxes."""
-    from qwenvl_jax.prompt.draw import draw_boxes
-
-    draw_boxes(image_YXC, boxes).save(path)
+    return Console(stderr=True).status(Text(what))  # a folder's name may look like markup

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.cli.config_file import read_config
-from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, leave, run_command
 from qwenvl_jax.cli.host_memory import give_freed_memory_back
 from qwenvl_jax.cli.options import option_names, parse_options
 from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
@@ -236,4 +236,4 @@ def _write_page(path: str | None, plan: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

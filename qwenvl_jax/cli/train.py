@@ -1,12 +1,11 @@
 """`python train.py CONFIG [--a.b=c ...]`: starts a training run, or goes on with it."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from qwenvl_jax.cli.config_file import read_config
-from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, leave, run_command
 from qwenvl_jax.cli.host_memory import computes_on_cpu, keep_freed_memory, share_one_pool
 from qwenvl_jax.config import ConfigError, TrainConfig
 
@@ -107,4 +106,4 @@ def _whole_number(name: str, least: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from qwenvl_jax.evaluation.marks import Score
 
@@ -32,12 +33,13 @@ def rows(scores: Sequence[Score]) -> list[tuple[str, ...]]:
 
 def to_table(title: str, scores: Sequence[Score]) -> Table:
     """Returns the scores as a table for the terminal."""
-    table = Table(title=title, title_justify="left")
+    # text of its own kind: names of folders and rows may look like markup
+    table = Table(title=Text(title, style="table.title"), title_justify="left")
     headings, *lines = rows(scores)
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left")
     for cells in lines:
-        table.add_row(*cells)
+        table.add_row(*map(Text, cells))
     return table
 
 

@@ -158,6 +158,15 @@ def to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     applied. Colour profiles are not: the released preprocessing ignores them too.
     """
     check_size(image.size, name, max_pixels)
+    try:
+        image.load()  # a PIL image may be open and not read, and its file no longer there
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `_opened`
+        raise ImageError(
+            f"{name} cannot be decoded: got one that is truncated, damaged or closed, expected a "
+            "whole picture; open it again, or copy its file again"
+        ) from error
     if image.mode in ("F", "I"):
         raise ImageError(
             f"{name} has an unknown brightness scale: got PIL mode {image.mode} (32 bits), "
