@@ -611,7 +611,10 @@ def test_gpus_tell_what_is_replicated_and_what_can_still_help():
     assert gpus is not None
     text, row, fits = gpu_text(config, gpus)
     assert not fits
-    assert "DOES NOT FIT: weights, moments and gradients alone do not: only more GPUs, LoRA" in text
+    assert "DOES NOT FIT: weights, moments and gradients alone do not: more GPUs, LoRA (" in text
+    assert re.search(
+        r"parts or --frozen-dtype=bfloat16 .not enough alone: 2\d\d.\d\d GB. can", text
+    )
     assert re.search(
         r"replicated on every chip.*\n  decoder\.\S+ [\d.]+ MB: replicated: does", text
     )
@@ -626,10 +629,32 @@ def test_gpus_tell_what_is_replicated_and_what_can_still_help():
         return dataclasses.replace(tiny.train_config(), model=model, micro_batches=micro)
 
     room = int(1.2 * sum(state_memory(tiny.train_config(), 1).values()))
-    assert "DOES NOT FIT: more remat, more micro-batches or more GPUs\n" in said("none", 1)
-    assert "DOES NOT FIT: more micro-batches or more GPUs\n" in said("full", 1)
-    assert "DOES NOT FIT: more GPUs\n" in said("full", 8)
+    trained = "more GPUs, LoRA (configs/finetune_lora.py) or fewer trained parts\n"
+    assert f"DOES NOT FIT: more remat, more micro-batches, {trained}" in said("none", 1)
+    assert f"DOES NOT FIT: more micro-batches, {trained}" in said("full", 1)
+    assert f"DOES NOT FIT: {trained}" in said("full", 8)
     assert "replicated: nothing of 1 MB or more" in said("full", 8)
+
+
+def test_frozen_weights_in_half_the_memory_are_offered_with_what_they_bring():
+    def said(config, gpus, *options):
+        read = read_config(str(ROOT / "configs" / f"{config}.py"), options)
+        return gpu_text(read, find_gpus(gpus))  # type: ignore[arg-type]
+
+    text, _, fits = said("finetune_adapter", "a100-40-1", "--micro-batches=128")
+    assert not fits
+    # The adapter alone trains: no LoRA and no fewer parts would take less.
+    assert "alone do not: --frozen-dtype=bfloat16 (then it fits) or more GPUs can help\n" in text
+    narrow = ("--micro-batches=128", "--frozen-dtype=bfloat16")
+    assert said("finetune_adapter", "a100-40-1", *narrow)[2], "as was said"
+    text, _, _ = said("finetune", "h100-2", "--micro-batches=64")
+    assert (
+        "DOES NOT FIT: more GPUs, LoRA (configs/finetune_lora.py), fewer trained parts or " in text
+    )
+    assert "or --frozen-dtype=bfloat16 (not enough alone: 84." in text
+    text, _, fits = said("finetune", "h100-2", "--micro-batches=64", "--frozen-dtype=bfloat16")
+    assert not fits
+    assert "--frozen-dtype" not in text, "it is so already"
 
 
 @pytest.mark.parametrize(

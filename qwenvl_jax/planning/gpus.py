@@ -10,6 +10,7 @@ from typing import Any
 from jax.sharding import AbstractMesh
 
 from qwenvl_jax.config import ConfigError, TrainConfig
+from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.planning.estimate import estimate_memory, state_memory
 from qwenvl_jax.planning.plan import replicated
 from qwenvl_jax.planning.pods import GB, GiB
@@ -17,6 +18,7 @@ from qwenvl_jax.planning.report import replicated_lines, short
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.sharding import MESH_AXES, mesh_sizes
 from qwenvl_jax.training.flops import PEAKS
+from qwenvl_jax.training.optimizer import plan_parameters, trained_parts
 from qwenvl_jax.training.state import make_layout
 
 _RESERVE = 0.90  # jax takes three quarters unless told otherwise; the driver needs the rest of this
@@ -72,7 +74,7 @@ def gpu_text(config: TrainConfig, gpus: Gpus) -> tuple[str, dict[str, Any], bool
     sizes = mesh_sizes(config.mesh, gpus.count)
     state = state_memory(config, gpus.count)
     by_class = estimate_memory(config, gpus.count, state)
-    total, room = sum(by_class.values()), int(gpus.memory_bytes * _RESERVE)
+    total, room = sum(by_class.values()), _room(gpus)
     data, fsdp, tensor = sizes
     compute = useful_flops(config, tensor) / (data * fsdp) / gpus.peak_flops
     copied = replicated(make_layout(config, AbstractMesh(sizes, MESH_AXES)))
@@ -101,19 +103,42 @@ def _way_out(
 ) -> str:
     """Returns what can still be changed to make a run fit."""
     model, (data, fsdp, _) = config.model, sizes
-    room = int(gpus.memory_bytes * _RESERVE)
-    split = ["parameters split over more of these (mesh.data=1, mesh.fsdp=-1)"] * (data > 1)
-    if sum(state.values()) > room:
+    trained = trained_parts(plan_parameters(abstract_state(model)[1], config.parameters))
+    ways = ["parameters split over more of these (mesh.data=1, mesh.fsdp=-1)"] * (data > 1)
+    ways += ["more GPUs"]
+    ways += ["LoRA (configs/finetune_lora.py)"] * ("decoder" in trained and not model.lora.rank)
+    ways += ["fewer trained parts"] * (len(trained) > 1)
+    enough, some = _narrow_frozen(config, gpus, state)
+    if sum(state.values()) > _room(gpus):
         # Nothing that a step keeps is among them.
-        pairs = ["LoRA (configs/finetune_lora.py)"] * (not model.lora.rank)
-        ways = [*split, "more GPUs", *pairs, "fewer trained parts"]
-        return f"weights, moments and gradients alone do not: only {_either(ways)} can help"
+        ways = [*enough, *ways, *some]
+        return f"weights, moments and gradients alone do not: {_either(ways)} can help"
     is_full = {model.remat, model.vit_remat or model.remat} == {"full"}
     more = ["more remat"] * (not is_full)
     most = dataclasses.replace(config, micro_batches=max(1, config.data.rows // (data * fsdp)))
     least, now = (sum(estimate_memory(c, gpus.count, state).values()) for c in (most, config))
     more += ["more micro-batches"] * (least < 0.99 * now)
-    return _either([*more, *split, "more GPUs"])
+    return _either([*enough, *more, *ways, *some])
+
+
+def _narrow_frozen(
+    config: TrainConfig, gpus: Gpus, state: dict[str, int]
+) -> tuple[list[str], list[str]]:
+    """Returns the option that halves frozen weights: first if it is enough, second if it is not."""
+    if config.model.dtype != "bfloat16":
+        return [], []  # products in float32 would lose digits of the weights
+    narrow = dataclasses.replace(config, frozen_dtype="bfloat16")
+    smaller = state_memory(narrow, gpus.count)
+    if sum(smaller.values()) == sum(state.values()):
+        return [], []  # nothing is frozen, or it is narrow already
+    total = sum(estimate_memory(narrow, gpus.count, smaller).values())
+    if total <= _room(gpus):
+        return ["--frozen-dtype=bfloat16 (then it fits)"], []
+    return [], [f"--frozen-dtype=bfloat16 (not enough alone: {total / GB:.2f} GB)"]
+
+
+def _room(gpus: Gpus) -> int:
+    return int(gpus.memory_bytes * _RESERVE)
 
 
 def _either(ways: list[str]) -> str:
