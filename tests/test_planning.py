@@ -446,6 +446,15 @@ def test_unknown_pods_name_known_ones():
     with pytest.raises(ConfigError, match="got 'a100-8', expected a100-40-8 or a100-80-8"):
         find_gpus("a100-8")
     assert find_gpus("a100-80-8").count == 8  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"got 'rtx4090-1', .*: l4-8, a100-40-8, .*, h200-8$"):
+        find_pod("rtx4090-1")
+
+
+def test_names_of_topologies_may_be_written_in_capitals():
+    assert find_gpus("H100-8") == find_gpus("h100-8") is not None
+    assert find_pod("V5E-16") == find_pod("v5e-16")
+    with pytest.raises(ConfigError, match="got 'H100', expected h100-8"):
+        find_gpus("H100")
 
 
 def test_every_mesh_of_every_pod_splits_every_large_tensor():
@@ -734,11 +743,48 @@ def test_options_of_the_command_and_of_the_config_may_mix():
         (["--topolgy", "h100-8"], "did you mean --topology? For full helptext, run qwenvl plan"),
         (["--topology", "h100-8", "--foo", "3"], "run qwenvl plan --help"),
         (["--topology", "h100"], "got 'h100', expected h100-8"),
+        (
+            ["--topology", "v5e-8", "--executable", "nowhere/x.bin"],
+            "--executable cannot be written: got 'nowhere/x.bin', expected a file in a folder that",
+        ),
+        (["--topology", "h100-8", "--json", "nowhere/x"], "--json cannot be written: got 'now"),
+        (["--topology", "v5e-8", "--page", "/"], "--page cannot be written: got '/', expected"),
     ],
 )
 def test_options_without_effect_are_refused(words, expected, capsys):
     assert main([str(ROOT / "configs" / "stage3_chat.py"), *words]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_help_beside_a_config_begins_with_the_usage_of_the_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([str(ROOT / "configs" / "stage3_chat.py"), "--help"])
+    assert not end.value.code
+    said = capsys.readouterr().out
+    assert said.startswith("usage: qwenvl plan CONFIG --topology NAME [options]")
+    assert said.index("settings of the config:") < said.index("--micro-batches")
+
+
+def test_a_plan_is_told_before_its_executable_is_written(tmp_path, capsys, monkeypatch):
+    def compile_step(config, pod, cache, *, anew):
+        assert cache is not None, "the program is kept, whatever becomes of its executable"
+        assert anew
+        return config
+
+    def save_executable(compiled, path):
+        raise OSError(28, "No space left on device", path)
+
+    monkeypatch.setattr("qwenvl_jax.planning.compile.compile_step", compile_step)
+    monkeypatch.setattr("qwenvl_jax.planning.compile.save_executable", save_executable)
+    monkeypatch.setattr("qwenvl_jax.planning.plan.describe", plan_that_fits_from(1))
+    monkeypatch.setattr("qwenvl_jax.planning.report.plan_text", lambda plan: f"of {plan.pod}")
+    words = ["--executable", str(tmp_path / "x.bin"), "--json", str(tmp_path / "x.json")]
+    config = str(ROOT / "configs" / "stage3_chat.py")
+    assert main([config, "--topology", "v5e-8", *words]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("of v5e-8")
+    assert "No space left on device" in said.err
+    assert json.loads((tmp_path / "x.json").read_text())["pod"].startswith("v5e-8")
 
 
 def test_bound_takes_the_slowest_clock_or_all_links_after_it():

@@ -13,11 +13,10 @@ from qwenvl_jax.config import ConfigError, TrainConfig
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.planning.estimate import estimate_memory, state_memory
 from qwenvl_jax.planning.plan import replicated
-from qwenvl_jax.planning.pods import GB, GiB
+from qwenvl_jax.planning.pods import GB, GPU_KINDS
 from qwenvl_jax.planning.report import replicated_lines, short
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.sharding import MESH_AXES, mesh_sizes
-from qwenvl_jax.training.flops import PEAKS
 from qwenvl_jax.training.optimizer import plan_parameters, trained_parts
 from qwenvl_jax.training.state import make_layout
 
@@ -26,7 +25,7 @@ _RESERVE = 0.90  # jax takes three quarters unless told otherwise; the driver ne
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpus:
-    """Equal GPUs. Source: the vendor's data sheets, dense bf16."""
+    """Equal GPUs of one machine."""
 
     name: str
     count: int
@@ -34,17 +33,8 @@ class Gpus:
     peak_flops: float
 
 
-_KINDS = {
-    "l4": (24 * GiB, PEAKS["NVIDIA L4"]),
-    "a100-40": (40 * GiB, PEAKS["NVIDIA A100"]),
-    "a100-80": (80 * GiB, PEAKS["NVIDIA A100"]),
-    "h100": (80 * GiB, PEAKS["NVIDIA H100"]),
-    "h200": (141 * GB, PEAKS["NVIDIA H200"]),
-}
-
-
 def find_gpus(name: str) -> Gpus | None:
-    """Returns the GPUs of a name such as "h100-8", or None when it names something else.
+    """Returns the GPUs of a name such as "h100-8" or "H100-8", or None if it names something else.
 
     >>> find_gpus("a100-80-8").count
     8
@@ -52,17 +42,18 @@ def find_gpus(name: str) -> Gpus | None:
     Raises:
         ConfigError: the name of a GPU without how many.
     """
-    found = re.fullmatch(rf"({'|'.join(_KINDS)})-(\d{{1,6}})", name)
+    small = name.lower()
+    found = re.fullmatch(rf"({'|'.join(GPU_KINDS)})-(\d{{1,6}})", small)
     if found is None or int(found[2]) < 1:
-        near = [kind for kind in _KINDS if kind.split("-")[0] == name.split("-")[0]]
+        near = [kind for kind in GPU_KINDS if kind.split("-")[0] == small.split("-")[0]]
         if near:
             examples = " or ".join(f"{kind}-8" for kind in near)
             raise ConfigError(
                 f"a topology is a kind and a number: got {name!r}, expected {examples}"
             )
         return None
-    memory, peak = _KINDS[found[1]]
-    return Gpus(name=name, count=int(found[2]), memory_bytes=memory, peak_flops=peak)
+    memory, peak = GPU_KINDS[found[1]]
+    return Gpus(name=small, count=int(found[2]), memory_bytes=memory, peak_flops=peak)
 
 
 def gpu_text(config: TrainConfig, gpus: Gpus) -> tuple[str, dict[str, Any], bool]:

@@ -1,4 +1,4 @@
-"""The TPU slices that can be planned for: public names, shapes, and the peak numbers of a chip.
+"""What can be planned for: TPU slices by public name, their shapes, the peaks of a chip; GPUs.
 
 Names of v5e and v6e count chips; names of v4 and v5p count cores, two a chip: "v5p-256" is 128
 chips. Peaks are the vendor's, per chip. Source: the "System architecture" tables of Google Cloud's
@@ -81,6 +81,14 @@ CHIPS = {
             cores_in_name=1,
         ),
     )
+}
+# Memory and peak of a GPU. Source: the vendor's data sheets, dense bf16.
+GPU_KINDS = {
+    "l4": (24 * GiB, PEAKS["NVIDIA L4"]),
+    "a100-40": (40 * GiB, PEAKS["NVIDIA A100"]),
+    "a100-80": (80 * GiB, PEAKS["NVIDIA A100"]),
+    "h100": (80 * GiB, PEAKS["NVIDIA H100"]),
+    "h200": (141 * GB, PEAKS["NVIDIA H200"]),
 }
 _SHAPES_2D = {
     1: "1x1",
@@ -184,23 +192,23 @@ def find_pod(name: str, num_slices: int = 1) -> Pod:
     Raises:
         ConfigError: no such name (the nearest are told), or no rate between its slices is known.
     """
-    pods = known_pods()
-    if name not in pods:
-        generation = name.split("-")[0]
-        near = difflib.get_close_matches(name, pods, n=3, cutoff=0.5)
-        near = [pod for pod in pods if pod.startswith(f"{generation}-")] or near
+    pods, small = known_pods(), name.lower()
+    if small not in pods:
+        same = [pod for pod in pods if pod.startswith(f"{small.split('-')[0]}-")]
+        near = same or difflib.get_close_matches(small, pods, n=3, cutoff=0.5) or ["v5e-256"]
+        kinds = f"; or GPUs, a kind and a number: {'-8, '.join(GPU_KINDS)}-8" if not same else ""
         raise ConfigError(
-            f"unknown topology: got {name!r}, expected for example {', '.join(near) or 'v5e-256'}"
+            f"unknown topology: got {name!r}, expected for example {', '.join(near)}{kinds}"
         )
     if num_slices < 1:
         raise ConfigError(f"slices must be at least 1: got {num_slices}")
-    chip = pods[name].chip
+    chip = pods[small].chip
     if num_slices > 1 and chip.slow_bandwidth is None:
         raise ConfigError(
             f"no rate of the network between slices of {chip.generation} was published: got "
             f"{num_slices} slices, expected one"
         )
-    return dataclasses.replace(pods[name], num_slices=num_slices)
+    return dataclasses.replace(pods[small], num_slices=num_slices)
 
 
 def known_pods() -> dict[str, Pod]:
