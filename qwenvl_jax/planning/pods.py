@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwenvl_jax.config import ConfigError
@@ -32,7 +32,7 @@ class Chip:
     hbm_bytes: int
     hbm_bandwidth: float  # bytes a second
     link_bandwidth: float  # bytes a second over one link, one way
-    num_dimensions: int  # of the torus: two links a dimension
+    num_dimensions: int  # of the torus, in which a chip has two neighbours each
     slow_bandwidth: float | None  # bytes a second a chip between slices; None: not published
     cores_in_name: int
 
@@ -128,6 +128,11 @@ class Pod:
         return self.chips_per_slice * self.num_slices
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of a slice as numbers."""
+        return tuple(map(int, self.shape.split("x")))
+
+    @property
     def title(self) -> str:
         """The name with what it counts, e.g. "v5p-256 (counts cores: 128 chips, 4x4x8)"."""
         counts = "cores" if self.chip.cores_in_name > 1 else "chips"
@@ -161,6 +166,30 @@ class Pod:
                 "with pip install '.[tpu]', and its version must match jaxlib's"
             ) from error
         return list(found.devices)
+
+
+def rings(chip: Chip, shape: Sequence[int]) -> list[bool]:
+    """Returns of each dimension of a slice whether links join its ends.
+
+    Source: Google Cloud's pages on TPU v4, v5e, v5p and v6e. A v5e or v6e has them along whole
+    sides of a pod, 16 chips; a v4 or v5p in slices of cubes of 4 x 4 x 4.
+    """
+    if chip.num_dimensions == 2:
+        return [size == 16 for size in shape]
+    return [all(size % 4 == 0 for size in shape)] * len(shape)
+
+
+def num_links(chip: Chip, shape: Sequence[int], extents: Sequence[int]) -> int:
+    """Returns over how many links at once a chip exchanges with a group that spans `extents`.
+
+    Two for each dimension of the slice that the group goes all around, one for each other.
+
+    >>> num_links(CHIPS["v5e"], (16, 16), (16, 8)), num_links(CHIPS["v6e"], (2, 4), (1, 4))
+    (3, 1)
+    """
+    each = zip(rings(chip, shape), shape, extents, strict=True)
+    links = [1 + (is_ring and n == size) for is_ring, size, n in each if n > 1]
+    return max(1, sum(links))
 
 
 @contextlib.contextmanager
@@ -218,7 +247,7 @@ def known_pods() -> dict[str, Pod]:
         for chips, shape in (_SHAPES_2D if chip.num_dimensions == 2 else _SHAPES_3D).items():
             name = f"{chip.generation}-{chips * chip.cores_in_name}"
             pods[name] = Pod(name=name, chip=chip, chips_per_slice=chips, shape=shape)
-            assert math.prod(map(int, shape.split("x"))) == chips
+            assert math.prod(pods[name].sizes) == chips
     return pods
 
 

@@ -11,7 +11,8 @@ ASSUMPTIONS = (
     "peak rates are the vendor's, and nothing but matrix products and attention takes compute time",
     "best: compute, memory and each mesh axis run side by side; apart: links wait for compute; "
     "as scheduled: of the links, those exchanges wait that stand beside no product",
-    "a mesh axis has both links of each torus dimension that it takes",
+    "a mesh axis has both links of each torus dimension that it goes all around, where links join "
+    "the ends (v5e, v6e: 16 chips; v4, v5p: whole cubes of 4x4x4), one of each other that it takes",
 )
 
 
