@@ -12,11 +12,10 @@ from jax.sharding import AbstractMesh
 from qwenvl_jax.config import ConfigError, TrainConfig
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.planning.estimate import estimate_memory, state_memory
-from qwenvl_jax.planning.plan import replicated
 from qwenvl_jax.planning.pods import GB, GPU_KINDS
-from qwenvl_jax.planning.report import replicated_lines, short
+from qwenvl_jax.planning.report import short
 from qwenvl_jax.planning.useful import useful_flops
-from qwenvl_jax.sharding import MESH_AXES, mesh_sizes
+from qwenvl_jax.sharding import MESH_AXES, mesh_sizes, replicated, replicated_lines
 from qwenvl_jax.training.optimizer import plan_parameters, trained_parts
 from qwenvl_jax.training.state import make_layout
 
@@ -68,7 +67,8 @@ def gpu_text(config: TrainConfig, gpus: Gpus) -> tuple[str, dict[str, Any], bool
     total, room = sum(by_class.values()), _room(gpus)
     data, fsdp, tensor = sizes
     compute = useful_flops(config, tensor) / (data * fsdp) / gpus.peak_flops
-    copied = replicated(make_layout(config, AbstractMesh(sizes, MESH_AXES)))
+    layout = make_layout(config, AbstractMesh(sizes, MESH_AXES))
+    copied = replicated(layout.model_state, layout.mesh)
     lines = [f"{gpus.name}: memory of a GPU, estimated from shapes, nothing compiled"]
     way_out = "" if total <= room else _way_out(config, gpus, sizes, state)
     lines += [f"  {kind:<12}{size / GB:>8.2f} GB" for kind, size in by_class.items() if size]

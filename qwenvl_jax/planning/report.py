@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from qwenvl_jax.planning.memory import CLASSES
 from qwenvl_jax.planning.plan import Plan
 from qwenvl_jax.planning.pods import GB
+from qwenvl_jax.sharding import replicated_lines
 
 ASSUMPTIONS = (
     "every token and picture slot is counted as filled, every token as scored",
@@ -89,13 +90,6 @@ def _links(plan: Plan) -> list[str]:
         f"{'+'.join(x.axes) or 'one chip'}"
         for x in largest
     ]
-
-
-def replicated_lines(rows: Sequence[str]) -> list[str]:
-    """Returns what `plan.replicated` found, as lines."""
-    if not rows:
-        return ["replicated: nothing of 1 MB or more"]
-    return ["replicated on every chip along that axis:", *(f"  {row}" for row in rows)]
 
 
 TABLE_HEAD = (
