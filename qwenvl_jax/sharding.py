@@ -333,6 +333,23 @@ def placements(state: nnx.State, mesh: Mesh | AbstractMesh) -> list[Placement]:
     return rows
 
 
+def replicated(state: nnx.State, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Returns the parameters of at least 1 MB that a mesh axis should split and does not."""
+    rows = sorted(placements(state, mesh), key=lambda row: -row.bytes_per_device)
+    return tuple(
+        f"{row.path} {row.bytes_per_device / 1e6:.1f} MB: {row.note}"
+        for row in rows
+        if row.note and row.bytes_per_device >= 1e6
+    )
+
+
+def replicated_lines(rows: Sequence[str]) -> list[str]:
+    """Returns what `replicated` found, as lines."""
+    if not rows:
+        return ["replicated: nothing of 1 MB or more"]
+    return ["replicated on every chip along that axis:", *(f"  {row}" for row in rows)]
+
+
 def describe(state: nnx.State, mesh: Mesh | AbstractMesh) -> str:
     """Returns a table: path, shape, spec and bytes a device, with a total.
 

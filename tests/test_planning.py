@@ -5,16 +5,17 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 
 from qwenvl_jax import presets
 from qwenvl_jax.cli.plan import main, split_options
 from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import ConfigError, MeshConfig
 from qwenvl_jax.model.qwenvl import abstract_state
-from qwenvl_jax.planning.bound import Bound
+from qwenvl_jax.planning.bound import Bound, axis_bandwidth
 from qwenvl_jax.planning.compile import read_refusal
 from qwenvl_jax.planning.estimate import estimate_memory, state_memory
 from qwenvl_jax.planning.gpus import find_gpus, gpu_text
@@ -22,8 +23,16 @@ from qwenvl_jax.planning.hlo import ArrayShape, Program
 from qwenvl_jax.planning.liveness import fullest_moment, places_of
 from qwenvl_jax.planning.memory import Memory
 from qwenvl_jax.planning.plan import Plan
-from qwenvl_jax.planning.pods import find_pod, known_pods
-from qwenvl_jax.planning.search import REMATS, meshes_of, nearest_fit, search, settings
+from qwenvl_jax.planning.pods import CHIPS, find_pod, known_pods, num_links
+from qwenvl_jax.planning.search import (
+    REMATS,
+    estimated_seconds,
+    meshes_of,
+    nearest_fit,
+    search,
+    setting_of,
+    settings,
+)
 from qwenvl_jax.planning.serving import Load, serving_plan
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.planning.work import exchange_groups, measure
@@ -448,6 +457,48 @@ def test_unknown_pods_name_known_ones():
     with pytest.raises(ConfigError, match="got 'a100-8', expected a100-40-8 or a100-80-8"):
         find_gpus("a100-8")
     assert find_gpus("a100-80-8").count == 8  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match=r"got 'rtx4090-1', .*: l4-8, a100-40-8, .*, h200-8$"):
+        find_pod("rtx4090-1")
+
+
+@pytest.mark.parametrize(
+    ("generation", "shape", "extents", "links"),
+    [
+        ("v5e", (16, 16), (16, 8), 3),  # around one side, along a part of the other
+        ("v6e", (8, 16), (8, 16), 3),  # a side of 8 has no links from end to end
+        ("v5e", (4, 4, 1), (4, 2, 1), 2),
+        ("v6e", (2, 4, 1), (1, 2, 1), 1),
+        ("v5p", (4, 4, 8), (1, 4, 8), 4),
+        ("v4", (4, 4, 8), (4, 4, 8), 6),
+        ("v4", (4, 4, 8), (4, 1, 2), 3),
+        ("v5p", (2, 4, 4), (2, 4, 4), 3),  # no whole cube: no ring at all
+        ("v5p", (2, 2, 1), (1, 1, 1), 1),
+    ],
+)
+def test_a_chip_has_two_links_in_a_ring_and_one_in_a_row(generation, shape, extents, links):
+    chip = CHIPS[generation]
+    assert num_links(chip, shape, extents) == links
+
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        coords: tuple[int, ...]
+        client: None = None  # of no process
+
+    grid = np.empty(shape, dtype=object)
+    for place in np.ndindex(*shape):
+        grid[place] = Device(place)
+    inside = [n for whole, n in zip(shape, extents, strict=True) for n in (whole // n, n)]
+    order = [*range(0, 2 * len(shape), 2), *range(1, 2 * len(shape), 2)]
+    grid = grid.reshape(inside).transpose(order).reshape(1, -1, np.prod(extents))
+    mesh = Mesh(grid.transpose(0, 2, 1), MESH_AXES)
+    assert axis_bandwidth("fsdp", chip, mesh) == links * chip.link_bandwidth
+
+
+def test_names_of_topologies_may_be_written_in_capitals():
+    assert find_gpus("H100-8") == find_gpus("h100-8") is not None
+    assert find_pod("V5E-16") == find_pod("v5e-16")
+    with pytest.raises(ConfigError, match="got 'H100', expected h100-8"):
+        find_gpus("H100")
 
 
 def test_every_mesh_of_every_pod_splits_every_large_tensor():
@@ -463,6 +514,8 @@ def test_every_mesh_of_every_pod_splits_every_large_tensor():
             rows = placements(state, AbstractMesh(sizes, MESH_AXES))
             large = [row for row in rows if row.note and row.bytes_per_device >= 1e6]
             assert [row.path for row in large] == [], sizes
+    assert (4, 32, 1) in seen, "of 4 x 4 x 8 whole rings, a dimension left"
+    assert (4, 64, 1) in seen
     assert (2, 128, 1) in seen
     assert (2, 128, 2) in seen
 
@@ -504,8 +557,8 @@ def test_the_nearest_setting_recomputes_before_it_splits_the_batch():
     found = nearest_fit(config, pod, plan=plan_that_fits_from(2), tries=9, say=said.append)
     assert found is not None
     setting, _ = found
-    assert (setting.micro_batches, setting.remat, setting.vit_remat) == (2, "weights", "dots")
-    assert [line.split()[1:3] for line in said[:4]] == [
+    assert (setting.micro_batches, setting.remat, setting.vit_remat) == (2, "weights", "weights")
+    assert [line.split()[1:3] for line in said[:5]] == [
         [f"--model.remat={remat}", f"--model.vit-remat={vit}"] for remat, vit in REMATS[1:]
     ], "more recomputation is tried first"
     assert setting.apply(config).micro_batches == 2
@@ -550,6 +603,40 @@ def test_a_search_asks_only_what_does_not_follow_from_other_answers():
     asked = {setting for setting, _ in found}
     assert any(x not in asked and x.micro_batches < 4 for x in settings(config, pod))
     assert list(search(config, pod, plan=plan_that_fits_from(99), tries=3))[-1][1].fits is False
+
+
+def test_a_search_begins_with_the_setting_of_the_config_where_the_pod_has_it():
+    options = ["--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2", "--micro-batches=16"]
+    config = read_config(str(ROOT / "configs/stage3_chat.py"), options)
+    pod = find_pod("v6e-8")
+    first, *others = settings(config, pod)
+    assert first == setting_of(config, pod)
+    assert first not in others
+    assert MeshConfig(data=2, fsdp=2, tensor=2) in {x.mesh for x in settings(config, pod)}
+    elsewhere = settings(config, find_pod("v6e-16"))
+    assert all(x.mesh.data * x.mesh.fsdp * x.mesh.tensor == 16 for x in elsewhere)
+    assert ("weights", "weights") in {(x.remat, x.vit_remat) for x in elsewhere}
+
+
+def test_the_estimate_of_time_counts_what_is_gathered_and_summed_once_each():
+    pod, mesh = find_pod("v5e-8"), ["--mesh.data=1", "--mesh.fsdp=8", "--mesh.tensor=1"]
+
+    def seconds(name, *options):
+        config = read_config(str(ROOT / "configs" / f"{name}.py"), [*mesh, *options])
+        # Without products only what crosses the links is left.
+        return estimated_seconds(config, pod, state_memory(config, 8), 0.0)
+
+    adapter = seconds("finetune_adapter", "--frozen-dtype=float32")
+    narrow = seconds("finetune_adapter", "--frozen-dtype=bfloat16")
+    # They cross in bfloat16, whatever they are kept in; a fixed table of angles stays as it is.
+    assert narrow == pytest.approx(adapter, rel=1e-3)
+    # Gathered twice, the tower once; of a whole decoder gradients are summed, too.
+    assert adapter == pytest.approx(seconds("finetune") * 1.8 / (1.8 + 0.8), rel=0.02)
+    kept = seconds("stage2_multitask", "--model.remat=weights", "--model.vit-remat=weights")
+    some = seconds("stage2_multitask", "--model.remat=weights", "--model.vit-remat=dots")
+    twice = seconds("stage2_multitask", "--model.remat=dots", "--model.vit-remat=dots")
+    assert kept < some < twice
+    assert kept == pytest.approx(twice * 2 / 3, rel=0.01)
 
 
 def test_settings_divide_the_rows():
@@ -613,7 +700,10 @@ def test_gpus_tell_what_is_replicated_and_what_can_still_help():
     assert gpus is not None
     text, row, fits = gpu_text(config, gpus)
     assert not fits
-    assert "DOES NOT FIT: weights, moments and gradients alone do not: only more GPUs, LoRA" in text
+    assert "DOES NOT FIT: weights, moments and gradients alone do not: more GPUs, LoRA (" in text
+    assert re.search(
+        r"parts or --frozen-dtype=bfloat16 .not enough alone: 2\d\d.\d\d GB. can", text
+    )
     assert re.search(
         r"replicated on every chip.*\n  decoder\.\S+ [\d.]+ MB: replicated: does", text
     )
@@ -628,10 +718,32 @@ def test_gpus_tell_what_is_replicated_and_what_can_still_help():
         return dataclasses.replace(tiny.train_config(), model=model, micro_batches=micro)
 
     room = int(1.2 * sum(state_memory(tiny.train_config(), 1).values()))
-    assert "DOES NOT FIT: more remat, more micro-batches or more GPUs\n" in said("none", 1)
-    assert "DOES NOT FIT: more micro-batches or more GPUs\n" in said("full", 1)
-    assert "DOES NOT FIT: more GPUs\n" in said("full", 8)
+    trained = "more GPUs, LoRA (configs/finetune_lora.py) or fewer trained parts\n"
+    assert f"DOES NOT FIT: more remat, more micro-batches, {trained}" in said("none", 1)
+    assert f"DOES NOT FIT: more micro-batches, {trained}" in said("full", 1)
+    assert f"DOES NOT FIT: {trained}" in said("full", 8)
     assert "replicated: nothing of 1 MB or more" in said("full", 8)
+
+
+def test_frozen_weights_in_half_the_memory_are_offered_with_what_they_bring():
+    def said(config, gpus, *options):
+        read = read_config(str(ROOT / "configs" / f"{config}.py"), options)
+        return gpu_text(read, find_gpus(gpus))  # type: ignore[arg-type]
+
+    text, _, fits = said("finetune_adapter", "a100-40-1", "--micro-batches=128")
+    assert not fits
+    # The adapter alone trains: no LoRA and no fewer parts would take less.
+    assert "alone do not: --frozen-dtype=bfloat16 (then it fits) or more GPUs can help\n" in text
+    narrow = ("--micro-batches=128", "--frozen-dtype=bfloat16")
+    assert said("finetune_adapter", "a100-40-1", *narrow)[2], "as was said"
+    text, _, _ = said("finetune", "h100-2", "--micro-batches=64")
+    assert (
+        "DOES NOT FIT: more GPUs, LoRA (configs/finetune_lora.py), fewer trained parts or " in text
+    )
+    assert "or --frozen-dtype=bfloat16 (not enough alone: 84." in text
+    text, _, fits = said("finetune", "h100-2", "--micro-batches=64", "--frozen-dtype=bfloat16")
+    assert not fits
+    assert "--frozen-dtype" not in text, "it is so already"
 
 
 @pytest.mark.parametrize(
@@ -711,11 +823,48 @@ def test_options_of_the_command_and_of_the_config_may_mix():
         (["--topolgy", "h100-8"], "did you mean --topology? For full helptext, run qwenvl plan"),
         (["--topology", "h100-8", "--foo", "3"], "run qwenvl plan --help"),
         (["--topology", "h100"], "got 'h100', expected h100-8"),
+        (
+            ["--topology", "v5e-8", "--executable", "nowhere/x.bin"],
+            "--executable cannot be written: got 'nowhere/x.bin', expected a file in a folder that",
+        ),
+        (["--topology", "h100-8", "--json", "nowhere/x"], "--json cannot be written: got 'now"),
+        (["--topology", "v5e-8", "--page", "/"], "--page cannot be written: got '/', expected"),
     ],
 )
 def test_options_without_effect_are_refused(words, expected, capsys):
     assert main([str(ROOT / "configs" / "stage3_chat.py"), *words]) == 2
     assert expected in capsys.readouterr().err
+
+
+def test_help_beside_a_config_begins_with_the_usage_of_the_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        main([str(ROOT / "configs" / "stage3_chat.py"), "--help"])
+    assert not end.value.code
+    said = capsys.readouterr().out
+    assert said.startswith("usage: qwenvl plan CONFIG --topology NAME [options]")
+    assert said.index("settings of the config:") < said.index("--micro-batches")
+
+
+def test_a_plan_is_told_before_its_executable_is_written(tmp_path, capsys, monkeypatch):
+    def compile_step(config, pod, cache, *, anew):
+        assert cache is not None, "the program is kept, whatever becomes of its executable"
+        assert anew
+        return config
+
+    def save_executable(compiled, path):
+        raise OSError(28, "No space left on device", path)
+
+    monkeypatch.setattr("qwenvl_jax.planning.compile.compile_step", compile_step)
+    monkeypatch.setattr("qwenvl_jax.planning.compile.save_executable", save_executable)
+    monkeypatch.setattr("qwenvl_jax.planning.plan.describe", plan_that_fits_from(1))
+    monkeypatch.setattr("qwenvl_jax.planning.report.plan_text", lambda plan: f"of {plan.pod}")
+    words = ["--executable", str(tmp_path / "x.bin"), "--json", str(tmp_path / "x.json")]
+    config = str(ROOT / "configs" / "stage3_chat.py")
+    assert main([config, "--topology", "v5e-8", *words]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith("of v5e-8")
+    assert "No space left on device" in said.err
+    assert json.loads((tmp_path / "x.json").read_text())["pod"].startswith("v5e-8")
 
 
 def test_bound_takes_the_slowest_clock_or_all_links_after_it():

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from qwenvl_jax.cli.train import read_config
 from qwenvl_jax.config import MeshConfig, TrainConfig
 from qwenvl_jax.model.splash import splash_attention
+from qwenvl_jax.planning.cache import CompiledProgram, ProgramCache
 from qwenvl_jax.planning.compile import CompiledStep, compile_step
 from qwenvl_jax.planning.plan import Plan, describe
 from qwenvl_jax.planning.pods import find_pod, quiet
@@ -150,6 +151,24 @@ def test_state_is_given_up_and_counted(compiled, plan):
     by_class = plan.memory.by_class
     assert by_class["optimizer"] > 1.5 * by_class["weights"]
     assert plan.replicated == ()
+
+
+def test_an_executable_is_compiled_anew_and_its_program_kept(tmp_path, monkeypatch):
+    made = CompiledProgram(text=None, sizes=None, too_large=None, seconds=1.0, host_bytes=1)
+    asked = []
+
+    def compiled(lowered, begin):
+        asked.append(lowered)
+        return made, "executable"
+
+    monkeypatch.setattr("qwenvl_jax.planning.compile._compile", compiled)
+    config, pod, programs = reduced("stage3_chat"), find_pod(POD), ProgramCache(tmp_path)
+    executables = [
+        compile_step(config, pod, programs, anew=anew).executable for anew in (True, False, True)
+    ]
+    assert executables == ["executable", None, "executable"]
+    assert len(asked) == 2
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_gradients_are_counted():

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import time
 
 import jax
@@ -11,18 +12,19 @@ import tiny
 from PIL import Image
 from rich.console import Console
 
-from qwenvl_jax.config import to_dict
+from qwenvl_jax.config import MeshConfig, to_dict
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import qwen_vl, stage_1, stage_2, stage_3
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training.expectation import expected_step_time
 from qwenvl_jax.training.flops import _tower_pairs, peak_flops, step_flops
 from qwenvl_jax.training.goodput import Goodput
-from qwenvl_jax.training.introduction import _rounds
+from qwenvl_jax.training.introduction import _rounds, introduction
 from qwenvl_jax.training.memory import OutOfMemory, explained
 from qwenvl_jax.training.optimizer import plan_parameters
 from qwenvl_jax.training.plot import draw_curves, draw_tasks, running_mean, tasks_of
 from qwenvl_jax.training.report import Report, _numbers, _ProgressBar
+from qwenvl_jax.training.run_dir import RunDir
 from qwenvl_jax.training.state import make_layout
 from qwenvl_jax.training.stop import grace
 
@@ -239,6 +241,26 @@ def test_the_time_of_a_step_is_told_from_runs_alike(tmp_path, monkeypatch):
 def test_a_stop_that_takes_too_long_says_what_follows():
     assert grace(2.04, 30.0) == "a stop takes 2.0 s, within guard.grace_seconds=30"
     assert "a stop takes 31.0 s, LONGER THAN guard.grace_seconds=30" in grace(31.0, 30.0)
+
+
+def test_large_arrays_that_no_axis_splits_are_told_before_the_first_step(tmp_path):
+    config = tiny.train_config(run_dir=str(tmp_path / "run"))
+    decoder = dataclasses.replace(config.model.decoder, vocab_size=2**13)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, decoder=decoder))
+    run_dir = RunDir(config, {"starts": [{"time": ""}]}, [], None)
+
+    def told(tensor, rows=None):
+        mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=tensor), jax.devices()[:tensor])
+        return introduction(config, make_layout(config, mesh), 0, run_dir, rows)
+
+    lines = told(3)
+    at = lines.index("replicated on every chip along that axis:")
+    assert lines[at - 1].startswith("mesh {'data': 1, 'fsdp': 1, 'tensor': 3}")
+    found = re.compile(
+        r"  decoder\.\S+ [\d.]+ MB: replicated: does not divide .*vocab=8192 over ten"
+    )
+    assert found.match(lines[at + 1])
+    assert not any("replicated" in line for tensor in (1, 2) for line in told(tensor))
 
 
 def test_how_often_a_run_sees_its_data_is_told():

@@ -87,6 +87,8 @@ def _run(argv: Sequence[str]) -> int:
     if not argv or argv[0].startswith("-"):
         print(_USAGE, end="")
         return SUCCESS if argv and argv[0] in ("-h", "--help") else USAGE_ERROR
+    if {"-h", "--help"} & set(argv):
+        print(f"{_USAGE}\nsettings of the config:")  # which the parser prints, and ends
     ours, overrides = split_options(argv[1:])
     # The config's first: an option that is neither's may be a misspelt one of ours.
     config = read_config(argv[0], overrides, "qwenvl plan", option_names(PlanOptions))
@@ -114,13 +116,21 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _check(options: PlanOptions, mode: str) -> None:
-    """Raises ConfigError for an option that could have no effect, and for no tries."""
+    """Raises ConfigError for an option that could have no effect, for no tries, and for a file
+    that could not be written once minutes were spent on what belongs in it."""
     if options.tries < 1:
         raise ConfigError(f"--tries must be at least 1: got {options.tries}")
     usual = {field.name: field.default for field in dataclasses.fields(PlanOptions)}
     given = [f"--{name}" for name in _WITHOUT[mode] if getattr(options, name) != usual[name]]
     if given:
         raise ConfigError(f"{mode} and {' '.join(given)} do not go together: leave one out")
+    for name in ("json", "page", "executable"):
+        path = Path(getattr(options, name) or "plan")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(
+                f"--{name} cannot be written: got {str(path)!r}, expected a file in a folder that "
+                "exists and can be written to"
+            )
 
 
 def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -142,22 +152,20 @@ def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _plan(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
     from qwenvl_jax.planning.compile import compile_step, save_executable
-    from qwenvl_jax.planning.plan import describe
+    from qwenvl_jax.planning.plan import describe, make_plan
     from qwenvl_jax.planning.report import plan_text
     from qwenvl_jax.planning.search import nearest_fit
 
-    planner = _planner(options)
+    programs = _programs(options)
+    planner = functools.partial(make_plan, programs=programs)
     _say(f"compiling for {pod.title}: minutes at full size, at once if it was compiled before")
-    if options.executable:
-        compiled = compile_step(config, pod)
-        plan = describe(compiled, pod)
-        if plan.fits:
-            save_executable(compiled, options.executable)
-    else:
-        plan = planner(config, pod)
-    print(plan_text(plan))
+    compiled = compile_step(config, pod, programs, anew=options.executable is not None)
+    plan = describe(compiled, pod)
+    print(plan_text(plan), flush=True)
     _write(options.json, to_dict(plan))
     _write_page(options.page, plan)
+    if options.executable and plan.fits:
+        save_executable(compiled, options.executable)
     if plan.fits:
         return SUCCESS
     _say("looking for the nearest setting that fits")
@@ -174,10 +182,11 @@ def _search(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from qwenvl_jax.planning.plan import make_plan
     from qwenvl_jax.planning.report import TABLE_HEAD, plan_text, table_row
     from qwenvl_jax.planning.search import search
 
-    planner = _planner(options)
+    planner = functools.partial(make_plan, programs=_programs(options))
     found = []
     console = Console(stderr=True)
     with Progress(console=console) as bar:
@@ -195,8 +204,8 @@ def _search(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
         print(f"\nnone of {len(found)} settings fits {pod.title}; try a larger pod")
         return DOES_NOT_FIT
     _, setting, plan = min(fitting, key=lambda row: row[0])
+    print(f"\nfastest of {len(found)}: {setting.options()}\n\n{plan_text(plan)}", flush=True)
     _write_page(options.page, plan)
-    print(f"\nfastest of {len(found)}: {setting.options()}\n\n{plan_text(plan)}")
     return SUCCESS
 
 
@@ -212,11 +221,10 @@ def _serve(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
     return DOES_NOT_FIT if any(phase.refusal for phase in phases) else SUCCESS
 
 
-def _planner(options: PlanOptions) -> Any:
+def _programs(options: PlanOptions) -> Any:
     from qwenvl_jax.planning.cache import ProgramCache
-    from qwenvl_jax.planning.plan import make_plan
 
-    return functools.partial(make_plan, programs=ProgramCache(Path(options.cache).expanduser()))
+    return ProgramCache(Path(options.cache).expanduser())
 
 
 def _say(text: str) -> None:

@@ -1,18 +1,21 @@
 """How fast a step can be at best, from its work and a chip's peaks.
 
 Three clocks run: matrix products at the peak rate, memory at its full bandwidth, and each mesh axis
-over the links of the torus dimensions that it takes, both ways around. `best` has all of them side
-by side, so the slowest one counts; `apart` has links wait for compute; `scheduled` has those
-exchanges wait that the compiler's schedule puts beside no product. A real step lies between, above
-what kernels lose and what is no matrix product. No number here was measured on a TPU.
+over the links of the torus dimensions that it takes, both ways around where a ring closes. `best`
+has all of them side by side, so the slowest one counts; `apart` has links wait for compute;
+`scheduled` has those exchanges wait that the compiler's schedule puts beside no product. A real
+step lies between, above what kernels lose and what is no matrix product. No number here was
+measured on a TPU.
 """
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from qwenvl_jax.planning.pods import Chip, PlanError
+from qwenvl_jax.planning.pods import Chip, PlanError, num_links
 from qwenvl_jax.planning.work import Collective, Work
 
 
@@ -60,8 +63,8 @@ def bound(work: Work, chip: Chip, mesh: Mesh) -> Bound:
 def axis_bandwidth(axes: str, chip: Chip, mesh: Mesh) -> float:
     """Returns bytes a second that a chip exchanges over the mesh axes `axes` ("data+fsdp").
 
-    Two links, there and back, for each dimension of the torus that differs along them; or the
-    network between slices.
+    So many links as `num_links` counts in the dimensions of the torus that differ along them; or
+    the network between slices.
 
     Raises:
         PlanError: the axes go over slices of a chip whose network is not published.
@@ -73,6 +76,10 @@ def axis_bandwidth(axes: str, chip: Chip, mesh: Mesh) -> float:
         if chip.slow_bandwidth is None:
             raise PlanError(f"no published rate of the network between slices of {chip.generation}")
         return chip.slow_bandwidth
-    places = np.array([device.coords for device in devices])
-    dimensions = max(1, int((np.ptp(places, axis=0) > 0).sum()))
-    return 2 * chip.link_bandwidth * dimensions
+    shape, extents = (_extents(some) for some in (np.ravel(mesh.devices), devices))
+    return chip.link_bandwidth * num_links(chip, shape, extents)
+
+
+def _extents(devices: Iterable[Any]) -> list[int]:
+    """Returns how many places devices take in each dimension of the torus."""
+    return [len(set(places)) for places in zip(*(device.coords for device in devices), strict=True)]

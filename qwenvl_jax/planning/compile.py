@@ -60,10 +60,13 @@ def abstract_batch(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Batch:
     return Batch(**fields)
 
 
-def compile_step(config: TrainConfig, pod: Pod, cache: ProgramCache | None = None) -> CompiledStep:
+def compile_step(
+    config: TrainConfig, pod: Pod, cache: ProgramCache | None = None, *, anew: bool = False
+) -> CompiledStep:
     """Returns the compiled step: same code, shardings and donation as in a run.
 
-    `cache`: where the same program may be found, and is kept.
+    `cache`: where the same program may be found, and is kept. `anew`: compile it even where it is
+    found, for the executable, which is not kept.
 
     Raises:
         ConfigError: the mesh or the rows do not fit the number of chips.
@@ -79,7 +82,7 @@ def compile_step(config: TrainConfig, pod: Pod, cache: ProgramCache | None = Non
         places = str([(device.id, device.coords) for device in mesh.devices.flat])
         options = str(sorted(compiler_options(mesh).items()))
         digest = program_digest(lowered.as_text(), pod.title, places, options)
-        known = cache.read(digest) if cache else None
+        known = cache.read(digest) if cache and not anew else None
         if known is not None:
             return CompiledStep(
                 config=config, layout=layout, batch=batch, program=known, executable=None

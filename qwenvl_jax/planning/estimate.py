@@ -42,6 +42,13 @@ def state_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
     }
 
 
+def num_parameters(config: TrainConfig, state: dict[str, int]) -> tuple[float, float]:
+    """Returns how many trained and how many frozen parameters a device has, from `state_memory`."""
+    frozen = config.frozen_dtype or config.model.param_dtype
+    trained_bytes, all_bytes = state["gradients"], state["weights"]
+    return trained_bytes / 4, (all_bytes - trained_bytes) / (2 if frozen == "bfloat16" else 4)
+
+
 def estimate_memory(
     config: TrainConfig, num_devices: int, state: dict[str, int] | None = None
 ) -> dict[str, int]:
@@ -70,17 +77,17 @@ def estimate_memory(
     )
     decoder = _layer_floats(model.decoder, 3, tensor)
     vit = _layer_floats(model.vision, 2, tensor)
-    is_vit_trained = _is_vit_trained(model, config.parameters)
+    vit_trains = is_vit_trained(model, config.parameters)
     vit_remat = model.vit_remat or model.remat
     kept = tokens * decoder[model.remat] * model.decoder.num_layers
-    kept += patches * vit[vit_remat] * model.vision.num_layers * is_vit_trained
+    kept += patches * vit[vit_remat] * model.vision.num_layers * vit_trains
     working = max(tokens * decoder["none"], patches * vit["none"])
     block = _block_floats(model.decoder, 3, tensor)
     vit_block = _block_floats(model.vision, 2, tensor)
     vocab = model.decoder.vocab_size / parts_of(model.decoder.vocab_size, tensor)
     layer_weights = max(block, model.decoder.width * vocab)
     whole = block * model.decoder.num_layers * (model.remat == "weights")
-    is_kept = is_vit_trained and vit_remat == "weights"
+    is_kept = vit_trains and vit_remat == "weights"
     whole += vit_block * model.vision.num_layers * is_kept
     chunk = min(config.loss_chunk, tokens)
     by_class = dict.fromkeys(CLASSES, 0)
@@ -107,7 +114,8 @@ def _fitting(config: TrainConfig, shards: int) -> str:
 
 
 @functools.cache  # a search asks for one model and table many times
-def _is_vit_trained(model: ModelConfig, table: tuple[ParameterRule, ...]) -> bool:
+def is_vit_trained(model: ModelConfig, table: tuple[ParameterRule, ...]) -> bool:
+    """Returns whether any parameter of the tower trains, so that it has a backward pass."""
     return "vit" in trained_parts(plan_parameters(abstract_state(model)[1], table))
 
 

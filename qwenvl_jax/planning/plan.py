@@ -13,9 +13,8 @@ from qwenvl_jax.planning.memory import Memory, classes
 from qwenvl_jax.planning.pods import GB, Pod
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.planning.work import Work, measure
-from qwenvl_jax.sharding import placements
+from qwenvl_jax.sharding import replicated
 from qwenvl_jax.training.compiler import compiler_options
-from qwenvl_jax.training.state import Layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,7 @@ def describe(compiled: CompiledStep, pod: Pod) -> Plan:
         refusal=_refusal(compiled, pod),
         useful_flops=useful_flops(config) / pod.num_chips,
         peak_flops=pod.chip.peak_flops,
-        replicated=replicated(layout),
+        replicated=replicated(layout.model_state, layout.mesh),
         compile_seconds=made.seconds,
         compile_cpu_seconds=made.cpu_seconds,
         host_bytes=made.host_bytes,
@@ -106,13 +105,3 @@ def _refusal(compiled: CompiledStep, pod: Pod) -> str | None:
     sizes = sorted(by_class.items(), key=lambda item: -item[1])
     largest = tuple(f"{kind} about {size / GB:.1f} GB" for kind, size in sizes)
     return str(dataclasses.replace(refusal, largest=largest))
-
-
-def replicated(layout: Layout) -> tuple[str, ...]:
-    """Returns the parameters of at least 1 MB that a mesh axis should split and does not."""
-    rows = placements(layout.model_state, layout.mesh)
-    return tuple(
-        f"{row.path} {row.bytes_per_device / 1e6:.1f} MB: {row.note}"
-        for row in sorted(rows, key=lambda row: -row.bytes_per_device)
-        if row.note and row.bytes_per_device >= 1e6
-    )

@@ -1,4 +1,4 @@
-"""The TPU slices that can be planned for: public names, shapes, and the peak numbers of a chip.
+"""What can be planned for: TPU slices by public name, their shapes, the peaks of a chip; GPUs.
 
 Names of v5e and v6e count chips; names of v4 and v5p count cores, two a chip: "v5p-256" is 128
 chips. Peaks are the vendor's, per chip. Source: the "System architecture" tables of Google Cloud's
@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwenvl_jax.config import ConfigError
@@ -32,7 +32,7 @@ class Chip:
     hbm_bytes: int
     hbm_bandwidth: float  # bytes a second
     link_bandwidth: float  # bytes a second over one link, one way
-    num_dimensions: int  # of the torus: two links a dimension
+    num_dimensions: int  # of the torus, in which a chip has two neighbours each
     slow_bandwidth: float | None  # bytes a second a chip between slices; None: not published
     cores_in_name: int
 
@@ -82,6 +82,14 @@ CHIPS = {
         ),
     )
 }
+# Memory and peak of a GPU. Source: the vendor's data sheets, dense bf16.
+GPU_KINDS = {
+    "l4": (24 * GiB, PEAKS["NVIDIA L4"]),
+    "a100-40": (40 * GiB, PEAKS["NVIDIA A100"]),
+    "a100-80": (80 * GiB, PEAKS["NVIDIA A100"]),
+    "h100": (80 * GiB, PEAKS["NVIDIA H100"]),
+    "h200": (141 * GB, PEAKS["NVIDIA H200"]),
+}
 _SHAPES_2D = {
     1: "1x1",
     4: "2x2",
@@ -120,6 +128,11 @@ class Pod:
         return self.chips_per_slice * self.num_slices
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape of a slice as numbers."""
+        return tuple(map(int, self.shape.split("x")))
+
+    @property
     def title(self) -> str:
         """The name with what it counts, e.g. "v5p-256 (counts cores: 128 chips, 4x4x8)"."""
         counts = "cores" if self.chip.cores_in_name > 1 else "chips"
@@ -155,6 +168,30 @@ class Pod:
         return list(found.devices)
 
 
+def rings(chip: Chip, shape: Sequence[int]) -> list[bool]:
+    """Returns of each dimension of a slice whether links join its ends.
+
+    Source: Google Cloud's pages on TPU v4, v5e, v5p and v6e. A v5e or v6e has them along whole
+    sides of a pod, 16 chips; a v4 or v5p in slices of cubes of 4 x 4 x 4.
+    """
+    if chip.num_dimensions == 2:
+        return [size == 16 for size in shape]
+    return [all(size % 4 == 0 for size in shape)] * len(shape)
+
+
+def num_links(chip: Chip, shape: Sequence[int], extents: Sequence[int]) -> int:
+    """Returns over how many links at once a chip exchanges with a group that spans `extents`.
+
+    Two for each dimension of the slice that the group goes all around, one for each other.
+
+    >>> num_links(CHIPS["v5e"], (16, 16), (16, 8)), num_links(CHIPS["v6e"], (2, 4), (1, 4))
+    (3, 1)
+    """
+    each = zip(rings(chip, shape), shape, extents, strict=True)
+    links = [1 + (is_ring and n == size) for is_ring, size, n in each if n > 1]
+    return max(1, sum(links))
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps what the TPU library writes to standard error out of the terminal.
@@ -184,23 +221,23 @@ def find_pod(name: str, num_slices: int = 1) -> Pod:
     Raises:
         ConfigError: no such name (the nearest are told), or no rate between its slices is known.
     """
-    pods = known_pods()
-    if name not in pods:
-        generation = name.split("-")[0]
-        near = difflib.get_close_matches(name, pods, n=3, cutoff=0.5)
-        near = [pod for pod in pods if pod.startswith(f"{generation}-")] or near
+    pods, small = known_pods(), name.lower()
+    if small not in pods:
+        same = [pod for pod in pods if pod.startswith(f"{small.split('-')[0]}-")]
+        near = same or difflib.get_close_matches(small, pods, n=3, cutoff=0.5) or ["v5e-256"]
+        kinds = f"; or GPUs, a kind and a number: {'-8, '.join(GPU_KINDS)}-8" if not same else ""
         raise ConfigError(
-            f"unknown topology: got {name!r}, expected for example {', '.join(near) or 'v5e-256'}"
+            f"unknown topology: got {name!r}, expected for example {', '.join(near)}{kinds}"
         )
     if num_slices < 1:
         raise ConfigError(f"slices must be at least 1: got {num_slices}")
-    chip = pods[name].chip
+    chip = pods[small].chip
     if num_slices > 1 and chip.slow_bandwidth is None:
         raise ConfigError(
             f"no rate of the network between slices of {chip.generation} was published: got "
             f"{num_slices} slices, expected one"
         )
-    return dataclasses.replace(pods[name], num_slices=num_slices)
+    return dataclasses.replace(pods[small], num_slices=num_slices)
 
 
 def known_pods() -> dict[str, Pod]:
@@ -210,7 +247,7 @@ def known_pods() -> dict[str, Pod]:
         for chips, shape in (_SHAPES_2D if chip.num_dimensions == 2 else _SHAPES_3D).items():
             name = f"{chip.generation}-{chips * chip.cores_in_name}"
             pods[name] = Pod(name=name, chip=chip, chips_per_slice=chips, shape=shape)
-            assert math.prod(map(int, shape.split("x"))) == chips
+            assert math.prod(pods[name].sizes) == chips
     return pods
 
 

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from qwenvl_jax.planning.memory import CLASSES
 from qwenvl_jax.planning.plan import Plan
 from qwenvl_jax.planning.pods import GB
+from qwenvl_jax.sharding import replicated_lines
 
 ASSUMPTIONS = (
     "every token and picture slot is counted as filled, every token as scored",
     "peak rates are the vendor's, and nothing but matrix products and attention takes compute time",
     "best: compute, memory and each mesh axis run side by side; apart: links wait for compute; "
     "as scheduled: of the links, those exchanges wait that stand beside no product",
-    "a mesh axis has both links of each torus dimension that it takes",
+    "a mesh axis has both links of each torus dimension that it goes all around, where links join "
+    "the ends (v5e, v6e: 16 chips; v4, v5p: whole cubes of 4x4x4), one of each other that it takes",
 )
 
 
@@ -88,13 +90,6 @@ def _links(plan: Plan) -> list[str]:
         f"{'+'.join(x.axes) or 'one chip'}"
         for x in largest
     ]
-
-
-def replicated_lines(rows: Sequence[str]) -> list[str]:
-    """Returns what `plan.replicated` found, as lines."""
-    if not rows:
-        return ["replicated: nothing of 1 MB or more"]
-    return ["replicated on every chip along that axis:", *(f"  {row}" for row in rows)]
 
 
 TABLE_HEAD = (

@@ -7,18 +7,24 @@ micro-batches a step is made, and how the mesh is split. Every answer was compil
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from qwenvl_jax.config import ConfigError, MeshConfig, RematPolicy, TrainConfig
-from qwenvl_jax.planning.estimate import estimate_memory, state_memory
+from qwenvl_jax.planning.estimate import (
+    estimate_memory,
+    is_vit_trained,
+    num_parameters,
+    state_memory,
+)
 from qwenvl_jax.planning.plan import Plan, make_plan
-from qwenvl_jax.planning.pods import Pod
+from qwenvl_jax.planning.pods import Pod, num_links, rings
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.sharding import mesh_sizes
 
 # From the fastest to the smallest: (decoder, tower).
 REMATS: tuple[tuple[RematPolicy, RematPolicy], ...] = (
     ("none", "none"),
+    ("weights", "weights"),
     ("weights", "dots"),
     ("dots", "dots"),
     ("dots", "full"),
@@ -28,12 +34,13 @@ _DEPTH: dict[RematPolicy, int] = {"none": 0, "weights": 1, "dots": 2, "full": 3}
 # What is executed over what is useful, as compiled at full size (docs/pods.md).
 _EXECUTED = {
     ("none", "none"): 1.0,
+    ("weights", "weights"): 1.07,
     ("weights", "dots"): 1.07,
     ("dots", "dots"): 1.07,
     ("dots", "full"): 1.17,
     ("full", "full"): 1.25,
 }
-_EXCHANGES_OF_A_WEIGHT = 3  # in a micro-batch: gathered forward and backward, its gradient summed
+_TOWER = 0.2  # of the weights, of which remat has its own setting
 _SUMS_OF_A_LAYER = 8  # of activations over `tensor`, counted per decoder layer, the tower's too
 _WAITING = 0.5  # the share of exchanges that nothing hides
 HOPELESS = 1.5  # times the capacity, by the estimate: not worth compiling
@@ -154,7 +161,8 @@ def _tried(
 
 def _smaller(config: TrainConfig, pod: Pod) -> list[Setting]:
     now = setting_of(config, pod)
-    meshes = (now.mesh, *(mesh for mesh in meshes_of(pod) if mesh.tensor > now.mesh.tensor))
+    further = (mesh for mesh in meshes_of(pod) if mesh.tensor > now.mesh.tensor)
+    meshes = dict.fromkeys((now.mesh, *further))
     counts = [now.micro_batches * factor for factor in (1, 2, 4, 8)]
     ranked = _ranked(config, pod, meshes, counts, REMATS)
     return [x for x in ranked if x != now and _recomputes_as_much(x, now)]
@@ -163,7 +171,7 @@ def _smaller(config: TrainConfig, pod: Pod) -> list[Setting]:
 def _ranked(
     config: TrainConfig,
     pod: Pod,
-    meshes: Sequence[MeshConfig],
+    meshes: Iterable[MeshConfig],
     counts: Sequence[int],
     remats: Sequence[tuple[RematPolicy, RematPolicy]],
 ) -> list[Setting]:
@@ -176,29 +184,43 @@ def _ranked(
                 mesh=mesh, micro_batches=micro_batches, remat=remat, vit_remat=vit_remat
             )
             if _is_worth_a_try(setting, config, pod, state):
-                seconds = estimated_seconds(setting.apply(config), pod, state["weights"], useful)
+                seconds = estimated_seconds(setting.apply(config), pod, state, useful)
                 found.append((seconds, setting))
     return [setting for _, setting in sorted(found, key=lambda item: item[0])]
 
 
-def estimated_seconds(config: TrainConfig, pod: Pod, weight_bytes: int, useful: float) -> float:
+def estimated_seconds(config: TrainConfig, pod: Pod, state: dict[str, int], useful: float) -> float:
     """Returns the estimate of a step's time that settings are ranked by, from shapes alone.
 
-    `weight_bytes`: a chip's share of the weights, float32; `useful`: `useful_flops(config)`.
+    `state`: of `state_memory`; `useful`: `useful_flops(config)`.
     """
     model = config.model
+    vit_remat = model.vit_remat or model.remat
     data, fsdp, tensor = mesh_sizes(config.mesh, pod.num_chips)
-    executed = _EXECUTED[model.remat, model.vit_remat or model.remat]
+    executed = _EXECUTED[model.remat, vit_remat]
     compute = executed * useful / pod.num_chips / pod.chip.peak_flops
-    whole = weight_bytes / 2 * (fsdp - 1)  # in bfloat16, of the other chips
-    exchanges = _EXCHANGES_OF_A_WEIGHT - (model.remat == "weights")
-    weights = exchanges * config.micro_batches * whole
+    trained, frozen = num_parameters(config, state)
+    # A tower that does not train has no backward pass.
+    tower_once = vit_remat == "weights" or not is_vit_trained(model, config.parameters)
+    kept = (1 - _TOWER) * (model.remat == "weights") + _TOWER * tower_once
+    # In a micro-batch every weight is gathered forward and backward, and gradients are summed of
+    # what trains; all in bfloat16, of the other chips.
+    exchanged = 2 * ((2 - kept) * (trained + frozen) + trained)
+    weights = config.micro_batches * exchanged * (fsdp - 1)
     tokens = config.data.rows / (data * fsdp) * config.data.length
     layers = model.decoder.num_layers * _SUMS_OF_A_LAYER
     sums = layers * tokens * model.decoder.width * 2 * 2 * (tensor - 1) / tensor
-    # fsdp lies along two dimensions of the torus, tensor along one.
-    links = weights / (4 * pod.chip.link_bandwidth) + sums / (2 * pod.chip.link_bandwidth)
-    return compute + _WAITING * links
+    links = weights / _links(fsdp, pod) + sums / _links(tensor, pod)
+    return compute + _WAITING * links / pod.chip.link_bandwidth
+
+
+def _links(size: int, pod: Pod) -> int:
+    """Returns the links of an axis that takes whole dimensions of a slice as far as it goes."""
+    extents = []
+    for whole in reversed(pod.sizes):
+        extents.append(math.gcd(size, whole))
+        size //= extents[-1]
+    return num_links(pod.chip, pod.sizes, extents[::-1])
 
 
 def _is_worth_a_try(setting: Setting, config: TrainConfig, pod: Pod, state: dict[str, int]) -> bool:
@@ -211,14 +233,28 @@ def _is_worth_a_try(setting: Setting, config: TrainConfig, pod: Pod, state: dict
 
 
 def settings(config: TrainConfig, pod: Pod) -> list[Setting]:
-    """Returns every setting that the estimate does not call hopeless, the most promising first."""
+    """Returns the config's own setting, where it goes with the pod, and then every other that the
+    estimate does not call hopeless, the most promising first."""
     rows = config.data.rows
     counts = [n for n in range(1, rows + 1) if rows % n == 0]
-    return _ranked(config, pod, meshes_of(pod), counts, REMATS)
+    own = _own(config, pod)
+    meshes = dict.fromkeys([*(setting.mesh for setting in own), *meshes_of(pod)])
+    return [*own, *(x for x in _ranked(config, pod, meshes, counts, REMATS) if x not in own)]
+
+
+def _own(config: TrainConfig, pod: Pod) -> list[Setting]:
+    """Returns what the config has chosen, if the pod and its rows can be split so."""
+    try:
+        own = setting_of(config, pod)
+        estimate_memory(config, pod.num_chips)
+    except ConfigError:
+        return []  # made for another pod
+    return [own]
 
 
 def meshes_of(pod: Pod) -> list[MeshConfig]:
-    """Returns the splits worth a look: `fsdp` as wide as the widths allow, `tensor` up to eight.
+    """Returns the splits worth a look: `fsdp` as wide as the widths allow, `tensor` up to eight,
+    and the widest `fsdp` in rings of the torus that leaves `data` a dimension of its own.
 
     1664 = 2^7 x 13 and 151,936 = 2^7 x 1187: beyond 128 ways a width would be copied, not split.
     """
@@ -227,9 +263,13 @@ def meshes_of(pod: Pod) -> list[MeshConfig]:
         rest = pod.chips_per_slice // tensor
         if rest * tensor != pod.chips_per_slice:
             continue
-        fsdp = math.gcd(rest, 128)
-        data = pod.num_chips // tensor // fsdp
-        found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+        widths = [math.gcd(rest, 128)]
+        if all(rings(pod.chip, pod.sizes)) and tensor == 1:
+            fewer = itertools.combinations(pod.sizes, len(pod.sizes) - 1)
+            widths += [math.gcd(max(map(math.prod, fewer)), 128)]
+        for fsdp in dict.fromkeys(widths):
+            data = pod.num_chips // tensor // fsdp
+            found.append(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
     return found
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from qwenvl_jax.config import TrainConfig, to_dict
+from qwenvl_jax.sharding import replicated, replicated_lines
 from qwenvl_jax.training.expectation import expected_step_time
 from qwenvl_jax.training.memory import bytes_per_device
 from qwenvl_jax.training.optimizer import describe_plan
@@ -14,7 +15,7 @@ def introduction(
     config: TrainConfig, layout: Layout, first_step: int, run_dir: RunDir, num_rows: int | None
 ) -> list[str]:
     """Returns lines: what has changed since the last start, all settings, what trains, memory a
-    device, what a step is and takes, where the run stands.
+    device, what is not split that should be, what a step is and takes, where the run stands.
 
     num_rows: packed rows of a round of the data, None where they have no end.
     """
@@ -28,6 +29,7 @@ def introduction(
         f"mesh {dict(layout.mesh.shape)}, {layout.mesh.devices.flat[0].device_kind}; GB a device: "
         f"trained {size['trainable']:.3f}, frozen {size['frozen']:.3f}, "
         f"optimizer {size['optimizer']:.3f}",
+        *_copied(layout),
         f"a step: {data.rows} rows x {data.length} tokens, at most {data.max_images} pictures "
         f"a row of {data.image_size} x {data.image_size}, {config.micro_batches} micro-batches",
         *_rounds(config, num_rows),
@@ -35,6 +37,12 @@ def introduction(
         *_evaluation(config),
         f"{config.run_dir}: {begin}, {config.steps} steps",
     ]
+
+
+def _copied(layout: Layout) -> list[str]:
+    """Returns what all devices along an axis hold and compute alike, if it is large."""
+    rows = replicated(layout.model_state, layout.mesh)
+    return replicated_lines(rows) if rows else []
 
 
 def _rounds(config: TrainConfig, num_rows: int | None) -> list[str]:
