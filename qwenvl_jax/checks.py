@@ -5,6 +5,7 @@ import functools
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -17,13 +18,17 @@ class Settings:
     """A class of settings: each field must be of its type. Python itself would take anything."""
 
     def __post_init__(self):
-        kinds = _kinds(type(self))
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), kinds[field.name]
-            if not _fits(value, kind):
-                raise ConfigError(
-                    f"{type(self).__name__}.{field.name} must be {_told(kind)}: got {value!r:.200}"
-                )
+        check_types(type(self), {x.name: getattr(self, x.name) for x in dataclasses.fields(self)})
+
+
+def check_types(settings: type, values: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a value is not of the type of its field."""
+    kinds = _kinds(settings)
+    for name, value in values.items():
+        if not _fits(value, kinds[name]):
+            raise ConfigError(
+                f"{settings.__name__}.{name} must be {_told(kinds[name])}: got {value!r:.200}"
+            )
 
 
 @functools.cache

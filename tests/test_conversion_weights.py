@@ -169,7 +169,7 @@ def test_a_manifest_that_is_damaged_is_told(saved, tmp_path, entry):
         ({"lora": []}, "no LoraConfig in it"),
         ({"image_size": 28.0}, r"ModelConfig\.image_size must be a whole number: got 28\.0"),
         ({"image_size": 0}, r"ModelConfig\.image_size must be positive"),
-        ({"dtype": "half"}, r"ModelConfig\.dtype must be a dtype: got 'half'"),
+        ({"dtype": "half"}, r"ModelConfig\.dtype must be one of 'float32', 'bfloat16': got 'half'"),
     ],
 )
 def test_a_config_that_is_damaged_is_told(saved, tmp_path, change, said):

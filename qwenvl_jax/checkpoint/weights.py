@@ -41,6 +41,7 @@ from qwenvl_jax.checkpoint.leaves import (
     write_leaf,
 )
 from qwenvl_jax.checkpoint.parts import restore_in_parts
+from qwenvl_jax.checks import check_types
 from qwenvl_jax.config import (
     AdapterConfig,
     ConfigError,
@@ -365,6 +366,7 @@ def _from_dict(kind: type, fields: Any) -> Any:
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise ConfigError(f"unknown fields {', '.join(unknown)}, expected {', '.join(known)}")
+    check_types(kind, fields)
     return kind(**fields)
 
 
