@@ -550,11 +550,15 @@ def test_a_config_made_from_another_takes_what_its_file_says():
     assert read_config(str(tuned), ["--init=weights/chat"]).data.tokenizer == "weights/chat"
 
 
-def test_weights_that_are_not_there_are_told_before_their_vocabulary(capsys):
+def test_weights_that_are_not_there_are_told_before_their_vocabulary(tmp_path, capsys):
     tuned = str(TESTS.parent / "configs" / "finetune.py")
     assert main([tuned, "--init=weights/nowhere"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("train: init: there is no folder 'weights/nowhere': download it")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "qwen.tiktoken").touch()
+    assert main([tuned, "--init=weights/nowhere", f"--run-dir={tmp_path}"]) == 2
+    assert f"goes on from its own checkpoint with --init={tmp_path}" in capsys.readouterr().err
 
 
 def test_the_vocabulary_comes_with_the_weights_where_none_is_named(config_file):

@@ -63,10 +63,11 @@ def check_init(config: TrainConfig) -> None:
     if init is None or config.data.tokenizer != init:
         return
     if not init or not Path(init).exists():
-        raise ConfigError(
-            f"init: there is no folder {init!r}: download it (README, Install), or name another "
-            "with --init"
-        )
+        way_out = "download it (README, Install), or name another with --init"
+        own = Path(config.run_dir)
+        if (own / "checkpoints").is_dir() and (own / "qwen.tiktoken").is_file():
+            way_out = f"the run goes on from its own checkpoint with --init={own}"
+        raise ConfigError(f"init: there is no folder {init!r}: {way_out}")
     from qwenvl_jax.conversion.load import read_config as read_model_config
 
     read_model_config(init)  # before its vocabulary is asked for: what is no model has none
