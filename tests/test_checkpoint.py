@@ -603,3 +603,25 @@ def test_frozen_weights_go_onto_another_mesh(tmp_path, shape, at_once, monkeypat
     store.save(4, {"weights": found, "optimizer": {"step": jnp.int32(4)}})
     store.close()
     assert len(list((tmp_path / "frozen").iterdir())) == 1
+
+
+def test_digests_of_many_arrays_on_many_devices_do_not_wait_for_each_other():
+    """Sums over devices of several programs at once were a deadlock on a CPU."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8, tensor=1))
+    halves = NamedSharding(mesh, PartitionSpec("fsdp"))
+    arrays = {f"{i}": np.arange(64 + i % 3 * 8, dtype=np.float32) + i for i in range(150)}
+    placed = {name: jax.device_put(array, halves) for name, array in arrays.items()}
+    assert digests(placed) == digests({name: jnp.asarray(x) for name, x in arrays.items()})
+
+
+def test_frozen_weights_that_somebody_removed_are_written_again(tmp_path):
+    frozen = sorted(weights(2))[:1]
+    store = CheckpointStore(tmp_path, frozen=frozen)
+    store.save(2, items(2))
+    store.wait()
+    shutil.rmtree(tmp_path / "frozen")
+    store.save(3, items(2))
+    store.wait()
+    _, found = store.restore_newest(wanted())
+    assert_same(found["weights"], weights(2))
+    store.close()

@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import subprocess
 import sys
+import time
 from subprocess import run
 
 import numpy as np
@@ -286,3 +288,28 @@ def test_long_dialogues_lose_their_last_turns_where_that_is_asked_for(tmp_path, 
         take(dataclasses.replace(config, cut_turns=False), 1)
     with pytest.raises(DataError, match="answer alone do not fit into 40"):
         take(dataclasses.replace(config, length=40), 1)
+
+
+WORKER = """
+import multiprocessing, time
+from qwenvl_jax.data.pipeline import _obey_the_parent
+
+def work():
+    _obey_the_parent(0, 1)
+    print("works", flush=True)
+    time.sleep(100)
+
+multiprocessing.get_context("fork").Process(target=work).start()
+time.sleep(100)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"works\n"
+    parent.kill()
+    parent.wait()
+    began = time.monotonic()
+    assert parent.stdout.read() == b""  # the worker held the other end
+    assert time.monotonic() - began < 50
+    parent.stdout.close()

@@ -1,9 +1,12 @@
 """What a person sees: operations counted by hand, speeds, words about memory, where time goes."""
 
+import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
+import sys
 import time
 
 import jax
@@ -23,7 +26,7 @@ from qwenvl_jax.training.introduction import _rounds, introduction
 from qwenvl_jax.training.memory import OutOfMemory, explained
 from qwenvl_jax.training.optimizer import plan_parameters
 from qwenvl_jax.training.plot import draw_curves, draw_tasks, running_mean, tasks_of
-from qwenvl_jax.training.report import Report, _numbers, _ProgressBar
+from qwenvl_jax.training.report import Report, _numbers, _ProgressBar, tell
 from qwenvl_jax.training.run_dir import RunDir
 from qwenvl_jax.training.state import make_layout
 from qwenvl_jax.training.stop import grace
@@ -270,3 +273,20 @@ def test_how_often_a_run_sees_its_data_is_told():
     for num_rows, told in ((rows * 10, "0.1"), (rows, "1"), (rows // 40, "40")):
         (line,) = _rounds(config, num_rows)
         assert line == f"the data: {num_rows:,} packed rows; 20 steps see them {told} times"
+
+
+def test_a_log_that_nobody_reads_ends_no_run(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        tell("the first line, which meets a closed pipe")
+        tell("and those after it, which go nowhere")
+        monkeypatch.undo()
+
+
+def test_a_log_on_a_full_disk_ends_no_run(monkeypatch):
+    with contextlib.suppress(OSError), open("/dev/full", "w") as out:  # which also fails to close
+        monkeypatch.setattr(sys, "stdout", out)
+        tell("a line")
+        monkeypatch.undo()

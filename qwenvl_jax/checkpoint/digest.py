@@ -29,7 +29,14 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
     pod give the same digits; a change of any one element always changes them. Two seeds give
     64 bits. This guards against damage, not against an adversary.
     """
-    sums = jax.device_get({name: _digest(array, _walk(array)) for name, array in arrays.items()})
+    found = {}
+    for name, array in arrays.items():
+        found[name] = _digest(array, _walk(array))
+        if len(array.sharding.device_set) > 1:
+            # One program at a time: of many that sum over devices, XLA on a CPU starts more than it
+            # has threads for, and each waits for others that cannot begin.
+            found[name].block_until_ready()
+    sums = jax.device_get(found)
     return {name: "".join(f"{int(part):08x}" for part in pair) for name, pair in sums.items()}
 
 

@@ -49,7 +49,9 @@ class FrozenFolder:
         if self._record.keys() != arrays.keys():
             self._record = describe(arrays)
         name = _name(self._record)
-        if name not in self._written:
+        # One process alone looks again: somebody may have removed them.
+        is_gone = jax.process_count() == 1 and not (self._directory / name).is_dir()
+        if name not in self._written or is_gone:
             try:
                 with ocp.Checkpointer(_handler()) as checkpointer:
                     each = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for path in arrays}

@@ -11,9 +11,12 @@ import difflib
 import functools
 import itertools
 import logging
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -196,13 +199,21 @@ def _made_ahead(
         flags.FLAGS.mark_as_parsed()
     workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=2)
     borrower = Borrower()
-    dataset = dataset.mp_prefetch(workers, worker_init_fn=_leave_ctrl_c_to_the_parent)
+    dataset = dataset.mp_prefetch(workers, worker_init_fn=_obey_the_parent)
     return iter(dataset.map(lambda made: (borrower.open(made[0]), made[1])))
 
 
-def _leave_ctrl_c_to_the_parent(_worker: int, _num_workers: int) -> None:
-    """A terminal sends it to all processes; the parent saves what it has, and then ends workers."""
+def _obey_the_parent(_worker: int, _num_workers: int) -> None:
+    """Leaves Ctrl-C, which a terminal sends to all, to the parent, and ends when that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _num_cores() -> int:

@@ -1,6 +1,8 @@
 """What a person sees of a run: metrics.jsonl, TensorBoard, and the terminal."""
 
 import contextlib
+import errno
+import os
 import sys
 import time
 from collections import deque
@@ -101,7 +103,7 @@ class Report:
         if self._bar is not None:
             self._bar.print(text)
         elif self._is_speaker:
-            print(text, flush=True)
+            tell(text)
 
     def close(self) -> None:
         self._close_files()
@@ -209,6 +211,22 @@ class _ProgressBar:
 
     def stop(self) -> None:
         self._progress.stop()
+
+
+def tell(text: str) -> None:
+    """Prints a line, or drops it: a run is worth more than who reads its log, or the log's disk.
+
+    Ctrl-C ends the reader of a pipe too (`| tee log`), before the run has saved.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
 
 
 def _line(record: dict[str, Any], num_steps: int, is_compiling: bool) -> str:

@@ -1,5 +1,6 @@
 """Asking a run to stop: SIGTERM or Ctrl-C, on one process or on any of many."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -69,6 +70,9 @@ class StopRequest:
             os._exit(128 + number)
         self.signal, self.asked_at = signal.Signals(number).name, time.monotonic()
         # Not by print: a handler may run inside of one.
-        os.write(2, f"{self.signal}: stops after this step; a second one ends at once\n".encode())
+        with contextlib.suppress(BrokenPipeError):  # Ctrl-C has ended who read it (`2>&1 | tee`)
+            os.write(
+                2, f"{self.signal}: stops after this step; a second one ends at once\n".encode()
+            )
         if not self._is_alone:
             os.kill(os.getpid(), signal.SIGTERM)
