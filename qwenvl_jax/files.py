@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,3 +100,10 @@ class Lines:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+
+def discard_output() -> None:
+    """Sends what is still to be printed nowhere: its reader has gone, and Python would complain."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

@@ -362,12 +362,9 @@ def test_a_flipped_bit_in_the_format_is_damage(tmp_path, capsys):
     assert "the digest record itself is damaged); renamed to 2.corrupt" in capsys.readouterr().out
 
 
-def test_a_reader_follows_a_run_that_goes_on(tmp_path, monkeypatch):
-    """A step that the run has removed for a newer one while it was read is no damage."""
-    run = CheckpointStore(tmp_path, keep=1)
-    run.save(2, items(2))
-    run.wait()
-    reader, goes_on = CheckpointStore(tmp_path, read_only=True), [4]
+def overtaken(run, run_dir, monkeypatch):
+    """Returns a reader of a run that saves step 4 as soon as the reader has listed the steps."""
+    reader, goes_on = CheckpointStore(run_dir, read_only=True), [4]
     listed = reader.steps
 
     def steps():
@@ -379,6 +376,15 @@ def test_a_reader_follows_a_run_that_goes_on(tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(reader, "steps", steps)
+    return reader
+
+
+def test_a_reader_follows_a_run_that_goes_on(tmp_path, monkeypatch):
+    """A step that the run has removed for a newer one while it was read is no damage."""
+    run = CheckpointStore(tmp_path, keep=1)
+    run.save(2, items(2))
+    run.wait()
+    reader = overtaken(run, tmp_path, monkeypatch)
     step, found = reader.restore_newest(wanted())
     assert step == 4
     assert_same(found["weights"], weights(4))
@@ -391,18 +397,7 @@ def test_a_reader_of_what_trains_follows_a_run_that_goes_on(tmp_path, monkeypatc
     run = CheckpointStore(tmp_path, keep=1, frozen=frozen)
     run.save(2, items(2))
     run.wait()
-    reader, goes_on = CheckpointStore(tmp_path, read_only=True), [4]
-    listed = reader.steps
-
-    def steps():
-        found = listed()
-        for step in goes_on:
-            run.save(step, items(step))
-            run.wait()
-        goes_on.clear()
-        return found
-
-    monkeypatch.setattr(reader, "steps", steps)
+    reader = overtaken(run, tmp_path, monkeypatch)
     assert sorted(reader.trained()) == sorted(weights(2).keys() - frozen)
     reader.close()
     run.close()

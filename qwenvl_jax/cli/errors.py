@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from qwenvl_jax.cli.devices import leave_out_absent_tpu
+from qwenvl_jax.files import discard_output
 
 SUCCESS = 0
 USAGE_ERROR = 2
@@ -106,7 +107,7 @@ def _told(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader went away (`| head`)
-        _discard_output()
+        discard_output()
         return SUCCESS
     except Exception as error:
         if os.environ.get("QWENVL_DEBUG") == "1" or not is_user_error(error):
@@ -120,7 +121,7 @@ def _flushed(name: str, code: int) -> int:
     try:
         sys.stdout.flush()
     except OSError as error:
-        _discard_output()
+        discard_output()
         if code == SUCCESS and not isinstance(error, BrokenPipeError):
             why = error.strerror or one_line(error)
             print(
@@ -129,13 +130,6 @@ def _flushed(name: str, code: int) -> int:
             )
             return USAGE_ERROR
     return code
-
-
-def _discard_output() -> None:
-    """Sends what is still to be printed nowhere; Python would complain once more at exit."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)
 
 
 def note_interrupt() -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import os
 import sys
 import time
 from collections import deque
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from qwenvl_jax.config import TrainConfig
-from qwenvl_jax.files import Lines, json_line
+from qwenvl_jax.files import Lines, discard_output, json_line
 from qwenvl_jax.training.board import Board
 from qwenvl_jax.training.flops import all_peaks, step_flops
 from qwenvl_jax.training.guard import FINE, REASONS
@@ -221,9 +220,7 @@ def tell(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+        discard_output()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
