@@ -122,6 +122,56 @@ def test_an_interrupt_ends_with_130(capsys):
     assert capsys.readouterr().err == "t: interrupted\n"
 
 
+def test_an_interrupt_that_python_drops_arrives_later():
+    code = (
+        "import gc, signal, sys, time; from qwenvl_jax.cli.errors import run_command\n"
+        "def once(phase, info):\n"
+        "    gc.callbacks.clear()\n"
+        "    signal.raise_signal(signal.SIGINT)\n"
+        "def command(argv):\n"
+        "    gc.callbacks.append(once)\n"
+        "    gc.collect()\n"
+        "    time.sleep(60)\n"
+        "sys.exit(run_command('t', command, []))"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stderr) == (INTERRUPTED, "t: interrupted\n")
+
+
+def test_what_else_python_drops_is_told_as_ever():
+    code = (
+        "import gc, sys; from qwenvl_jax.cli.errors import run_command\n"
+        "def command(argv):\n"
+        "    gc.callbacks.append(lambda phase, info: gc.callbacks.clear() or 1 / 0)\n"
+        "    gc.collect()\n"
+        "    return 0\n"
+        "sys.exit(run_command('t', command, []))"
+    )
+    done = run_python(code)
+    assert done.returncode == SUCCESS
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_a_run_ends_although_a_read_of_its_data_hangs(tmp_path):
+    code = (
+        "import concurrent.futures, contextlib, threading, sys\n"
+        "from qwenvl_jax.cli.errors import leave\n"
+        "from qwenvl_jax.cli.train import main\n"
+        "from qwenvl_jax.training import feed, loop\n"
+        "pool = concurrent.futures.ThreadPoolExecutor(1)\n"  # as grain has them
+        "batches = (pool.submit(threading.Event().wait).result() for _ in range(9))\n"
+        "def train(config, **_):\n"
+        "    with contextlib.closing(feed.Feed(batches, None, patience=0.1)) as ours: next(ours)\n"
+        "loop.train = train\n"
+        "leave(main(sys.argv[1:]))"
+    )
+    done = run_python(
+        code, "configs/nano/stage1.py", f"--run-dir={tmp_path}", redirect="</dev/null"
+    )
+    assert done.returncode == USAGE_ERROR
+    assert "train: the data have stopped coming" in done.stderr
+
+
 def test_a_reader_that_goes_away_is_no_error():
     code = (
         "import sys; from qwenvl_jax.cli.errors import run_command\n"
@@ -216,10 +266,10 @@ def test_closed_streams_are_as_the_null_device(redirect):
 )
 def test_an_interrupt_under_jax_ends_the_process_at_once(code, is_noted, has_jax, ends_at_once):
     lines = (
-        "import atexit, sys; from qwenvl_jax.cli.errors import leave, note_interrupt",
+        "import atexit, sys; from qwenvl_jax.cli.errors import leave, note_cut_work",
         "atexit.register(print, 'usual end')",
         "sys.modules['jax'] = sys" if has_jax else "",
-        "note_interrupt()" if is_noted else "",
+        "note_cut_work()" if is_noted else "",
         f"print('answer'); leave({code})",
     )
     done = run_python("\n".join(lines))

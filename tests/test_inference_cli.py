@@ -366,7 +366,7 @@ def test_a_stopped_answer_leaves_the_dialogue_as_it_was(folder, here, answers, m
 
     monkeypatch.setattr(session, "TextStream", make)
     noted = []
-    monkeypatch.setattr(chat, "note_interrupt", lambda: noted.append("once"))
+    monkeypatch.setattr(chat, "note_cut_work", lambda: noted.append("once"))
     assert talk(monkeypatch, folder, "/image cup.png", "One", "Two") == 0
     out, err = capsys.readouterr()
     assert "half" in out

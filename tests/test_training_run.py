@@ -310,6 +310,47 @@ def test_a_storage_without_locks_is_told_and_taken(tmp_path, monkeypatch, capsys
     assert "cannot be locked (No locks available)" in capsys.readouterr().out
 
 
+def elsewhere(run_dir: Path) -> None:
+    run_dir.rename(run_dir.with_name("elsewhere"))
+
+
+def begun_anew(run_dir: Path) -> None:
+    (run_dir / "lock").unlink()
+    opened(tiny.train_config(run_dir))
+
+
+@pytest.mark.parametrize("happens", [elsewhere, shutil.rmtree, begun_anew])
+def test_a_run_directory_that_is_lost_gets_no_save(tmp_path, happens):
+    config = tiny.train_config(tmp_path / "run", steps=9)
+    store = CheckpointStore(config.run_dir, keep=5)
+
+    def lose(step, _):
+        if step == 3:
+            store.wait()
+            happens(tmp_path / "run")
+
+    with pytest.raises(CheckpointError, match=r"step 4 is not saved: .* is not the folder that"):
+        loop_with(config, store, lose)
+    store.close()
+    assert not (tmp_path / "run" / "checkpoints" / "4").exists()
+
+
+def test_a_lock_that_alone_is_lost_is_taken_again(tmp_path):
+    config = tiny.train_config(tmp_path, steps=6)
+    store = CheckpointStore(tmp_path, keep=5)
+
+    def lose(step, _):
+        if step == 3:
+            (tmp_path / "lock").unlink()
+        if step == 6:
+            with pytest.raises(ConfigError, match="another process trains"):
+                opened(config)
+
+    assert loop_with(config, store, lose) == 6
+    assert store.steps() == [2, 4, 6]
+    store.close()
+
+
 def test_a_vocabulary_is_copied_whole_or_not_at_all(tmp_path, monkeypatch):
     vocabulary = tmp_path / "qwen.tiktoken"
     vocabulary.write_text("IQ== 0\n")

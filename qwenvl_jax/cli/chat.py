@@ -20,7 +20,7 @@ from qwenvl_jax.cli.errors import (
     USAGE_ERROR,
     is_user_error,
     leave,
-    note_interrupt,
+    note_cut_work,
     one_line,
     run_command,
 )
@@ -157,7 +157,7 @@ def _run(argv: Sequence[str]) -> int:
             if not talk.take(line):
                 break
         except KeyboardInterrupt:
-            note_interrupt()
+            note_cut_work()
             print("(stopped)", file=sys.stderr)  # the answer; the dialogue goes on
         except Exception as error:
             if isinstance(error, BrokenPipeError) or not is_user_error(error):

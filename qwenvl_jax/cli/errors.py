@@ -6,13 +6,15 @@ traceback of both.
 """
 
 import codecs
+import contextlib
 import dis
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from qwenvl_jax.cli.devices import leave_out_absent_tpu
@@ -22,7 +24,7 @@ SUCCESS = 0
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-_has_stopped_work = threading.Event()
+_is_work_cut = threading.Event()
 
 
 def is_user_error(error: BaseException) -> bool:
@@ -91,7 +93,8 @@ def run_command(
     _open_closed_streams()
     _print_every_character()
     try:
-        code = _told(name, command, sys.argv[1:] if argv is None else argv)
+        with _dropped_interrupts_sent_again():
+            code = _told(name, command, sys.argv[1:] if argv is None else argv)
     except SystemExit:  # after `--help`
         code = _flushed(name, SUCCESS)
         if code == SUCCESS:
@@ -116,6 +119,31 @@ def _told(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str
         return USAGE_ERROR
 
 
+@contextlib.contextmanager
+def _dropped_interrupts_sent_again() -> Iterator[None]:
+    """Sends an interrupt again that Python has dropped.
+
+    It drops what is raised in destructors and in callbacks of the garbage collector, of which jax
+    has one: while much is loaded or compiled, Ctrl-C often arrives there.
+    """
+    before = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            before(dropped)
+            return
+        # From elsewhere and later: raised in here it would be dropped as well.
+        again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 def _flushed(name: str, code: int) -> int:
     """Returns the exit code once all that was printed has left; Python would do it unguarded."""
     try:
@@ -132,18 +160,19 @@ def _flushed(name: str, code: int) -> int:
     return code
 
 
-def note_interrupt() -> None:
-    """Says that an interrupt has stopped work, after which the command may go on; for `leave`."""
-    _has_stopped_work.set()
+def note_cut_work() -> None:
+    """Says that threads may still be in work that nobody wants any more; for `leave`."""
+    _is_work_cut.set()
 
 
 def leave(code: int) -> NoReturn:
     """Ends the process of a command with its exit code.
 
     An interrupt may leave jax compiling in threads of its own. They would be cut by the usual end
-    of an interpreter, which they answer with a segmentation fault: then it ends at once.
+    of an interpreter, which they answer with a segmentation fault. For a thread that hangs in a
+    read it would wait without end. In both cases the process ends at once.
     """
-    is_cut = code == INTERRUPTED or _has_stopped_work.is_set()
+    is_cut = code == INTERRUPTED or _is_work_cut.is_set()
     if is_cut and "jax" in sys.modules:
         for child in multiprocessing.active_children():  # as the usual end does
             child.terminate()

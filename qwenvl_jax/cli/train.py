@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwenvl_jax.cli.config_file import read_config
-from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, leave, run_command
+from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, leave, note_cut_work, run_command
 from qwenvl_jax.cli.host_memory import computes_on_cpu, keep_freed_memory, share_one_pool
 from qwenvl_jax.config import ConfigError, TrainConfig
 
@@ -45,13 +45,28 @@ def _run(argv: Sequence[str]) -> int:
     from qwenvl_jax.training.loop import train
 
     command = ["train.py", *argv]
-    train(config, command=command, open_page=AnswerPage, when_loaded=_keep_memory)
+    try:
+        train(config, command=command, open_page=AnswerPage, when_loaded=_keep_memory)
+    finally:
+        _leave_hanging_reads()
     return SUCCESS
 
 
 def _keep_memory() -> None:
     if computes_on_cpu():
         keep_freed_memory()
+
+
+def _leave_hanging_reads() -> None:
+    """Lets the process end although a thread of the data hangs, as in a read from a dead disk."""
+    import jax
+
+    from qwenvl_jax.training.feed import is_feed_hanging
+
+    if is_feed_hanging():
+        if jax.distributed.is_initialized():  # the other processes take their leave of this one
+            jax.distributed.shutdown()
+        note_cut_work()
 
 
 def check_init(config: TrainConfig) -> None:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from qwenvl_jax.data.example import Batch, DataError
 
 _SLICE = 0.2  # seconds after which a wait looks up
+_THREAD = "feed"  # the name of the threads that make batches
 
 
 @runtime_checkable
@@ -67,7 +68,7 @@ class Feed:
         self.has_failed = False  # whether it has raised: no batch comes any more
         self._is_closed = threading.Event()
         args = (batches, sharding)
-        self._thread = threading.Thread(target=self._fill, args=args, name="feed", daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=args, name=_THREAD, daemon=True)
         self._thread.start()
 
     @property
@@ -135,6 +136,11 @@ class Feed:
             except queue.Full:
                 continue
         return False
+
+
+def is_feed_hanging() -> bool:
+    """Returns whether a feed's thread hangs in its source, once all feeds are closed."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 class HeldRows(NamedTuple):

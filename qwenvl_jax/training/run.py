@@ -148,6 +148,7 @@ class Run:
             with self.goodput.spend("compare"):
                 check_copies(self.state.trainable | self.state.frozen)
         if self._is_save_due(step):
+            self._check_place(step)
             self._save(step)
             if self._is_look_due(step) and not self._is_grace_told:
                 # Once: a save that ends while something else is done would seem to take as long.
@@ -210,6 +211,7 @@ class Run:
 
         Raises: CheckpointError where this save fails: nothing would come after it.
         """
+        self._check_place(step)
         with self.goodput.spend("save"):
             self._tolerate(step, self.store.wait)
             try:
@@ -324,6 +326,15 @@ class Run:
     def _is_look_due(self, step: int) -> bool:
         every = self.config.evaluation.every_steps
         return self.look is not None and step % every == 0
+
+    def _check_place(self, step: int) -> None:
+        """Raises CheckpointError where a save would not lie with the rest of the run."""
+        if first_says(self.run_dir.is_lost()):
+            raise CheckpointError(
+                f"step {step} is not saved: {self.run_dir.path} is not the folder that this run "
+                "began in; it was moved, removed, or begun in anew. Name where it lies now with "
+                "--run-dir, and the run goes on from its newest checkpoint there"
+            )
 
     def _save(self, step: int) -> None:
         # The first save may have to write what does not train: later ones, and a stop, do not.

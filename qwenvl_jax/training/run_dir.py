@@ -7,16 +7,12 @@ Files that are not the run's own are left alone.
 
 import dataclasses
 import difflib
-import errno
-import fcntl
 import filecmp
 import json
-import os
 import shutil
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 
@@ -32,6 +28,7 @@ from qwenvl_jax.training.manifest import (
     saved_inputs,
     version_notes,
 )
+from qwenvl_jax.training.run_lock import RunLock
 from qwenvl_jax.training.skips import SkipRange, joined, parse_skips
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
@@ -73,7 +70,11 @@ class RunDir:
     """
 
     def __init__(
-        self, config: TrainConfig, manifest: dict[str, Any], notes: Sequence[str], lock: IO | None
+        self,
+        config: TrainConfig,
+        manifest: dict[str, Any],
+        notes: Sequence[str],
+        lock: RunLock | None,
     ):
         self.path, self.notes = Path(config.run_dir), list(notes)
         self._config, self._manifest, self._lock = config, manifest, lock
@@ -152,9 +153,16 @@ class RunDir:
         self.start["end"] = facts
         self._write()
 
+    def is_lost(self) -> bool:
+        """Returns whether the directory is not this start's any more; only the first process knows.
+
+        Raises: ConfigError where another process trains in it.
+        """
+        return self._lock is not None and self._lock.is_lost()
+
     def close(self) -> None:
         if self._lock is not None:
-            self._lock.close()  # which unlocks it
+            self._lock.close()
 
     def _is_skipped(self, first: int, last: int) -> bool:
         return any(a <= first and last <= b for a, b in self.skips)
@@ -181,7 +189,7 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
             "of an earlier start, where you may write"
         ) from error
     is_first = jax.process_index() == 0
-    lock = take_lock(run_dir) if is_first else None
+    lock = RunLock(run_dir) if is_first else None
     try:
         record, notes = describe_start(config, command), []
         manifest = {"starts": [], "skip_steps": []}
@@ -211,35 +219,6 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
             lock.close()
         raise
     return RunDir(config, manifest, notes, lock)
-
-
-def take_lock(run_dir: Path) -> IO:
-    """Returns the open lock file of a directory; closing it, or dying, gives the lock back.
-
-    Raises: ConfigError where another process holds it.
-    """
-    file = (run_dir / "lock").open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            print(
-                f"{run_dir} cannot be locked ({error.strerror}): that no other process trains in "
-                "it is up to you",
-                flush=True,
-            )
-            return file
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
-        file.close()
-        raise ConfigError(
-            f"another process trains in {run_dir}: {holder}; stop it first, or choose another "
-            "run_dir"
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
 
 
 def with_newer_settings(saved: Any, config: Any) -> Any:
