@@ -125,6 +125,8 @@ def test_an_interrupt_ends_with_130(capsys):
 def test_an_interrupt_that_python_drops_arrives_later():
     code = (
         "import gc, signal, sys, time; from qwenvl_jax.cli.errors import run_command\n"
+        # Where the tests run behind a shell's `&`, it is inherited as ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def once(phase, info):\n"
         "    gc.callbacks.clear()\n"
         "    signal.raise_signal(signal.SIGINT)\n"
