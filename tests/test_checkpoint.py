@@ -555,16 +555,26 @@ def test_damaged_frozen_weights_are_taken_from_where_the_run_began(tmp_path, cap
     assert_same(restore_weights(tmp_path, wanted()["weights"]), items_with_still(3)["weights"])
 
 
-def test_lost_frozen_weights(tmp_path):
+def test_lost_frozen_weights_are_written_again_by_the_restore(tmp_path, capsys):
     saved_with_still(tmp_path, 1)
     (folder,) = (tmp_path / "frozen").iterdir()
     folder.rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="every checkpoint of this run needs the weights"):
         restore_weights(tmp_path, wanted()["weights"])
     store = CheckpointStore(tmp_path)
-    _, found = store.restore_newest(wanted(), spare=lambda: weights(0))
-    store.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orbax.checkpoint.Checkpointer.save", full)
+        _, found = store.restore_newest(wanted(), spare=lambda: weights(0))
     assert_same(found["weights"], items_with_still(1)["weights"])
+    assert "NOT WRITTEN AGAIN: [Errno 28] No space left" in capsys.readouterr().out
+    # A finished run saves no more: what reads the weights needs them now.
+    assert store.restore_newest(wanted(), spare=lambda: weights(0)) is not None
+    store.close()
+    assert_same(restore_weights(tmp_path, wanted()["weights"]), items_with_still(1)["weights"])
+
+
+def full(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_left_over_of_killed_frozen_weights_is_replaced(tmp_path):

@@ -52,17 +52,21 @@ class FrozenFolder:
         # One process alone looks again: somebody may have removed them.
         is_gone = jax.process_count() == 1 and not (self._directory / name).is_dir()
         if name not in self._written or is_gone:
-            try:
-                with ocp.Checkpointer(_handler()) as checkpointer:
-                    each = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for path in arrays}
-                    args = ocp.args.PyTreeSave(dict(arrays), save_args=each)
-                    checkpointer.save(self._directory / name, args=args)
-            except Exception:
-                if jax.process_count() == 1:  # others may still be writing
-                    self.clean()
-                raise
-            self._written.add(name)
+            self._write(name, arrays)
         return self._record
+
+    def _write(self, name: str, arrays: Item) -> None:
+        """Writes the arrays into a new folder; all processes call it."""
+        try:
+            with ocp.Checkpointer(_handler()) as checkpointer:
+                each = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for path in arrays}
+                args = ocp.args.PyTreeSave(dict(arrays), save_args=each)
+                checkpointer.save(self._directory / name, args=args)
+        except Exception:
+            if jax.process_count() == 1:  # others may still be writing
+                self.clean()
+            raise
+        self._written.add(name)
 
     def clean(self) -> None:
         """Removes what a save has left that was killed, or met a full disk."""
@@ -72,7 +76,8 @@ class FrozenFolder:
     def restore(self, record: Record, wanted: Item, spare: Spare | None) -> Item:
         """Returns the arrays of a record, placed as `wanted` says.
 
-        A damaged folder is renamed, and what it held taken from `spare`, if that is the same.
+        A damaged folder is renamed, and what it held taken from `spare`, if that is the same, and
+        written again: a finished run saves no more, and cannot be loaded without it.
 
         Raises:
             CheckpointError: damaged, and no spare or another one. All checkpoints of a run need
@@ -93,7 +98,10 @@ class FrozenFolder:
         return arrays
 
     def _again(self, folder: Path, record: Record, spare: Spare, reason: Damaged) -> Item:
-        """Returns the record's arrays from the run's beginning, after renaming the folder."""
+        """Returns the record's arrays from the run's beginning, which stand in the folder again.
+
+        A disk that does not take them is told: the run can go on, and the next save tries again.
+        """
         try:
             arrays = spare()
             arrays = {name: arrays[name] for name in record}
@@ -111,6 +119,14 @@ class FrozenFolder:
                 flush=True,
             )
         self._written.discard(folder.name)
+        try:
+            self._write(folder.name, arrays)
+        except Exception as error:  # noqa: BLE001  a full disk has many names
+            print(
+                f"FROZEN WEIGHTS NOT WRITTEN AGAIN: {error}; until they are, only the same command "
+                "can read this run",
+                flush=True,
+            )
         return arrays
 
 
