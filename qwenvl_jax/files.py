@@ -1,4 +1,7 @@
-"""Files that no kill and no full disk spoils: replaced as a whole, or added to line by line."""
+"""Files that no kill and no full disk spoils: replaced as a whole, or added to line by line.
+
+And how they are read back, should something else have spoilt them.
+"""
 
 import contextlib
 import json
@@ -8,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from qwenvl_jax.checks import ConfigError
 
 HALF = ".new"  # ends the name of what is being written, or what a kill has left of it
 
@@ -23,13 +28,25 @@ def appearing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """
     beside = path.with_name(f"{path.name}.{os.getpid()}{HALF}")  # others may write the same
     try:
-        yield beside
-        if durable:
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(beside, path)
+        with naming(path):
+            yield beside
+            if durable:
+                with beside.open("rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(beside, path)
     except BaseException:  # an interrupt too
         beside.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has an OSError of the block name the file: that of a full disk names none by itself."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -45,6 +62,47 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Puts the text, as UTF-8, in the place of what the file holds; raises as `replace`."""
     replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def read_text(path: Path, way_out: str) -> str:
+    """Returns the text of a file. Raises: ConfigError, which ends with `way_out`: no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is damaged: expected UTF-8, got {error}; {way_out}") from error
+
+
+def read_object(path: Path, way_out: str) -> dict[str, Any]:
+    """Returns the JSON object in a file. Raises: ConfigError, which ends with `way_out`."""
+    try:
+        found = json.loads(read_text(path, way_out))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not readable as JSON: {error}; {way_out}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged: expected an object, got {found!r:.60}; {way_out}")
+    return found
+
+
+def read_records(path: Path, way_out: str) -> list[dict[str, Any]]:
+    """Returns the objects of a JSON lines file; a line that is cut short is left out.
+
+    A run under way may be writing the last one, and a kill may have left one.
+
+    Raises: ConfigError, which ends with `way_out`, where a whole line holds something else.
+    """
+    records = []
+    for number, line in enumerate(read_text(path, way_out).splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(record, dict):
+            raise ConfigError(
+                f"{path} is damaged: expected an object in line {number}, got {line!r:.60}; "
+                f"{way_out}"
+            )
+        records.append(record)
+    return records
 
 
 def json_line(record: Any, default: Callable[[Any], Any] | None = None) -> str:
@@ -86,14 +144,15 @@ class Lines:
 
     def flush(self) -> None:
         """Writes what waits. Raises: OSError; the rest stays."""
-        if self._waiting and self._descriptor is None:
-            # To the system at once, not to the disk: a kill loses nothing, a step no time.
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-            size = os.fstat(self._descriptor).st_size
-            if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-                self._waiting = b"\n" + self._waiting
-        while self._waiting and self._descriptor is not None:
-            self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
+        with naming(self.path):
+            if self._waiting and self._descriptor is None:
+                # To the system at once, not to the disk: a kill loses nothing, a step no time.
+                self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+                size = os.fstat(self._descriptor).st_size
+                if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+                    self._waiting = b"\n" + self._waiting
+            while self._waiting and self._descriptor is not None:
+                self._waiting = self._waiting[os.write(self._descriptor, self._waiting) :]
 
     def close(self) -> None:
         """Closes the file; what waits is lost unless `flush` has come first."""

@@ -328,7 +328,7 @@ def test_a_row_that_was_mended_is_used_again_but_not_by_a_run_that_began_without
     assert UNUSABLE not in sizes_of(held, tok).sizes
     with pytest.raises(ConfigError, match="got 0 now, expected those that its quarantine"):
         first(1)
-    first(1, may_change=True)
+    first(1, allow_change=("data",))
     first(1)
 
 

@@ -221,10 +221,21 @@ def test_changed_data_are_noticed_when_a_run_goes_on(tmp_path):
     moved.mkdir()
     assert take(data_config(path=write_rows(moved, 12)), 1, first=2, folder=run_dir)
     changed = dataclasses.replace(config, length=159)
-    assert take(changed, 1, first=2, folder=run_dir, may_change=True)
+    assert take(changed, 1, first=2, folder=run_dir, allow_change=("data",))
     assert take(changed, 1, first=2, folder=run_dir)  # it is the run's from now on
     with pytest.raises(ConfigError, match=r"--allow-change data$"):
         take(config, 1, first=2, folder=run_dir)
+
+
+def test_a_setting_that_may_change_lets_no_changed_file_pass(tmp_path):
+    config = data_config(path=write_rows(tmp_path, 12), cut_turns=True)
+    take(config, 1, folder=tmp_path)
+    shorter = dataclasses.replace(config, length=159)
+    more = dataclasses.replace(shorter, path=write_rows(tmp_path, 13, "more.json"))
+    with pytest.raises(ConfigError, match=r"rows, .*--allow-change data\.length data\.content$"):
+        take(more, 1, first=2, folder=tmp_path, allow_change=("data.length",))
+    assert take(shorter, 1, first=2, folder=tmp_path, allow_change=("data.length",))
+    assert take(more, 1, first=2, folder=tmp_path, allow_change=("data.content",))
 
 
 def test_sizes_are_measured_once(tmp_path, monkeypatch):

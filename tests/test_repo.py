@@ -30,7 +30,7 @@ HOST = BASE | {"prompt", "image", "data"}  # never jax: data workers must not st
 MATHS = BASE | {"sharding", "model"}
 ALLOWED = {
     "axes": set(),
-    "files": set(),
+    "files": {"checks"},
     "checks": set(),
     "config": {"axes", "checks"},
     "presets": BASE,

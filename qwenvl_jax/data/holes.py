@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qwenvl_jax.data.example import DataError
-from qwenvl_jax.files import Lines
+from qwenvl_jax.files import Lines, read_text
 
 QUARANTINE = "quarantine.jsonl"
 # A rate is judged with this much grace, so that one bad sample among the first few stops no run,
@@ -31,7 +31,10 @@ class Tally:
     """Counts samples and holes since this start, and writes each hole to a file once."""
 
     def __init__(self, max_bad_fraction: float, file: Path | None = None):
-        """`file` gets one JSON line a hole: its fields and the step. Lines in it stay."""
+        """`file` gets one JSON line a hole: its fields and the step. Lines in it stay.
+
+        Raises: ConfigError where they are no text.
+        """
         self._limit = max_bad_fraction
         self._lines = None if file is None else Lines(file)
         self._listed = _keys(file) if file is not None else set()
@@ -86,10 +89,9 @@ def too_many(num_bad: int, num_samples: int, limit: float, told: str) -> str:
 
 
 def _keys(file: Path) -> set[tuple[str, str]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    if not file.exists():
         return set()
+    lines = read_text(file, "mend it, or move it away: a new list begins").splitlines()
     found = set()
     for line in lines:
         try:

@@ -31,6 +31,7 @@ from qwenvl_jax.data.rows import (
     Notes,
     RowMaker,
     canvas_shape,
+    contents,
     fingerprint,
     keys_of,
     open_rows,
@@ -39,7 +40,7 @@ from qwenvl_jax.data.rows import (
 )
 from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
 from qwenvl_jax.data.sources.scenes import Split
-from qwenvl_jax.data.unchanged import check_as_usable, check_unchanged
+from qwenvl_jax.data.unchanged import KeptData
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 
 MAX_REFUSED = 0.05  # of the samples of a step of scenes; past it the limits are wrong
@@ -135,14 +136,14 @@ def batches(
     split: Split = "train",
     share: Share = Share(),
     folder: str | Path | None = None,
-    may_change: bool = False,
+    allow_change: Sequence[str] = (),
 ) -> Batches:
     """Returns the batches of steps `first_step`, `first_step + 1`, ... without end.
 
     `slots` is the number of ids that one picture takes: the adapter's queries. They are made by
     threads in the background, or by `config.num_workers` processes. `folder` is the run directory:
     bad samples are listed there, and data that have changed since the run began are noticed, and
-    refused unless they `may_change`.
+    refused unless `allow_change` names them.
 
     Raises: ConfigError for settings that cannot be served, and changed data; DataError for data
     that cannot be used, later at the step of too many bad samples.
@@ -158,12 +159,12 @@ def batches(
     make: Callable[[int], tuple[Batch, Notes]]
     if config.source == "rows":
         sources = open_sources(config, tokenizer)
-        if folder is not None:
-            now = fingerprint(config, tokenizer, sources)
-            check_unchanged(Path(folder), now, first_step, share.process, may_change)
+        kept = folder and KeptData(Path(folder), first_step, share.process, allow_change)
+        if kept:
+            kept.check(fingerprint(config, tokenizer, sources), contents(config, sources))
         opened = open_rows(config, tokenizer, seed, sources)
-        if folder is not None:
-            check_as_usable(Path(folder), opened, first_step, share.process, may_change)
+        if kept:
+            kept.check_usable(opened)
         if first_step == 0 and share.process == 0:
             tally.list(0, unusable_rows(opened, tokenizer, config))
         # Decoding leaves Python's lock alone; drawing scenes does not.

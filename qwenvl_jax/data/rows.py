@@ -125,6 +125,15 @@ def fingerprint(config: DataConfig, tokenizer: Tokenizer, sources: dict[str, Sou
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def contents(config: DataConfig, sources: dict[str, Source]) -> dict[str, str]:
+    """Returns source -> fingerprint of its rows alone, whatever the settings make of them.
+
+    By path in a mixture; `data.path` may move.
+    """
+    plain = {k: x.source if isinstance(x, CutTurns) else x for k, x in sources.items()}
+    return {k if config.mixture else "data.path": x.fingerprint for k, x in plain.items()}
+
+
 def digest_of_unusable(opened: OpenRows) -> str:
     """Returns a digest of which rows no step holds; the order of the others follows from it."""
     digest = hashlib.sha256()

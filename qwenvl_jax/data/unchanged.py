@@ -1,61 +1,92 @@
 """Whether a run that goes on has the data it began with: else later steps hold other samples."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.holes import QUARANTINE
 from qwenvl_jax.data.rows import OpenRows, digest_of_unusable
-from qwenvl_jax.files import replace_text
+from qwenvl_jax.files import read_object, replace_text
 
-_WAYS_OUT = (
-    "give back the old data, choose another run_dir, or say that you mean it with "
-    "--allow-change data"
-)
+DATA = "data.json"
+DATA_WAYS_OUT = "restore it, or remove it: manifest.json has the same fingerprints"
+CONTENT = "data.content"  # what --allow-change calls rows that have changed, of any source
 
 
-def check_unchanged(
-    folder: Path, now: str, first_step: int, process: int = 0, may_change: bool = False
-) -> None:
-    """Keeps the fingerprint of a run's data in `folder`, and compares it when the run goes on.
+class KeptData:
+    """What a run directory says of the run's data, and whether they are still the same.
 
-    Raises: ConfigError where the data, the vocabulary or the plan are not those of before, unless
-    they `may_change`.
+    `fingerprint` covers all that decides which samples a step holds; `contents` the rows of each
+    source alone, so that a setting that may change lets no changed file pass; `unusable` which rows
+    cannot be used: a file that was mended, or damaged since.
     """
-    before = _noted(folder) if first_step else {}
-    if before.get("fingerprint", now) != now and not may_change:
-        raise ConfigError(
-            f"the data are not those that {folder} was trained with: got fingerprint "
-            f"{now[:16]}, expected {before['fingerprint'][:16]}; another row, order, vocabulary or "
-            f"packing limit gives later steps other samples: {_WAYS_OUT}"
+
+    def __init__(
+        self, folder: Path, first_step: int, process: int = 0, allow_change: Sequence[str] = ()
+    ):
+        """`allow_change`: names of what may have changed: "data", CONTENT or a setting's."""
+        self._folder, self._process = folder, process
+        self._allowed = tuple(allow_change)
+        known = first_step > 0 and (folder / DATA).exists()
+        self._before = read_object(folder / DATA, DATA_WAYS_OUT) if known else {}
+        self._now = {}
+
+    def check(self, fingerprint: str, contents: dict[str, str]) -> None:
+        """Raises ConfigError where the data, the vocabulary or the plan are others, and may not."""
+        self._now = {"fingerprint": fingerprint, "contents": contents}
+        old = self._before.get("contents", {})
+        changed = [name for name, now in contents.items() if old.get(name, now) != now]
+        if changed and not self._may_content_change:
+            told = ", ".join(f"{x} (was {old[x]:.16}, now {contents[x]:.16})" for x in changed)
+            raise ConfigError(
+                f"the data are not those that {self._folder} was trained with: other rows, or in "
+                f"another order, in {told}; {self._ways_out(CONTENT)}"
+            )
+        # An older version noted no contents: then nothing tells them from settings.
+        may_change = self._may_content_change or ("contents" in self._before and self._may_differ)
+        if not self._has_same_fingerprint and not may_change:
+            name = "data" if "contents" in self._before else CONTENT
+            raise ConfigError(
+                f"the data are not those that {self._folder} was trained with: got fingerprint "
+                f"{fingerprint:.16}, expected {self._before['fingerprint']:.16}; another row, "
+                f"order, vocabulary or packing limit gives later steps other samples: "
+                f"{self._ways_out(name)}"
+            )
+
+    def check_usable(self, opened: OpenRows) -> None:
+        """Keeps what is so now, for later starts, once the rows have been looked at.
+
+        Raises: ConfigError where other rows cannot be used, and it is not for other settings.
+        """
+        now = digest_of_unusable(opened)
+        is_same = self._before.get("unusable", now) == now
+        if not is_same and self._has_same_fingerprint and not self._may_content_change:
+            num = sum(map(len, opened.unusable.values()))
+            raise ConfigError(
+                f"the rows that cannot be used are not those of when {self._folder} began: got "
+                f"{num} now, expected those that its {QUARANTINE} lists for step 0; later steps "
+                f"would hold other samples: {self._ways_out(CONTENT)}"
+            )
+        kept = self._before | self._now | {"unusable": now}
+        if not self._process and kept != self._before:
+            replace_text(self._folder / DATA, json.dumps(kept) + "\n")
+
+    @property
+    def _has_same_fingerprint(self) -> bool:
+        now = self._now["fingerprint"]
+        return self._before.get("fingerprint", now) == now
+
+    @property
+    def _may_content_change(self) -> bool:
+        return any(name in ("data", CONTENT) for name in self._allowed)
+
+    @property
+    def _may_differ(self) -> bool:
+        return any(name.split(".")[0] == "data" for name in self._allowed)
+
+    def _ways_out(self, name: str) -> str:
+        return (
+            "give back the old data, choose another run_dir, or say that you mean it with "
+            f"--allow-change {' '.join([*self._allowed, name])}"
         )
-    _note(folder, before, {"fingerprint": now}, process)
-
-
-def check_as_usable(
-    folder: Path, opened: OpenRows, first_step: int, process: int = 0, may_change: bool = False
-) -> None:
-    """As `check_unchanged`, for which rows can be used: a file that was mended, or damaged since.
-
-    Raises: ConfigError where they are others, unless they `may_change`.
-    """
-    before, now = _noted(folder), digest_of_unusable(opened)
-    if first_step and before.get("unusable", now) != now and not may_change:
-        num = sum(map(len, opened.unusable.values()))
-        raise ConfigError(
-            f"the rows that cannot be used are not those of when {folder} began: got {num} now, "
-            f"expected those that its {QUARANTINE} lists for step 0; later steps would hold other "
-            f"samples: {_WAYS_OUT}"
-        )
-    _note(folder, before, {"unusable": now}, process)
-
-
-def _noted(folder: Path) -> dict[str, str]:
-    file = folder / "data.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _note(folder: Path, before: dict[str, str], now: dict[str, str], process: int) -> None:
-    if process or before | now == before:
-        return
-    replace_text(folder / "data.json", json.dumps(before | now) + "\n")

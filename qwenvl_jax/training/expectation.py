@@ -7,7 +7,7 @@ from typing import Any
 
 from qwenvl_jax.config import TrainConfig, to_dict
 from qwenvl_jax.training.flops import all_peaks, step_flops
-from qwenvl_jax.training.run_dir import METRICS
+from qwenvl_jax.training.run_files import METRICS
 from qwenvl_jax.training.state import Layout
 
 # Settings that decide how long a step takes, beside the devices.

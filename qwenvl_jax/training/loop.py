@@ -378,5 +378,5 @@ def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) ->
         slots=config.model.adapter.num_queries,
         share=share,
         folder=config.run_dir,
-        may_change=any(name.split(".")[0] == "data" for name in config.allow_change),
+        allow_change=config.allow_change,
     )

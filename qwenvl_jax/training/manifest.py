@@ -6,7 +6,6 @@
 import datetime
 import hashlib
 import importlib.metadata
-import json
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -16,8 +15,11 @@ from typing import Any
 import jax
 
 from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
+from qwenvl_jax.files import read_object
 from qwenvl_jax.prompt.vocabulary import vocabulary_in
 
+MANIFEST = "manifest.json"
+_MANIFEST_WAYS_OUT = "restore it, remove it, or choose another run_dir"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pillow")
 
 
@@ -58,36 +60,33 @@ def version_notes(old: dict[str, str], new: dict[str, str]) -> list[str]:
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
-    """Returns what manifest.json holds; empty where there is none. Raises: ConfigError."""
-    path = run_dir / "manifest.json"
+    """Returns what manifest.json holds, of no start where there is none. Raises: ConfigError."""
+    path, empty = run_dir / MANIFEST, {"starts": [], "skip_steps": []}
     if not path.exists():
-        return {}
-    found = read_json(path)
-    starts = found.get("starts") if isinstance(found, dict) else None
-    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        return empty
+    found = empty | read_object(path, _MANIFEST_WAYS_OUT)
+    starts, skips = found["starts"], found["skip_steps"]
+    is_whole = isinstance(starts, list) and all(map(_is_start, starts))
+    if not is_whole or not isinstance(skips, list) or not all(map(_is_range, skips)):
         raise ConfigError(
-            f"{path} is no manifest of a run: expected an object with a list `starts`; restore it, "
-            "remove it, or choose another run_dir"
+            f"{path} is no manifest of a run: expected an object with a list `starts`, each with "
+            "versions and inputs, and a list `skip_steps` of pairs of steps; "
+            f"{_MANIFEST_WAYS_OUT}"
         )
     return found
+
+
+def tells_of_saves(manifest: dict[str, Any]) -> bool:
+    """Returns whether an earlier start has saved a checkpoint."""
+    return any(s.get("saved") or s.get("end", {}).get("step") for s in manifest["starts"])
 
 
 def saved_config(run_dir: Path, last: dict[str, Any] | None) -> Any:
     """Returns the settings of the last start, from config.json or else the manifest; or None."""
     path = run_dir / "config.json"
     if path.exists():
-        return read_json(path)
+        return read_object(path, "restore it, or remove it: manifest.json has the settings too")
     return last and last.get("config")
-
-
-def read_json(path: Path) -> Any:
-    """Returns what a file of a run holds. Raises: ConfigError where it is no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is not readable as JSON: {error}; restore it or choose another run_dir"
-        ) from error
 
 
 def fingerprint(path: Path) -> str | None:
@@ -108,6 +107,17 @@ def fingerprint(path: Path) -> str | None:
         if file.suffix == ".json":  # indices and dataset descriptions
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _is_start(start: Any) -> bool:
+    if not isinstance(start, dict) or not isinstance(start.get("versions"), dict):
+        return False
+    has_inputs = isinstance(start.get("inputs"), dict) or "tokenizer_sha256" in start
+    return has_inputs and all(isinstance(start.get(name, {}), dict) for name in ("data", "end"))
+
+
+def _is_range(steps: Any) -> bool:
+    return isinstance(steps, list) and [type(step) for step in steps] == [int, int]
 
 
 def code_version() -> str | None:

@@ -1,6 +1,5 @@
 """The curves of a run as one picture, drawn from its metrics.jsonl."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from qwenvl_jax.config import ConfigError
-from qwenvl_jax.training.run_dir import EVALUATIONS, METRICS
+from qwenvl_jax.files import read_records
+from qwenvl_jax.training.run_files import EVALUATIONS, LINES_WAYS_OUT, METRICS
 
 # Panels from the top: what is drawn, on which scale, and how high.
 PANELS = {
@@ -37,8 +37,8 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     A run whose batches have no tasks has no such panel.
 
     Raises:
-        ConfigError: the directory has no metrics.jsonl with a finished step, or `output` is of no
-            known format or in no folder.
+        ConfigError: the directory has no metrics.jsonl with a finished step, or a damaged one; or
+            `output` is of no known format or in no folder.
         NoMatplotlib: the extra `plot` is not installed.
     """
     try:
@@ -103,14 +103,9 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Returns the whole lines of a JSON lines file; a run under way may be writing the last one."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # cut short
-            continue
-    return records
+    """Returns the lines of a file that have a step. Raises: ConfigError for what is no record."""
+    records = read_records(path, LINES_WAYS_OUT)
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 
 def draw_series(panel: Any, records: list[dict[str, Any]], name: str) -> None:

@@ -18,7 +18,8 @@ from qwenvl_jax.files import Lines, discard_output, json_line
 from qwenvl_jax.training.board import Board
 from qwenvl_jax.training.flops import all_peaks, step_flops
 from qwenvl_jax.training.guard import FINE, REASONS
-from qwenvl_jax.training.run_dir import EVALUATIONS, METRICS, truncate_metrics
+from qwenvl_jax.training.run_dir import truncate_metrics
+from qwenvl_jax.training.run_files import EVALUATIONS, METRICS
 from qwenvl_jax.training.state import Layout
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ the same run: what decides the numbers may not differ, unless this start is allo
 Files that are not the run's own are left alone.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import filecmp
@@ -18,20 +19,28 @@ import jax
 
 from qwenvl_jax.checkpoint.weights import TOKENIZER
 from qwenvl_jax.config import ConfigError, TrainConfig, save_json, to_dict
-from qwenvl_jax.files import replace, replace_text
+from qwenvl_jax.data.unchanged import CONTENT, DATA, DATA_WAYS_OUT
+from qwenvl_jax.files import appearing, read_object, read_text, replace_text
 from qwenvl_jax.prompt.vocabulary import vocabulary_in
 from qwenvl_jax.training.manifest import (
+    MANIFEST,
     describe_start,
-    read_json,
     read_manifest,
     saved_config,
     saved_inputs,
+    tells_of_saves,
     version_notes,
+)
+from qwenvl_jax.training.run_files import (
+    EVALUATIONS,
+    LINES_WAYS_OUT,
+    NO_MANIFEST,
+    check_files,
+    give_back_data,
+    has_begun,
 )
 from qwenvl_jax.training.run_lock import RunLock
 from qwenvl_jax.training.skips import SkipRange, joined, parse_skips
-
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 
 # Settings that a resumed run may change: they decide speed, memory and files, not the recipe.
 # (Sums of another shape round differently, so only an unchanged run is bit-equal.)
@@ -66,7 +75,8 @@ class RunDir:
 
     `notes` are lines for the person who started it, `skips` the steps that the run passes over.
     With several processes the first one writes; the others read the same directory. Nothing of the
-    run is written before `begin`: a start that is refused or cannot load leaves it as it was.
+    run is written before `begin`, but for a data.json that was lost: a start that is refused or
+    cannot load leaves it as it was.
     """
 
     def __init__(
@@ -90,12 +100,11 @@ class RunDir:
 
     def check_new(self) -> None:
         """Raises ConfigError where an earlier start has saved: its checkpoints are not there."""
-        ends = [start.get("end", {}).get("step", 0) for start in self._manifest["starts"]]
-        if any(ends) or any(start.get("saved") for start in self._manifest["starts"]):
+        if tells_of_saves(self._manifest):
             raise ConfigError(
                 f"{self.path} has no checkpoint, but its manifest.json tells of saves: got an "
                 "empty or missing folder checkpoints/; give it back (is a disk not mounted?), name "
-                "another run_dir, or remove metrics.jsonl and manifest.json to begin anew here"
+                "another run_dir, or empty this one to begin anew here"
             )
 
     def evaluated_steps(self) -> set[int]:
@@ -125,18 +134,20 @@ class RunDir:
         self._manifest["skip_steps"] = joined([*self.skips, *asked])
 
     def begin(self) -> None:
-        """Writes what this start is: from now on the directory is this run's."""
+        """Writes what this start is, all or nothing: from now on the directory is this run's."""
         if jax.process_index() > 0:
             return
-        replace(self.path / "config.json", lambda beside: save_json(self._config, beside))
-        # The directory alone is then a model for infer, chat and eval.
+        if (data := self.path / DATA).exists():  # which is of now: the data are open
+            self.start["data"] = read_object(data, DATA_WAYS_OUT)
         vocabulary = vocabulary_in(Path(self._config.data.tokenizer))
         copy = self.path / TOKENIZER
-        if vocabulary and not (copy.is_file() and filecmp.cmp(vocabulary, copy, shallow=False)):
-            replace(copy, lambda beside: shutil.copyfile(vocabulary, beside))
-        if (data := self.path / "data.json").exists():  # which is of now: the data are open
-            self.start["data"] = read_json(data)
-        self._write()
+        with contextlib.ExitStack() as together:
+            config = together.enter_context(appearing(self.path / "config.json"))
+            save_json(self._config, config)
+            # The directory alone is then a model for infer, chat and eval.
+            if vocabulary and not (copy.is_file() and filecmp.cmp(vocabulary, copy, shallow=False)):
+                shutil.copyfile(vocabulary, together.enter_context(appearing(copy)))
+            self._write()
 
     def saved(self) -> None:
         """Notes that a checkpoint of this start is on the disk."""
@@ -170,7 +181,7 @@ class RunDir:
     def _write(self) -> None:
         if jax.process_index() == 0:
             text = json.dumps(self._manifest, indent=1) + "\n"
-            replace_text(self.path / "manifest.json", text)
+            replace_text(self.path / MANIFEST, text)
 
 
 def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
@@ -192,20 +203,25 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
     lock = RunLock(run_dir) if is_first else None
     try:
         record, notes = describe_start(config, command), []
-        manifest = {"starts": [], "skip_steps": []}
-        if has_begun := _has_begun(run_dir):
-            manifest |= read_manifest(run_dir)
+        manifest = read_manifest(run_dir)
+        is_known = has_begun(run_dir, manifest)
+        if is_known:
+            notes += check_files(run_dir, config)
+            if is_first:
+                notes += give_back_data(run_dir, manifest)
+        else:
+            manifest["starts"], manifest["skip_steps"] = [], []
         last = manifest["starts"][-1] if manifest["starts"] else None
-        now, old = to_dict(config), saved_config(run_dir, last) if has_begun else None
+        now, old = to_dict(config), saved_config(run_dir, last) if is_known else None
         if old is not None:
             old = with_newer_settings(old, config)
-        elif has_begun:
+        elif is_known:
             notes.append(
                 f"{run_dir} has neither config.json nor manifest.json: that the settings are those "
                 "of its earlier starts is up to you"
             )
         # What the run had and this start has no more can be changed as well.
-        known = [*flat_fields(now), *flat_fields(old), *record["inputs"]]
+        known = [*flat_fields(now), *flat_fields(old), *record["inputs"], CONTENT, NO_MANIFEST]
         _check_allowed(config.allow_change, known)
         if old is not None:
             notes += _compare(old, now, config)
@@ -276,11 +292,13 @@ def truncate_metrics(path: Path, last_step: int) -> int:
 
     A run that was killed has logged steps that its newest checkpoint does not know. They will be
     made again, and the file must read as one run.
+
+    Raises: ConfigError where it is no text.
     """
     if not path.exists():
         return 0
     kept, dropped = [], 0
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path, LINES_WAYS_OUT).splitlines():
         try:
             is_kept = json.loads(line)["step"] <= last_step
         except (ValueError, KeyError, TypeError):  # cut off by a kill in the middle of the write
@@ -292,13 +310,6 @@ def truncate_metrics(path: Path, last_step: int) -> int:
     if dropped:
         replace_text(path, "".join(kept))
     return dropped
-
-
-def _has_begun(run_dir: Path) -> bool:
-    """Returns whether there is something to go on with; a failed first start binds no one."""
-    metrics, checkpoints = run_dir / METRICS, run_dir / "checkpoints"
-    has_lines = metrics.exists() and metrics.stat().st_size > 0
-    return has_lines or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def _check_allowed(names: Sequence[str], known: Sequence[str]) -> None:

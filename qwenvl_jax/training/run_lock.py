@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.files import naming
 
 _Place = tuple[int, int]  # device and number of a file or folder, whatever it is called
 
@@ -72,7 +73,8 @@ def _take(run_dir: Path) -> IO:
             f"another process trains in {run_dir}: {holder}; stop it first, or choose another "
             "run_dir"
         ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with naming(run_dir / "lock"):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     return file
