@@ -4,6 +4,8 @@ import errno
 import os
 import random
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -278,6 +280,38 @@ def test_a_save_that_cannot_make_its_folder_leaves_no_thread_behind(tmp_path, mo
     store.wait()
     assert store.steps() == [1, 3]
     store.close()
+
+
+# Files of a few bytes only may be written, so that every array fails as on a full disk.
+NO_ROOM = """
+import gc, logging, resource, sys
+import jax.numpy as jnp
+from qwenvl_jax.checkpoint.store import CheckpointStore
+store = CheckpointStore(sys.argv[1])
+arrays = {f"{i}": jnp.arange(5000.0) + i for i in range(20)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+try:
+    store.save(1, {"weights": arrays})
+    store.wait()
+except Exception as error:
+    print("RAISED", "File too large" in str(error))
+gc.collect()
+logging.getLogger("absl").error("something else")
+"""
+
+
+def test_a_save_that_fails_for_every_array_is_no_flood(tmp_path):
+    """Orbax and asyncio would log each of them, with a traceback."""
+    ended = subprocess.run(
+        [sys.executable, "-c", NO_ROOM, str(tmp_path)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ended.stdout == "RAISED True\n"
+    (line,) = [x for x in ended.stderr.splitlines() if x.startswith("ERROR")]
+    assert "something else" in line
 
 
 def test_a_save_that_fails_in_the_background(tmp_path, monkeypatch):
