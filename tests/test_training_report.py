@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from qwenvl_jax.config import MeshConfig, to_dict
+from qwenvl_jax.data.mixture import Round
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import qwen_vl, stage_1, stage_2, stage_3
 from qwenvl_jax.sharding import make_mesh
@@ -270,8 +271,10 @@ def test_how_often_a_run_sees_its_data_is_told():
     assert _rounds(config, None) == []
     rows = 20 * config.data.rows
     for num_rows, told in ((rows * 10, "0.1"), (rows, "1"), (rows // 40, "40")):
-        (line,) = _rounds(config, num_rows)
+        (line,) = _rounds(config, Round(num_rows, {"rows": 1.0}))
         assert line == f"the data: {num_rows:,} packed rows; 20 steps see them {told} times"
+    (line,) = _rounds(config, Round(rows // 4, {"a": 1.0, "b": 0.02, "c": 25.0}))
+    assert line == "the data: 3 sources; 20 steps see them 0.08 times (b) to 100 times (c)"
 
 
 def test_a_log_that_nobody_reads_ends_no_run(monkeypatch):

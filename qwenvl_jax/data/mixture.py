@@ -6,6 +6,7 @@ of one and all of another.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from qwenvl_jax.config import Mixing
 
@@ -21,6 +22,13 @@ STAGE_2_SAMPLES = {
 }
 # Packing finds too few partners among fewer samples; small sources are passed more than once then.
 MIN_ROUND = 1024
+
+
+class Round(NamedTuple):
+    """What repeats of finite data: so many packed rows, which hold each source so many times."""
+
+    num_rows: int
+    passes: dict[str, float]
 
 
 def samples_per_round(

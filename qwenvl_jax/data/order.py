@@ -92,6 +92,7 @@ class Order:
         self._packing = pack_classes(classes, length, max_images)
         self.num_rows = self._packing.num_rows  # of a round
         self.num_samples = sum(walk.taken for walk in walks)  # of a round
+        self.passes = [walk.taken / walk.total for walk in walks]  # of each source in a round
 
     def _join(self, walks: Sequence[_Walks]) -> None:
         """Puts the walks of all sources side by side, those of one size together."""

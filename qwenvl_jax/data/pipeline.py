@@ -26,6 +26,7 @@ from qwenvl_jax.data.canvas import Canvases
 from qwenvl_jax.data.example import Batch, DataError, Example
 from qwenvl_jax.data.holes import QUARANTINE, Tally
 from qwenvl_jax.data.lent import Borrower, LendingCanvases, can_lend
+from qwenvl_jax.data.mixture import Round
 from qwenvl_jax.data.packing import fill, fill_rows, pack
 from qwenvl_jax.data.rows import (
     Notes,
@@ -73,7 +74,7 @@ class Share:
 class Batches:
     """Iterates over the batches of successive steps; says afterwards what went into one.
 
-    `num_rows` counts the rows of an epoch (of a round of the mixture), None for endless sources.
+    `round` is an epoch, or a round of the mixture; None for endless sources.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class Batches:
         first_step: int,
         tally: Tally,
         rows: Sequence[int],
-        num_rows: int | None = None,
+        round: Round | None = None,
     ):
         """`rows` are the rows of the global batch that are made."""
-        self.num_rows = num_rows
+        self.round = round
         self._made, self._step, self._tally, self._rows = made, first_step, tally, rows
         self._told: OrderedDict[int, tuple[dict[str, int | float], Notes]] = OrderedDict()
 
@@ -153,7 +154,7 @@ def batches(
     rows = tuple(range(config.rows) if share.rows is None else share.rows)
     file = None if folder is None else Path(folder) / _quarantine_name(share.process)
     tally = Tally(config.max_bad_fraction if config.source == "rows" else 1.0, file)
-    num_rows, num_threads = None, 1
+    round, num_threads = None, 1
     lending = LendingCanvases if config.num_workers and can_lend() else Canvases
     canvases = lending(canvas_shape(config, len(rows)))
     make: Callable[[int], tuple[Batch, Notes]]
@@ -170,11 +171,13 @@ def batches(
         # Decoding leaves Python's lock alone; drawing scenes does not.
         num_threads = 1 if config.num_workers else min(_num_cores(), _MAX_THREADS)
         make = RowMaker(config, tokenizer, opened, rows, canvases)
-        num_rows = opened.order.num_rows
+        round = Round(
+            opened.order.num_rows, dict(zip(opened.sources, opened.order.passes, strict=True))
+        )
     else:
         make = functools.partial(_make_scenes, config, tokenizer, seed, split, rows)
     made = _made_ahead(make, first_step, config.num_workers, num_threads, canvases)
-    return Batches(made, first_step, tally, rows, num_rows)
+    return Batches(made, first_step, tally, rows, round)
 
 
 def _made_ahead(

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from qwenvl_jax.data.example import Batch, DataError
+from qwenvl_jax.data.mixture import Round
 
 _SLICE = 0.2  # seconds after which a wait looks up
 _THREAD = "feed"  # the name of the threads that make batches
@@ -20,10 +21,10 @@ _THREAD = "feed"  # the name of the threads that make batches
 class Teller(Protocol):
     """What the data side says afterwards of the batch of a step, counted from 0.
 
-    `num_rows`: packed rows of a round of the data, None where they have no end.
+    `round`: what repeats of the data, None where they have no end.
     """
 
-    num_rows: int | None
+    round: Round | None
 
     def metrics(self, step: int) -> dict[str, int | float]: ...
 
@@ -72,9 +73,9 @@ class Feed:
         self._thread.start()
 
     @property
-    def num_rows(self) -> int | None:
-        """Packed rows of a round of the data; None where they have no end, or nobody knows."""
-        return None if self._teller is None else self._teller.num_rows
+    def round(self) -> Round | None:
+        """What repeats of the data; None where they have no end, or nobody knows."""
+        return None if self._teller is None else self._teller.round
 
     def __iter__(self) -> Iterator[Batch]:
         return self

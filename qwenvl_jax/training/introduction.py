@@ -3,6 +3,7 @@
 from typing import Any
 
 from qwenvl_jax.config import TrainConfig, to_dict
+from qwenvl_jax.data.mixture import Round
 from qwenvl_jax.sharding import replicated, replicated_lines
 from qwenvl_jax.training.expectation import expected_step_time
 from qwenvl_jax.training.memory import bytes_per_device
@@ -12,12 +13,12 @@ from qwenvl_jax.training.state import Layout
 
 
 def introduction(
-    config: TrainConfig, layout: Layout, first_step: int, run_dir: RunDir, num_rows: int | None
+    config: TrainConfig, layout: Layout, first_step: int, run_dir: RunDir, round: Round | None
 ) -> list[str]:
     """Returns lines: what has changed since the last start, all settings, what trains, memory a
     device, what is not split that should be, what a step is and takes, where the run stands.
 
-    num_rows: packed rows of a round of the data, None where they have no end.
+    round: what repeats of the data, None where they have no end.
     """
     data = config.data
     size = {name: bytes_per_device(part) / 1e9 for name, part in layout.abstract._asdict().items()}
@@ -32,7 +33,7 @@ def introduction(
         *_copied(layout),
         f"a step: {data.rows} rows x {data.length} tokens, at most {data.max_images} pictures "
         f"a row of {data.image_size} x {data.image_size}, {config.micro_batches} micro-batches",
-        *_rounds(config, num_rows),
+        *_rounds(config, round),
         expected_step_time(config, layout, run_dir.start),
         *_evaluation(config),
         f"{config.run_dir}: {begin}, {config.steps} steps",
@@ -45,13 +46,24 @@ def _copied(layout: Layout) -> list[str]:
     return replicated_lines(rows) if rows else []
 
 
-def _rounds(config: TrainConfig, num_rows: int | None) -> list[str]:
-    """Returns how often a run sees its data."""
-    if not num_rows:
+def _rounds(config: TrainConfig, round: Round | None) -> list[str]:
+    """Returns how often a run sees its data: those of a mixture that it sees least and most."""
+    if round is None:
         return []
-    rounds = config.steps * config.data.rows / num_rows
-    told = f"{rounds:,.0f}" if rounds >= 10 else f"{rounds:.2g}"
-    return [f"the data: {num_rows:,} packed rows; {config.steps:,} steps see them {told} times"]
+    rounds = config.steps * config.data.rows / round.num_rows
+    seen = sorted((times * rounds, source) for source, times in round.passes.items())
+    if len(seen) == 1:
+        rows = f"{round.num_rows:,} packed rows; {config.steps:,} steps see them"
+        return [f"the data: {rows} {_times(seen[0][0])} times"]
+    (least, rarest), (most, commonest) = seen[0], seen[-1]
+    return [
+        f"the data: {len(seen)} sources; {config.steps:,} steps see them {_times(least)} times "
+        f"({rarest}) to {_times(most)} times ({commonest})"
+    ]
+
+
+def _times(times: float) -> str:
+    return f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
 
 
 def _settings(name: str, fields: dict[str, Any]) -> list[str]:

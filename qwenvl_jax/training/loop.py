@@ -206,7 +206,7 @@ def _open_report(
     """Returns the report, after it has told what is about to happen; nothing can refuse it now."""
     run_dir.begin()
     report = Report(config, layout, first_step)
-    report.say("\n".join(introduction(config, layout, first_step, run_dir, feed.num_rows)))
+    report.say("\n".join(introduction(config, layout, first_step, run_dir, feed.round)))
     return report
 
 
