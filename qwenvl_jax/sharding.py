@@ -117,9 +117,14 @@ def context_platform() -> str:
     That is the kind of device in the mesh of `jax.set_mesh`, which need not be attached, or else
     jax's default.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:
-        return jax.default_backend()
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.abstract_device is None else platform_of(mesh)
+
+
+def platform_of(mesh: Mesh | AbstractMesh) -> str:
+    """Returns "cpu", "gpu" or "tpu": the kind of devices in a mesh that knows them."""
+    device = (mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh).abstract_device
+    assert device is not None
     kind = device.device_kind.lower()
     return "tpu" if kind.startswith("tpu") else "cpu" if kind == "cpu" else "gpu"
 

@@ -1,16 +1,21 @@
 """The one contract that every attention backend obeys, against a sum written out in float64."""
 
+import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from qwenvl_jax.config import MeshConfig
+from qwenvl_jax import from_pretrained
+from qwenvl_jax.config import ConfigError, MeshConfig, to_dict
 from qwenvl_jax.model import attention as room
 from qwenvl_jax.model.attention import AttentionMask, attention
 from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.training.loop import train
 
 BACKENDS = ("xla", "xla_chunked", "splash", "cudnn")
 B, T, N, H = 2, 11, 3, 5
@@ -185,6 +190,37 @@ def test_cudnn_is_refused_where_it_cannot_run(monkeypatch):
         attention(q, k, v, AttentionMask(), backend="cudnn")
 
 
+def test_a_backend_that_cannot_compute_here_is_refused_before_anything_is_loaded(tmp_path):
+    wide = tiny.model_config(dtype="bfloat16")
+    room.check_backend(wide, "cpu")
+    for name, platform, told in (
+        ("splash", "cpu", "'splash' needs a TPU: got cpu, where jax can only interpret"),
+        ("splash", "gpu", "'splash' needs a TPU: got gpu"),
+        ("cudnn", "cpu", "needs an NVIDIA GPU: got cpu; use 'auto'"),
+    ):
+        config = dataclasses.replace(wide, attention_backend=name)
+        with pytest.raises(ConfigError, match=told):
+            room.check_backend(config, platform)
+        if platform == "gpu":
+            continue
+        with pytest.raises(ConfigError, match=told):
+            train(tiny.train_config(tmp_path / "run", model=config), devices=jax.devices()[:1])
+        assert not (tmp_path / "run").exists()
+        folder = tmp_path / name
+        (folder / "checkpoints").mkdir(parents=True)  # a run, whose weights nobody reaches
+        (folder / "config.json").write_text(json.dumps({"model": to_dict(config)}))
+        with pytest.raises(ConfigError, match=f"{name}/config.json: .*{told}"):
+            from_pretrained(folder)
+    config = dataclasses.replace(wide, attention_backend="cudnn")
+    room.check_backend(config, "gpu")
+    with pytest.raises(ConfigError, match=r"16-bit numbers .* got float32 and 8"):
+        room.check_backend(dataclasses.replace(config, dtype="float32"), "gpu")
+    odd = dataclasses.replace(config.vision, width=12)
+    with pytest.raises(ConfigError, match="heads of a multiple of 8: got bfloat16 and 6"):
+        room.check_backend(dataclasses.replace(config, vision=odd), "gpu")
+    room.check_backend(dataclasses.replace(wide, attention_backend="splash"), "tpu")
+
+
 def test_auto_is_splash_on_a_tpu_only(monkeypatch):
     assert room.chosen("auto") == "xla_chunked"
     monkeypatch.setattr(room, "context_platform", lambda: "tpu")
@@ -202,7 +238,7 @@ def test_splash_on_a_mesh_gives_the_numbers_of_one_device():
     expected = attention(q, k, v, mask, backend="xla")
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         run = jax.jit(
-            lambda q, k, v: attention(q, k, v, mask, backend=room.Kernel("splash", block=128))
+            lambda q, k, v: attention(q, k, v, mask, backend=room.Backend("splash", block=128))
         )
         text = run.lower(q, k, v).as_text()
         got = run(q, k, v)

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwenvl_jax.config import ModelConfig
+from qwenvl_jax.config import ConfigError, ModelConfig
 from qwenvl_jax.conversion.load import load_weights, read_config
 from qwenvl_jax.inference import prompts as prompts_lib
 from qwenvl_jax.inference import session
@@ -34,9 +34,10 @@ from qwenvl_jax.inference.prompts import LongContext, Prompts
 from qwenvl_jax.inference.sampling import GREEDY, Sampling
 from qwenvl_jax.inference.session import History, Pictures, Reply, TextStream
 from qwenvl_jax.inference.shipped import SHIPPED_MODEL
+from qwenvl_jax.model.attention import check_backend
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
-from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.sharding import make_mesh, platform_of
 
 DTYPES = ("bfloat16", "float32")
 
@@ -58,6 +59,7 @@ def from_pretrained(
 
     Raises:
         InputError: there is no such dtype.
+        ConfigError: its attention backend cannot compute on these devices.
         ConversionError, WeightsError, CheckpointError: the released folder, folder of ours or run
             cannot be used; says which file and why.
     """
@@ -68,6 +70,10 @@ def from_pretrained(
     folder = SHIPPED_MODEL if path is None else Path(path)
     mesh = make_mesh() if mesh is None else mesh
     config = dataclasses.replace(read_config(folder), dtype=dtype, param_dtype=dtype)
+    try:
+        check_backend(config, platform_of(mesh))
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
     graphdef, abstract = abstract_state(config, mesh)
     return VL(config, graphdef, load_weights(folder, abstract), mesh, folder)
 

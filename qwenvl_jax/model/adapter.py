@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import AdapterConfig, AttentionBackend
-from qwenvl_jax.model.attention import AttentionMask, Kernel, Projections, attention
+from qwenvl_jax.model.attention import AttentionMask, Backend, Projections, attention
 from qwenvl_jax.model.layers import Buffer, Dense, LayerNorm, param
 from qwenvl_jax.model.vit import resize_table, sine_table, wave_rates
 from qwenvl_jax.sharding import constrain
@@ -92,7 +92,7 @@ class Adapter(nnx.Module):
             proj.kernel = nnx.Param(kernel_DNH, axes=proj.kernel.axes)
 
     def resample(
-        self, x_IPE: Float[Array, "I P E"], *, backend: AttentionBackend | Kernel
+        self, x_IPE: Float[Array, "I P E"], *, backend: AttentionBackend | Backend
     ) -> jax.Array:
         """Returns [I, Q, D] after the cross-attention, before the last norm and matrix."""
         value_IPD = self.ln_kv(constrain(self.kv_proj(x_IPE), axes.BATCH, None, None))
@@ -110,7 +110,7 @@ class Adapter(nnx.Module):
         return self.attn.o_proj(attention(q_IQNH, k_IPNH, v_IPNH, AttentionMask(), backend=backend))
 
     def __call__(
-        self, x_IPE: Float[Array, "I P E"], *, backend: AttentionBackend | Kernel
+        self, x_IPE: Float[Array, "I P E"], *, backend: AttentionBackend | Backend
     ) -> Float[Array, "I Q D"]:
         x_IQD = constrain(self.resample(x_IPE, backend=backend), axes.BATCH, None, None)
         return constrain(self.proj(self.ln_post(x_IQD)), axes.BATCH, None, None)

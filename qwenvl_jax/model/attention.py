@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qwenvl_jax import axes
-from qwenvl_jax.config import AttentionBackend
+from qwenvl_jax.config import AttentionBackend, ConfigError, ModelConfig
 from qwenvl_jax.model.layers import Dense
 from qwenvl_jax.model.splash import splash_attention
 from qwenvl_jax.model.xla_attention import xla_attention
@@ -27,10 +27,10 @@ CUDNN_BYTES = 2  # widest number that cuDNN's kernel takes
 CUDNN_HEAD_MULTIPLE = 8
 
 
-class Kernel(NamedTuple):
-    """Which backend computes the sum, and how much of it at once."""
+class Backend(NamedTuple):
+    """What computes the sum, and how much of it at once."""
 
-    backend: AttentionBackend
+    name: AttentionBackend
     block: int = 512  # queries and keys; `splash` only
 
 
@@ -81,7 +81,7 @@ def attention(
     v_BSNH: Float[Array, "B S N H"],
     mask: AttentionMask,
     *,
-    backend: AttentionBackend | Kernel,
+    backend: AttentionBackend | Backend,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(q k / sqrt(H)) v in the dtype of `q`; scores and softmax are float32.
 
@@ -91,8 +91,8 @@ def attention(
     Raises:
         ValueError: the mask lacks what its rule needs, or the backend cannot compute this here.
     """
-    kernel = backend if isinstance(backend, Kernel) else Kernel(backend)
-    name = chosen(kernel.backend)
+    backend = backend if isinstance(backend, Backend) else Backend(backend)
+    name = chosen(backend.name)
     if name == "splash" and mask.is_among_themselves:
         mask.check()
         return splash_attention(
@@ -102,7 +102,7 @@ def attention(
             mask.q_segment_BT,
             mask.kv_segment_BS,
             is_causal=mask.is_causal,
-            block=kernel.block,
+            block=backend.block,
         )
     if name == "cudnn":
         return _cudnn(q_BTNH, k_BSNH, v_BSNH, mask)
@@ -112,6 +112,35 @@ def attention(
     if mask.is_causal and keep_BTS is not None and mask.is_among_themselves:
         return _in_strips(q_BTNH, k_BSNH, v_BSNH, keep_BTS, chunk)
     return xla_attention(q_BTNH, k_BSNH, v_BSNH, keep_BTS, chunk)
+
+
+def check_backend(config: ModelConfig, platform: str) -> None:
+    """Raises ConfigError where a model's backend cannot compute on "cpu", "gpu" or "tpu"."""
+    name = config.attention_backend
+    if name == "splash" and platform != "tpu":
+        raise ConfigError(
+            f"attention_backend 'splash' needs a TPU: got {platform}, where jax can only interpret "
+            "its kernel, if at all, many times slower than any other; use 'auto'"
+        )
+    if name == "cudnn":
+        vision, decoder = config.vision, config.decoder
+        heads = vision.width // vision.num_heads, decoder.width // config.adapter.num_heads
+        for head_dim in (*heads, decoder.head_dim):
+            _check_cudnn(platform, jnp.dtype(config.dtype), head_dim)
+
+
+def _check_cudnn(platform: str, dtype: Any, head_dim: int) -> None:
+    """Raises ConfigError for no GPU, a dtype of more than 16 bits, or an odd head dimension."""
+    if platform != "gpu":
+        raise ConfigError(
+            f"attention_backend 'cudnn' needs an NVIDIA GPU: got {platform}; use 'auto'"
+        )
+    if dtype.itemsize > CUDNN_BYTES or head_dim % CUDNN_HEAD_MULTIPLE:
+        raise ConfigError(
+            "attention_backend 'cudnn' needs 16-bit numbers and heads of a multiple of "
+            f"{CUDNN_HEAD_MULTIPLE}: got {dtype} and {head_dim}; use 'xla_chunked', or dtype "
+            "bfloat16"
+        )
 
 
 def _in_strips(
@@ -129,10 +158,10 @@ def _in_strips(
     return jnp.concatenate([strip(*edges) for edges in pairwise([0, *ends])], axis=1)
 
 
-def chosen(backend: AttentionBackend) -> AttentionBackend:
+def chosen(name: AttentionBackend) -> AttentionBackend:
     """Returns the backend that "auto" stands for where this will run; any other as it is."""
-    if backend != "auto":
-        return backend
+    if name != "auto":
+        return name
     return "splash" if context_platform() == "tpu" else "xla_chunked"
 
 
@@ -142,20 +171,9 @@ def _cudnn(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, mask: Attent
     cuDNN's own causal flag and lengths know nothing of packed samples, and would let them see each
     other.
 
-    Raises:
-        ValueError: what cuDNN refuses: no GPU, a dtype of more than 16 bits, odd head dimensions.
+    Raises: ConfigError for what cuDNN refuses.
     """
-    platform = context_platform()
-    if platform != "gpu":
-        raise ValueError(
-            f"attention_backend 'cudnn' needs an NVIDIA GPU: got {platform}; use 'auto'"
-        )
-    if q_BTNH.dtype.itemsize > CUDNN_BYTES or q_BTNH.shape[-1] % CUDNN_HEAD_MULTIPLE:
-        raise ValueError(
-            "attention_backend 'cudnn' needs 16-bit numbers and heads of a multiple of "
-            f"{CUDNN_HEAD_MULTIPLE}: got {q_BTNH.dtype} and {q_BTNH.shape[-1]}; use 'xla_chunked', "
-            "or dtype bfloat16"
-        )
+    _check_cudnn(context_platform(), q_BTNH.dtype, q_BTNH.shape[-1])
     keep_BTS = mask.keep_BTS()
     keep_B1TS = None if keep_BTS is None else keep_BTS[:, None]
     out_BTNH = jax.nn.dot_product_attention(

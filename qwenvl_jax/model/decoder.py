@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import AttentionBackend, DecoderConfig, RematPolicy
-from qwenvl_jax.model.attention import AttentionMask, Kernel, Projections, attention
+from qwenvl_jax.model.attention import AttentionMask, Backend, Projections, attention
 from qwenvl_jax.model.layers import Dense, RMSNorm, param, scan_layers, stack_layers
 from qwenvl_jax.model.narrow import from_held, take, to_held
 from qwenvl_jax.sharding import constrain, context_platform
@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
         *,
         ntk_alpha_B: Float[Array, "B"] | None,
         cache: KVCache | None,
-        backend: AttentionBackend | Kernel,
+        backend: AttentionBackend | Backend,
         remat: RematPolicy,
     ) -> tuple[Float[Array, "B L D"], KVCache | None]:
         """Returns hidden states after the last norm, and the cache with the new tokens in it."""
@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
         segment_BL: jax.Array,
         cache: KVCache,
         project: Callable,
-        backend: AttentionBackend | Kernel,
+        backend: AttentionBackend | Backend,
     ) -> tuple[jax.Array, KVCache]:
         """Returns what left the last block, and the cache with the new tokens written into it."""
         start = cache.length

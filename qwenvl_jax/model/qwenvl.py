@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.model.adapter import Adapter
-from qwenvl_jax.model.attention import Kernel
+from qwenvl_jax.model.attention import Backend
 from qwenvl_jax.model.decoder import Decoder, KVCache
 from qwenvl_jax.model.lora import add_lora
 from qwenvl_jax.model.products import logits
@@ -69,11 +69,11 @@ class QwenVL(nnx.Module):
     def encode_images(self, image_IYXC: UInt8[Array, "I Y X C"]) -> Float[Array, "I Q D"]:
         """Returns what replaces the slots of each picture, in the compute dtype."""
         config = self.config
-        kernel = Kernel(config.attention_backend, config.attention_block)
+        backend = Backend(config.attention_backend, config.attention_block)
         x_IPE = self.vit(
-            image_IYXC, dtype=config.dtype, backend=kernel, remat=config.vit_remat or config.remat
+            image_IYXC, dtype=config.dtype, backend=backend, remat=config.vit_remat or config.remat
         )
-        return self.adapter(x_IPE, backend=kernel)
+        return self.adapter(x_IPE, backend=backend)
 
     def __call__(
         self,
@@ -115,7 +115,7 @@ class QwenVL(nnx.Module):
             segment_BL,
             ntk_alpha_B=ntk_alpha_B,
             cache=cache,
-            backend=Kernel(config.attention_backend, config.attention_block),
+            backend=Backend(config.attention_backend, config.attention_block),
             remat=config.remat,
         )
 

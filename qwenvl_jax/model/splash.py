@@ -4,7 +4,8 @@ Axes: B rows  T queries  S keys  N heads  H head dimension.
 
 A Pallas kernel cannot be partitioned by the compiler, so the call is wrapped in `jax.shard_map`:
 rows over the batch axes and heads over `tensor`, as the table in `sharding.py` places them. On a
-CPU the kernel is interpreted, which is slow and serves the tests.
+CPU the kernel is interpreted, which is slow and serves the tests; models that ask for it there are
+refused (`attention.check_backend`).
 Source: `jax.experimental.pallas.ops.tpu.splash_attention`.
 """
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt8
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import AttentionBackend, RematPolicy, VisionConfig
-from qwenvl_jax.model.attention import AttentionMask, Kernel, Projections, attention
+from qwenvl_jax.model.attention import AttentionMask, Backend, Projections, attention
 from qwenvl_jax.model.layers import Dense, LayerNorm, scan_layers, stack_layers
 from qwenvl_jax.sharding import constrain
 
@@ -143,7 +143,7 @@ class Block(nnx.Module):
             down_proj=Dense(hidden, width, use_bias=True, dtype=dtype, rngs=rngs, scale=out_scale),
         )
 
-    def attend(self, x_IPE: jax.Array, mask: AttentionMask, backend: AttentionBackend | Kernel):
+    def attend(self, x_IPE: jax.Array, mask: AttentionMask, backend: AttentionBackend | Backend):
         out_IPNH = attention(*self.attn.qkv(x_IPE), mask, backend=backend)
         return self.attn.o_proj(out_IPNH)
 
@@ -217,7 +217,7 @@ class ViT(nnx.Module):
         image_IYXC: UInt8[Array, "I Y X C"],
         *,
         dtype: str,
-        backend: AttentionBackend | Kernel,
+        backend: AttentionBackend | Backend,
         remat: RematPolicy,
     ) -> Float[Array, "I P E"]:
         x_IPE = self.embed(image_IYXC, dtype)

@@ -30,9 +30,10 @@ from qwenvl_jax.data import pipeline
 from qwenvl_jax.data.example import Batch, DataError
 from qwenvl_jax.data.pipeline import Share
 from qwenvl_jax.data.rows import open_sources
+from qwenvl_jax.model.attention import check_backend
 from qwenvl_jax.model.lora import is_lora, without_lora
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
-from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables
+from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables, platform_of
 from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed, HeldRows, rows_of_process
 from qwenvl_jax.training.goodput import Goodput
@@ -91,7 +92,9 @@ def train(
         OutOfMemory: the device cannot hold the step; what is on disk is whole.
     """
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
-    layout = make_layout(config, make_mesh(config.mesh, devices))
+    mesh = make_mesh(config.mesh, devices)
+    check_backend(config.model, platform_of(mesh))
+    layout = make_layout(config, mesh)
     open_feed = _feeds(config, layout, faults, goodput, batches)
     look = open_look(config, layout, open_page)
     # The mesh context serves sharding constraints that name mesh axes only.
