@@ -5,7 +5,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -50,6 +50,39 @@ def not_negative(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not value >= 0:
             raise ConfigError(f"{type(config).__name__}.{name} must not be negative: got {value}")
+
+
+def share(config: Any, *names: str) -> None:
+    """Raises ConfigError where one of these fields is not in 0..1."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value <= 1:  # nor NaN
+            raise ConfigError(f"{type(config).__name__}.{name} must lie in 0..1: got {value}")
+
+
+def below_one(config: Any, *names: str) -> None:
+    """Raises ConfigError where one of these fields is not in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"{type(config).__name__}.{name} must be in [0, 1): got {value}")
+
+
+def unused(config: Any, place: str, names: Collection[str], under: str) -> None:
+    """Raises ConfigError where one of these fields is set, and would do nothing.
+
+    `place` is put before its name; `under` says what makes it idle, and what would use it.
+    """
+    for field in dataclasses.fields(config):
+        if field.name in names:
+            make = field.default_factory
+            usual = field.default if make is dataclasses.MISSING else make()
+            value = getattr(config, field.name)
+            if value != usual:
+                raise ConfigError(
+                    f"{place}.{field.name} has no effect: got {value!r} together with {under}, or "
+                    f"leave it out, which is {usual!r}"
+                )
 
 
 def multiple(whole: str, a: int, part: str, b: int) -> None:

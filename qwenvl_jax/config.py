@@ -7,12 +7,19 @@ before any array exists.
 """
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import Any, Literal
 
-from qwenvl_jax.checks import ConfigError, Settings, multiple, not_negative, positive
+from qwenvl_jax.checks import (
+    ConfigError,
+    Settings,
+    below_one,
+    multiple,
+    not_negative,
+    positive,
+    share,
+    unused,
+)
 
 AttentionBackend = Literal["auto", "xla", "xla_chunked", "splash", "cudnn"]
 RematPolicy = Literal["none", "weights", "dots", "full"]
@@ -45,6 +52,9 @@ class VisionConfig(Settings):
         positive(self, "width", "num_layers", "num_heads", "mlp_dim", "patch_size", "table_side")
         positive(self, "window_side", "global_every", "norm_eps")
         multiple("VisionConfig.width", self.width, "num_heads", self.num_heads)
+        if self.attention == "global":
+            windows = ("window_side", "global_every")
+            unused(self, "VisionConfig", windows, "attention='global'; set attention='window'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,14 +113,14 @@ class LoraConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         positive(self, "alpha")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"LoraConfig.dropout must be in [0, 1): got {self.dropout}")
-        has_pairs, idle = self.rank > 0, self.dropout and not self.rank
-        if self.rank < 0 or has_pairs != bool(self.targets) or idle:
+        below_one(self, "dropout")
+        if self.rank < 0 or (self.rank > 0) != bool(self.targets):
             raise ConfigError(
                 "LoraConfig must have a rank of 0 and no more, or a positive one and targets: got "
-                f"rank={self.rank}, targets={self.targets}, dropout={self.dropout}"
+                f"rank={self.rank}, targets={self.targets}"
             )
+        if not self.rank:
+            unused(self, "LoraConfig", ("alpha", "dropout"), "rank=0; set rank and targets")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,10 +209,7 @@ class DataConfig(Settings):
             weights = getattr(self, name)
             if any(not 0 < weight < math.inf for weight in weights.values()):
                 raise ConfigError(f"DataConfig.{name} must have positive weights: got {weights}")
-        for name in ("max_bad_fraction", "vary_pictures"):
-            share = getattr(self, name)
-            if not 0 <= share <= 1:
-                raise ConfigError(f"DataConfig.{name} must lie in 0..1: got {share}")
+        share(self, "max_bad_fraction", "vary_pictures")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,11 +227,7 @@ class OptimizerConfig(Settings):
     def __post_init__(self):
         super().__post_init__()
         positive(self, "peak_lr", "eps", "clip_norm")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"OptimizerConfig.{name} must be in [0, 1): got {getattr(self, name)}"
-                )
+        below_one(self, "beta1", "beta2")
         not_negative(self, "warmup_steps")
         if not 0 <= self.end_lr <= self.peak_lr <= 1:  # AdamW's steps are as long as the rate
             raise ConfigError(
@@ -302,6 +305,9 @@ class GuardConfig(Settings):
         super().__post_init__()
         positive(self, "stop_after", "spike_sigmas", "data_timeout", "grace_seconds")
         not_negative(self, "rewind_margin", "digest_every")
+        idle = {"off": ["spike_sigmas", "rewind_margin"], "rewind": []}
+        names = idle.get(self.spike, ["rewind_margin"])
+        unused(self, "GuardConfig", names, f"spike={self.spike!r}; set another spike policy")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -387,13 +393,6 @@ class TrainConfig(Settings):
             raise ConfigError("TrainConfig.parameters has no trained row: nothing would be trained")
 
 
-# --- to and from JSON ---------------------------------------------------------------------------
-
-
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns nested plain dicts of a config, ready for `json.dumps`."""
+    """Returns nested plain dicts of a config, ready to be JSON."""
     return dataclasses.asdict(config)
-
-
-def save_json(config: Any, path: str | Path) -> None:
-    Path(path).write_text(json.dumps(to_dict(config), indent=1) + "\n", encoding="utf-8")

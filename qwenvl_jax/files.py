@@ -105,6 +105,11 @@ def read_records(path: Path, way_out: str) -> list[dict[str, Any]]:
     return records
 
 
+def json_text(record: Any) -> str:
+    """Returns JSON for a file that people read too."""
+    return json.dumps(record, indent=1) + "\n"
+
+
 def json_line(record: Any, default: Callable[[Any], Any] | None = None) -> str:
     """Returns JSON in one line, null for NaN and infinities, which JSON does not know.
 

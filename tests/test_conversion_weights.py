@@ -38,7 +38,7 @@ from qwenvl_jax.checkpoint.weights import (
     verify_weights,
 )
 from qwenvl_jax.cli.convert import main, num_bytes
-from qwenvl_jax.config import ConfigError, MeshConfig, save_json
+from qwenvl_jax.config import ConfigError, MeshConfig, to_dict
 from qwenvl_jax.conversion.load import load_weights, read_config
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.sharding import make_mesh, named_variables
@@ -265,7 +265,7 @@ def test_big_arrays_lie_in_chunks_that_a_device_can_take(tmp_path):
 def test_a_run_becomes_a_folder_for_inference(saved, tmp_path):
     run, arrays = tmp_path / "run", saved[1]
     run.mkdir()
-    save_json(tiny.train_config(run), run / "config.json")
+    (run / "config.json").write_text(json.dumps(to_dict(tiny.train_config(run))))
     store = CheckpointStore(run)
     store.save(4, {"weights": {path: jax.numpy.asarray(x) for path, x in arrays.items()}})
     store.wait()

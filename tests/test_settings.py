@@ -11,6 +11,7 @@ import pytest
 from qwenvl_jax import config as config_module
 from qwenvl_jax.checks import ConfigError, Settings
 from qwenvl_jax.cli.config_file import load_config, read_config
+from qwenvl_jax.config import GuardConfig, LoraConfig, VisionConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,28 @@ def test_a_value_of_another_type_is_refused_by_name(wrong, told):
     with pytest.raises(ConfigError) as refusal:
         Whole(**wrong)
     assert str(refusal.value).startswith(told)
+
+
+IDLE = {
+    "--model.lora.alpha=32": "LoraConfig.alpha has no effect: got 32.0 together with rank=0",
+    "--model.vision.window-side=8": "VisionConfig.window_side has no effect: got 8 together",
+    "--model.vision.global-every=2": "VisionConfig.global_every has no effect: got 2 together with",
+    "--guard.rewind-margin=5": "GuardConfig.rewind_margin has no effect: got 5 together",
+    "--guard.spike=off --guard.spike-sigmas=4": "GuardConfig.spike_sigmas has no effect: got 4.0",
+}
+
+
+@pytest.mark.parametrize("words", IDLE)
+def test_a_setting_that_would_do_nothing_is_refused(words):
+    with pytest.raises(ConfigError, match=f"{IDLE[words]}.* or leave it out, which is"):
+        read_config("configs/nano/stage1.py", words.split())
+    vision = VisionConfig(
+        width=8, num_layers=1, num_heads=1, mlp_dim=8, patch_size=2, table_side=2,
+        attention="window", window_side=8, global_every=2,
+    )  # fmt: skip
+    guard = GuardConfig(spike="rewind", spike_sigmas=4.0, rewind_margin=5)
+    lora = LoraConfig(rank=2, alpha=32.0, targets=("vit.*",), dropout=0.1)
+    assert (vision.window_side, guard.rewind_margin, lora.alpha) == (8, 5, 32.0)
 
 
 def test_every_class_of_settings_checks_its_fields():

@@ -152,13 +152,11 @@ def test_the_bar_shows_everything_at_any_width():
 
 
 def test_windows_see_less():
-    vision = dataclasses.replace(
-        tiny.model_config().vision, num_layers=5, global_every=4, window_side=2, patch_size=14
-    )
+    vision = dataclasses.replace(tiny.model_config().vision, num_layers=5, patch_size=14)
     assert _tower_pairs(vision, 70) == 5 * 25**2
     # A grid of 5 x 5 has windows of 2 and 1 on a side; one block of five sees everything.
     pairs = sum((a * b) ** 2 for a in (2, 2, 1) for b in (2, 2, 1))
-    windowed = dataclasses.replace(vision, attention="window")
+    windowed = dataclasses.replace(vision, attention="window", global_every=4, window_side=2)
     assert _tower_pairs(windowed, 70) == 25**2 + 4 * pairs
     assert _tower_pairs(windowed, 28) == 5 * 4**2  # one window, which is everything
 

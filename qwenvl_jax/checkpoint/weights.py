@@ -49,8 +49,9 @@ from qwenvl_jax.config import (
     LoraConfig,
     ModelConfig,
     VisionConfig,
-    save_json,
+    to_dict,
 )
+from qwenvl_jax.files import json_text
 from qwenvl_jax.sharding import fill, named_variables
 
 MANIFEST = "weights.json"
@@ -159,9 +160,9 @@ def write_weights(
             "dtype": leaf.dtype.name,
             "sha256": digest,
         }
-    save_json(config, folder / "config.json")
+    (folder / "config.json").write_text(json_text(to_dict(config)), encoding="utf-8")
     manifest = {"format": FORMAT, "arrays": arrays}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json_text(manifest), encoding="utf-8")
 
 
 def save_weights(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, leave, run_command
 from qwenvl_jax.cli.host_memory import give_freed_memory_back
 from qwenvl_jax.cli.options import option_names, parse_options
 from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
+from qwenvl_jax.files import json_text
 
 DOES_NOT_FIT = 1
 _TRAINING = "a plan without --serve"
@@ -233,7 +233,7 @@ def _say(text: str) -> None:
 
 def _write(path: str | None, row: Any) -> None:
     if path:
-        Path(path).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(json_text(row), encoding="utf-8")
 
 
 def _write_page(path: str | None, plan: Any) -> None:

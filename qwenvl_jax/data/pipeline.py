@@ -21,6 +21,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from qwenvl_jax.checks import unused
 from qwenvl_jax.config import ConfigError, DataConfig
 from qwenvl_jax.data.canvas import Canvases
 from qwenvl_jax.data.example import Batch, DataError, Example
@@ -313,7 +314,7 @@ def check_config(config: DataConfig, slots: int, split: Split = "train") -> None
 
 def _check_scenes(config: DataConfig, slots: int) -> None:
     without_effect = [*_ONLY_ROWS, "max_bad_fraction"]
-    _refuse_set(config, without_effect, f"data.source={config.source!r}; set data.source='rows'")
+    unused(config, "data", without_effect, f"data.source={config.source!r}; set data.source='rows'")
     if not config.tasks:
         raise ConfigError("data.tasks is empty: name at least one task and its weight")
     for task in config.tasks:
@@ -333,30 +334,19 @@ def _check_scenes(config: DataConfig, slots: int) -> None:
 
 
 def _check_rows(config: DataConfig, split: Split) -> None:
-    _refuse_set(config, ["tasks"], "data.source='rows'; use data.mixture to weigh sources")
+    unused(config, "data", ["tasks"], "data.source='rows'; use data.mixture to weigh sources")
     if bool(config.path) == bool(config.mixture):
         raise ConfigError(
             "data.source='rows' needs data.path or data.mixture, one of them: got path "
             f"{config.path!r} and mixture {config.mixture}"
         )
     if config.path:
-        _refuse_set(config, ["mixing"], "data.path; name several paths in data.mixture")
+        unused(config, "data", ["mixing"], "data.path; name several paths in data.mixture")
     if config.mixing != "temperature":
-        _refuse_set(config, ["temperature"], f"mixing={config.mixing!r}; set mixing='temperature'")
+        unused(
+            config, "data", ["temperature"], f"mixing={config.mixing!r}; set mixing='temperature'"
+        )
     if split != "train":
         raise ConfigError(
             f"data.source='rows' has no part {split!r}: give held-out rows a path of their own"
         )
-
-
-def _refuse_set(config: DataConfig, names: Sequence[str], under: str) -> None:
-    """Raises ConfigError for settings that differ from their defaults and would do nothing."""
-    for field in dataclasses.fields(DataConfig):
-        if field.name in names:
-            is_made = field.default is dataclasses.MISSING
-            value = getattr(config, field.name)
-            if value != ({} if is_made else field.default):
-                raise ConfigError(
-                    f"data.{field.name} has no effect: got {value!r} together with {under}, or "
-                    "leave it out"
-                )

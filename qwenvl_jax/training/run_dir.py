@@ -18,9 +18,9 @@ from typing import Any
 import jax
 
 from qwenvl_jax.checkpoint.weights import TOKENIZER
-from qwenvl_jax.config import ConfigError, TrainConfig, save_json, to_dict
+from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 from qwenvl_jax.data.unchanged import CONTENT, DATA, DATA_WAYS_OUT
-from qwenvl_jax.files import appearing, read_object, read_text, replace_text
+from qwenvl_jax.files import appearing, json_text, read_object, read_text, replace_text
 from qwenvl_jax.prompt.vocabulary import vocabulary_in
 from qwenvl_jax.training.manifest import (
     MANIFEST,
@@ -143,7 +143,7 @@ class RunDir:
         copy = self.path / TOKENIZER
         with contextlib.ExitStack() as together:
             config = together.enter_context(appearing(self.path / "config.json"))
-            save_json(self._config, config)
+            config.write_text(json_text(to_dict(self._config)), encoding="utf-8")
             # The directory alone is then a model for infer, chat and eval.
             if vocabulary and not (copy.is_file() and filecmp.cmp(vocabulary, copy, shallow=False)):
                 shutil.copyfile(vocabulary, together.enter_context(appearing(copy)))
@@ -180,8 +180,7 @@ class RunDir:
 
     def _write(self) -> None:
         if jax.process_index() == 0:
-            text = json.dumps(self._manifest, indent=1) + "\n"
-            replace_text(self.path / MANIFEST, text)
+            replace_text(self.path / MANIFEST, json_text(self._manifest))
 
 
 def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
