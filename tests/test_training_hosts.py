@@ -8,7 +8,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwenvl_jax.config import MeshConfig
 from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training.faults import change_one_copy
-from qwenvl_jax.training.hosts import HostsDiffer, check_agreement, check_copies
+from qwenvl_jax.training.hosts import (
+    HostLost,
+    HostsDiffer,
+    check_agreement,
+    check_copies,
+    telling_the_lost,
+)
 
 
 def arrays() -> dict[str, jax.Array]:
@@ -88,3 +94,29 @@ def test_processes_that_have_other_settings_are_told(monkeypatch, lacks, told):
 
 def test_one_process_agrees_with_itself():
     assert check_agreement({"the commit": "b"}) is None
+
+
+def test_processes_without_facts_agree(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.process_allgather", lambda ours: np.stack([ours, ours])
+    )
+    assert check_agreement({}) is None
+
+
+GONE = "UNKNOWN: Gloo AllGather failed: Connection closed by peer\nand more"
+
+
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_a_process_that_is_gone_is_told_in_one_line(monkeypatch, kind):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    told = r"another process .* Start all .* by peer$"
+    with pytest.raises(HostLost, match=told), telling_the_lost():
+        raise kind(GONE)
+
+
+@pytest.mark.parametrize(("count", "text"), [(1, GONE), (2, "INTERNAL: a bug")])
+def test_other_errors_stay_what_they_are(monkeypatch, count, text):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    with pytest.raises(jax.errors.JaxRuntimeError), telling_the_lost():
+        raise jax.errors.JaxRuntimeError(text)

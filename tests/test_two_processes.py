@@ -4,8 +4,10 @@ import json
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import finetune_rows
 import hurry
 import pytest
 import tiny
@@ -63,38 +65,93 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.mark.timeout(600)
-def test_two_processes_give_the_losses_of_one(tmp_path):
-    address = f"127.0.0.1:{free_port()}"
+def run_two(program: str, *words: str, cache: Path, folders=(None, None)) -> list[tuple]:
+    """Returns (exit code, standard output, standard error) of two processes of one run."""
+    cluster = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    environment = hurry.environment(cache, num_devices=2) | cluster
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(MESHES)],
-            env=hurry.environment(tmp_path, num_devices=2)
-            | {
-                "JAX_COORDINATOR_ADDRESS": address,
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(number),
-            },
+            [sys.executable, "-c", program, *words],
+            cwd=folder,
+            env=environment | {"JAX_PROCESS_ID": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(2)
+        for number, folder in enumerate(folders)
     ]
-    outputs = []
     try:
-        for process in processes:
-            out, err = process.communicate(timeout=PATIENCE)
-            assert process.returncode == 0, err
-            outputs.append(json.loads(out.splitlines()[-1]))
+        said = [process.communicate(timeout=PATIENCE) for process in processes]
     finally:
         for process in processes:
             process.kill()
+    codes = [process.returncode for process in processes]
+    return [(code, *streams) for code, streams in zip(codes, said, strict=True)]
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    outputs = []
+    for code, out, err in run_two(PROGRAM, json.dumps(MESHES), cache=tmp_path):
+        assert code == 0, err
+        outputs.append(json.loads(out.splitlines()[-1]))
     assert outputs[0] == outputs[1]
     alone = losses(None)
     for sizes, ours in zip(MESHES, outputs[0], strict=True):
         for step, (together, single) in enumerate(zip(ours, alone, strict=True)):
             assert together == pytest.approx(single, rel=2e-5), (sizes, step)
+
+
+TRAIN = """
+import sys
+from qwenvl_jax.cli import train
+train.leave(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_hosts_whose_copies_of_the_data_differ_are_refused(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for number, folder in enumerate(folders):
+        folder.mkdir()
+        finetune_rows.write_rows(folder, 40, first=number)
+    run_dir = f"--run-dir={tmp_path / 'run'}"
+    config = str(TESTS / "rows_run.py")
+    for code, _, err in run_two(TRAIN, config, run_dir, cache=tmp_path / "c", folders=folders):
+        assert code == 2, err
+        assert "differ from process 0 in the data on processes [1]" in err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+ALONE = """
+import sys
+from qwenvl_jax.cli import train as command
+from qwenvl_jax.config import ConfigError
+from qwenvl_jax.training import loop
+from qwenvl_jax.training.hosts import check_agreement, telling_the_lost
+def train(*_, **__):
+    import jax
+    check_agreement({"both": "are here"})
+    if jax.process_index() == 1:
+        raise ConfigError("this one alone is wrong")
+    with telling_the_lost():
+        check_agreement({"both": "are here still"})
+loop.train = train
+command.leave(command.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_an_error_of_one_process_ends_the_others_in_time(tmp_path):
+    began = time.monotonic()
+    config = str(TESTS / "fault_run.py")
+    both = run_two(ALONE, config, cache=tmp_path, folders=(TESTS.parent, TESTS.parent))
+    assert [code for code, _, _ in both] == [2, 2], both
+    assert both[0][1].startswith("process 0 of 2 waits for the others at 127.0.0.1:")
+    assert "another process of this run has ended" in both[0][2]
+    assert "this one alone is wrong" in both[1][2]
+    assert "Traceback" not in both[0][2] + both[1][2]
+    assert time.monotonic() - began < PATIENCE / 2
 
 
 def test_a_cluster_that_is_half_described_is_refused(monkeypatch):

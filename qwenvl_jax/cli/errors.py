@@ -165,6 +165,11 @@ def note_cut_work() -> None:
     _is_work_cut.set()
 
 
+def has_cut_work() -> bool:
+    """Returns whether `note_cut_work` was called."""
+    return _is_work_cut.is_set()
+
+
 def leave(code: int) -> NoReturn:
     """Ends the process of a command with its exit code.
 
@@ -172,7 +177,7 @@ def leave(code: int) -> NoReturn:
     of an interpreter, which they answer with a segmentation fault. For a thread that hangs in a
     read it would wait without end. In both cases the process ends at once.
     """
-    is_cut = code == INTERRUPTED or _is_work_cut.is_set()
+    is_cut = code == INTERRUPTED or has_cut_work()
     if is_cut and "jax" in sys.modules:
         for child in multiprocessing.active_children():  # as the usual end does
             child.terminate()

@@ -1,11 +1,19 @@
 """`python train.py CONFIG [--a.b=c ...]`: starts a training run, or goes on with it."""
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from qwenvl_jax.cli.config_file import read_config
-from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, leave, note_cut_work, run_command
+from qwenvl_jax.cli.errors import (
+    SUCCESS,
+    USAGE_ERROR,
+    has_cut_work,
+    leave,
+    note_cut_work,
+    run_command,
+)
 from qwenvl_jax.cli.host_memory import computes_on_cpu, keep_freed_memory, share_one_pool
 from qwenvl_jax.config import ConfigError, TrainConfig
 
@@ -25,6 +33,10 @@ exit codes: 0 finished, or saved on request; 2 a wrong command, setting or direc
 
 # After how long without a sign of life a process counts as dead, and the others end.
 _HEARTBEAT_SECONDS = 30
+# For how long a process that has finished waits for the others.
+_LEAVE_SECONDS = 60
+# So long after an error process 0 ends, if that has not ended the others.
+_LAST_SECONDS = 5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,13 +54,19 @@ def _run(argv: Sequence[str]) -> int:
         share_one_pool()
     join_cluster()
     from qwenvl_jax.evaluation.glance import AnswerPage
+    from qwenvl_jax.training.feed import is_feed_hanging
     from qwenvl_jax.training.loop import train
 
     command = ["train.py", *argv]
     try:
         train(config, command=command, open_page=AnswerPage, when_loaded=_keep_memory)
+    except Exception:
+        _leave_at_once()
+        raise
     finally:
-        _leave_hanging_reads()
+        if is_feed_hanging():  # as in a read from a dead disk
+            note_cut_work()
+    _take_leave()
     return SUCCESS
 
 
@@ -57,16 +75,27 @@ def _keep_memory() -> None:
         keep_freed_memory()
 
 
-def _leave_hanging_reads() -> None:
-    """Lets the process end although a thread of the data hangs, as in a read from a dead disk."""
+def _leave_at_once() -> None:
+    """Lets this process of several end after an error without waiting for the others.
+
+    They may be waiting for it in a step, and are told by the end of the connection. Without the
+    first process, which carries them all, jax aborts them: so that they can tell an error that all
+    have met, it ends last.
+    """
     import jax
 
-    from qwenvl_jax.training.feed import is_feed_hanging
-
-    if is_feed_hanging():
-        if jax.distributed.is_initialized():  # the other processes take their leave of this one
-            jax.distributed.shutdown()
+    if jax.process_count() > 1:
         note_cut_work()
+        if jax.process_index() == 0:
+            time.sleep(_LAST_SECONDS)
+
+
+def _take_leave() -> None:
+    """Waits for the other processes here where a hanging read keeps the usual end from it."""
+    import jax
+
+    if has_cut_work() and jax.distributed.is_initialized():
+        jax.distributed.shutdown()
 
 
 def check_init(config: TrainConfig) -> None:
@@ -100,13 +129,18 @@ def join_cluster() -> None:
         return
     import jax
 
-    if "JAX_NUM_PROCESSES" not in os.environ and "JAX_PROCESS_ID" not in os.environ:
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
-        return
+    numbers = {}
+    if "JAX_NUM_PROCESSES" in os.environ or "JAX_PROCESS_ID" in os.environ:
+        numbers["num_processes"] = _whole_number("JAX_NUM_PROCESSES", 1)
+        numbers["process_id"] = _whole_number("JAX_PROCESS_ID", 0)
+    # jax waits for five minutes, and then names neither.
+    who = "process {process_id} of {num_processes}".format(**numbers) if numbers else "a process"
+    address = os.environ["JAX_COORDINATOR_ADDRESS"]
+    print(f"{who} waits for the others at {address} (JAX_COORDINATOR_ADDRESS)", flush=True)
     jax.distributed.initialize(
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-        num_processes=_whole_number("JAX_NUM_PROCESSES", 1),
-        process_id=_whole_number("JAX_PROCESS_ID", 0),
+        shutdown_timeout_seconds=_LEAVE_SECONDS,
+        **numbers,
     )
 
 

@@ -18,7 +18,7 @@ import random
 import signal
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qwenvl_jax.checks import unused
@@ -75,7 +75,8 @@ class Share:
 class Batches:
     """Iterates over the batches of successive steps; says afterwards what went into one.
 
-    `round` is an epoch, or a round of the mixture; None for endless sources.
+    `round` is an epoch, or a round of the mixture; None for endless sources. `digests` are of what
+    decides which samples a step holds, by name: processes that share a run must have the same.
     """
 
     def __init__(
@@ -85,9 +86,10 @@ class Batches:
         tally: Tally,
         rows: Sequence[int],
         round: Round | None = None,
+        digests: Mapping[str, str] = {},
     ):
         """`rows` are the rows of the global batch that are made."""
-        self.round = round
+        self.round, self.digests = round, digests
         self._made, self._step, self._tally, self._rows = made, first_step, tally, rows
         self._told: OrderedDict[int, tuple[dict[str, int | float], Notes]] = OrderedDict()
 
@@ -155,7 +157,7 @@ def batches(
     rows = tuple(range(config.rows) if share.rows is None else share.rows)
     file = None if folder is None else Path(folder) / _quarantine_name(share.process)
     tally = Tally(config.max_bad_fraction if config.source == "rows" else 1.0, file)
-    round, num_threads = None, 1
+    round, num_threads, digests = None, 1, {}
     lending = LendingCanvases if config.num_workers and can_lend() else Canvases
     canvases = lending(canvas_shape(config, len(rows)))
     make: Callable[[int], tuple[Batch, Notes]]
@@ -167,6 +169,7 @@ def batches(
         opened = open_rows(config, tokenizer, seed, sources)
         if kept:
             kept.check_usable(opened)
+            digests = kept.digests
         if first_step == 0 and share.process == 0:
             tally.list(0, unusable_rows(opened, tokenizer, config))
         # Decoding leaves Python's lock alone; drawing scenes does not.
@@ -178,7 +181,7 @@ def batches(
     else:
         make = functools.partial(_make_scenes, config, tokenizer, seed, split, rows)
     made = _made_ahead(make, first_step, config.num_workers, num_threads, canvases)
-    return Batches(made, first_step, tally, rows, round)
+    return Batches(made, first_step, tally, rows, round, digests)
 
 
 def _made_ahead(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.holes import QUARANTINE
@@ -30,7 +31,7 @@ class KeptData:
         self._allowed = tuple(allow_change)
         known = first_step > 0 and (folder / DATA).exists()
         self._before = read_object(folder / DATA, DATA_WAYS_OUT) if known else {}
-        self._now = {}
+        self._now: dict[str, Any] = {}
 
     def check(self, fingerprint: str, contents: dict[str, str]) -> None:
         """Raises ConfigError where the data, the vocabulary or the plan are others, and may not."""
@@ -59,7 +60,7 @@ class KeptData:
 
         Raises: ConfigError where other rows cannot be used, and it is not for other settings.
         """
-        now = digest_of_unusable(opened)
+        self._now["unusable"] = now = digest_of_unusable(opened)
         is_same = self._before.get("unusable", now) == now
         if not is_same and self._has_same_fingerprint and not self._may_content_change:
             num = sum(map(len, opened.unusable.values()))
@@ -68,9 +69,17 @@ class KeptData:
                 f"{num} now, expected those that its {QUARANTINE} lists for step 0; later steps "
                 f"would hold other samples: {self._ways_out(CONTENT)}"
             )
-        kept = self._before | self._now | {"unusable": now}
+        kept = self._before | self._now
         if not self._process and kept != self._before:
             replace_text(self._folder / DATA, json.dumps(kept) + "\n")
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What all processes of a run must have alike, by name; once both checks are done."""
+        return {
+            "the data": self._now["fingerprint"],
+            "which rows can be used": self._now["unusable"],
+        }
 
     @property
     def _has_same_fingerprint(self) -> bool:

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -21,10 +21,12 @@ _THREAD = "feed"  # the name of the threads that make batches
 class Teller(Protocol):
     """What the data side says afterwards of the batch of a step, counted from 0.
 
-    `round`: what repeats of the data, None where they have no end.
+    `round`: what repeats of the data, None where they have no end. `digests`: of what all processes
+    of a run must have alike, by name.
     """
 
     round: Round | None
+    digests: Mapping[str, str]
 
     def metrics(self, step: int) -> dict[str, int | float]: ...
 
@@ -76,6 +78,11 @@ class Feed:
     def round(self) -> Round | None:
         """What repeats of the data; None where they have no end, or nobody knows."""
         return None if self._teller is None else self._teller.round
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """What the data side says that all processes of a run must have alike, by name."""
+        return {} if self._teller is None else self._teller.digests
 
     def __iter__(self) -> Iterator[Batch]:
         return self

@@ -1,7 +1,8 @@
 """What all processes of a run must agree on: how they start, and the copies of the parameters."""
 
+import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -10,9 +11,32 @@ from jax.experimental import multihost_utils
 from qwenvl_jax.checkpoint.digest import digests
 from qwenvl_jax.sharding import make_mesh
 
+# What errors of work that several processes do together speak of.
+_OF_CONTACT = ("Gloo", "NCCL", "coordination service", "Barrier", "heartbeat")
+
 
 class HostsDiffer(RuntimeError):
     """The processes of one run are not of one mind, or hold copies that are not equal."""
+
+
+class HostLost(RuntimeError):
+    """Another process of the run does not answer any more."""
+
+
+@contextlib.contextmanager
+def telling_the_lost() -> Iterator[None]:
+    """Raises: HostLost where work with the other processes fails because one of them has gone."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # jax raises either
+        text = str(error)
+        if jax.process_count() == 1 or not any(word in text for word in _OF_CONTACT):
+            raise
+        raise HostLost(
+            "another process of this run has ended, or does not answer; its own last lines say "
+            "why. Start all of them again: the run goes on from its newest checkpoint. Got "
+            f"{text.splitlines()[0][:200]}"
+        ) from error
 
 
 def check_agreement(facts: Mapping[str, str]) -> None:
@@ -28,7 +52,7 @@ def check_agreement(facts: Mapping[str, str]) -> None:
     # One process may have more settings than another, and all must gather as many.
     most = int(multihost_utils.process_allgather(np.array([len(ours)])).max())
     rows = np.zeros((most, 4), np.uint32)
-    rows[: len(ours)] = ours
+    rows[: len(ours)] = np.array(ours, np.uint32).reshape(-1, 4)  # there may be none
     tables = [
         {(row[0], row[1]): (row[2], row[3]) for row in table}
         for table in multihost_utils.process_allgather(rows).tolist()

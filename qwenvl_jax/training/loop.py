@@ -38,7 +38,7 @@ from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed, HeldRows, rows_of_process
 from qwenvl_jax.training.goodput import Goodput
 from qwenvl_jax.training.heldout import HeldOutLoss, telling_path
-from qwenvl_jax.training.hosts import check_agreement
+from qwenvl_jax.training.hosts import check_agreement, telling_the_lost
 from qwenvl_jax.training.incidents import Incidents, RunStopped
 from qwenvl_jax.training.introduction import introduction
 from qwenvl_jax.training.memory import describe_memory, explained
@@ -88,6 +88,7 @@ def train(
         ConfigError: settings that cannot work, or that are not those of the run in this directory.
         CheckpointError: there are checkpoints, but none to go on from.
         HostsDiffer: the processes of the run do not agree.
+        HostLost: another process has ended, or does not answer.
         RunStopped: too many bad steps in a row; the state is saved.
         OutOfMemory: the device cannot hold the step; what is on disk is whole.
     """
@@ -98,7 +99,12 @@ def train(
     open_feed = _feeds(config, layout, faults, goodput, batches)
     look = open_look(config, layout, open_page)
     # The mesh context serves sharding constraints that name mesh axes only.
-    with jax.set_mesh(layout.mesh), explained(layout), ExitStack() as stack:
+    with (
+        telling_the_lost(),
+        jax.set_mesh(layout.mesh),
+        explained(layout),
+        ExitStack() as stack,
+    ):
         run_dir = stack.enter_context(closing(open_run(config, command)))
         store = stack.enter_context(closing(_open_store(config, layout)))
         with goodput.spend("restore"):
@@ -106,6 +112,7 @@ def train(
         when_loaded()
         begun = int(state.step)
         feed = stack.enter_context(closing(open_feed(begun + 1)))  # refuses other data
+        check_agreement(feed.digests)  # as where each host has a copy of its own
         report = stack.enter_context(closing(_open_report(config, layout, run_dir, feed, begun)))
         run = Run(
             config=config,
