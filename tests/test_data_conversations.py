@@ -293,6 +293,18 @@ BAD_ROWS = {
     "data url": (row("z", "<img>data:image/png;base64,AA</img>", "b"), "never fetched"),
     "no path": (row("z", "<img> </img>", "b"), "without a path"),
     "system": (row("z", "a", "b") | {"system": 3}, "a system that is no text: got 3"),
+    "OpenAI's keys": (
+        {"conversations": [{"role": "user", "content": "x"}]},
+        "turn 0 must be .*: got keys 'role', 'content'",
+    ),
+    "LLaVA's pictures": (
+        row("z", "<image>\nWhat?", "b") | {"image": "a.png"},
+        "by the key 'image', which is not read: got 'a.png', expected 'Picture 1: ",
+    ),
+    "roles swapped": (
+        {"conversations": [turn("assistant", "<img>a.png</img>\nWhat?"), turn("user", "b")]},
+        "starts with an answer, and that shows a picture: got .*; are user and assistant swapped",
+    ),
 }
 
 
@@ -392,8 +404,8 @@ def test_assistant_only_learns_the_answers_and_their_end(tmp_path, released_tok)
     assert example.images == (Path("/abs/two.png"),)
 
 
-def test_a_first_answer_is_dropped_with_its_pictures(tmp_path, tok):
-    turns = [turn("assistant", "see <img>no.png</img>"), *ROWS[0]["conversations"]]
+def test_a_first_answer_is_dropped_and_the_pictures_stay(tmp_path, tok):
+    turns = [turn("assistant", "see"), *ROWS[0]["conversations"]]
     record = Conversations(write(tmp_path, [{"conversations": turns}]))[0]
     assert record.images == (tmp_path / "one.png",)
     assert len(tasks.example_of(record, tok).images) == 1

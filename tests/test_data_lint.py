@@ -134,6 +134,10 @@ ROWS = {
         ["role", "role", "foreign_format", "foreign_format"],
     ),
     "answer first": ({"conversations": dialogue("a", "b", "c")[1:]}, ["order", "order"]),
+    "swapped": (
+        {"conversations": dialogue("", f"Picture 1: {IMG}?", "b", "c", "d")[1:]},
+        ["order", "order"],
+    ),
     "question last": ({"conversations": dialogue("a", "b", "c")}, ["order"]),
     "two answers": ({"conversations": [*dialogue("a", "b"), *dialogue("a", "c")[1:]]}, ["order"]),
     "empty answer": ({"conversations": dialogue("a", "")}, ["empty"]),

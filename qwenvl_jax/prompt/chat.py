@@ -164,19 +164,27 @@ def messages_from_conversations(
 
     Picture and box tags in the values are live. A first turn that is not the user's is dropped.
 
-    Raises: ChatError for a turn of another form, or where none is left.
-    Source: released `finetune.py`. Differs: ChatML markers inside a value stay text.
+    Raises: ChatError for a turn of another form, where none is left, and where the dropped one
+        shows a picture: then user and assistant are swapped.
+    Source: released `finetune.py`. Differs: ChatML markers inside a value stay text; there a
+    picture of the dropped turn is lost silently.
     """
     for i, turn in enumerate(conversations):
         if turn.get("from") not in ("user", "assistant") or not isinstance(turn.get("value"), str):
             raise ChatError(
                 f'conversation turn {i} must be {{"from": "user" or "assistant", "value": text}}: '
-                f"got {dict(turn)!r}"
+                f"got {dict(turn)!r:.120}"
             )
     live = ("ref", "box", "quad", "img")
     messages = [Message(turn["from"], turn["value"], live) for turn in conversations]
     if messages and messages[0].role == "assistant":
-        messages = messages[1:]
+        first, *messages = messages
+        if "<img>" in first.content:
+            raise ChatError(
+                "the conversation starts with an answer, and that shows a picture: got "
+                f"{first.content[:60]!r}, expected a question first; are user and assistant "
+                "swapped?"
+            )
     if not messages:
         raise ChatError("the conversation has no turn of the user: nothing to learn from")
     return [Message("system", system), *messages]

@@ -113,7 +113,8 @@ def row_faults(
         yield from ((turn, fault) for fault in _file_faults(source, path, checks.decode))
     # Where no sample can be made of a row, that is told above, and it has no length.
     is_open = any(value.rfind("<img>") > value.rfind("</img>") for value in values)
-    has_sample = set(roles) <= set(_ROLES) and "user" in roles and not is_open
+    is_swapped = roles[0] == "assistant" and "<img>" in values[0]
+    has_sample = set(roles) <= set(_ROLES) and "user" in roles and not is_open and not is_swapped
     if checks.tokenizer is not None and has_sample:
         system = row.get("system", DEFAULT_SYSTEM)
         images = tuple(Path(path) for _, path in paths)

@@ -30,8 +30,9 @@ class Conversations:
 
     Pictures are paths: as written in the text where absolute, else under `pictures`, the file's own
     folder where it is not given. They are not opened here. A row's `id` only names it, so rows may
-    lack one or share one; a `system` text replaces the released one. Turns that the released
-    preprocessing drops (an answer before the first question) lose their pictures too.
+    lack one or share one; a `system` text replaces the released one. A row whose pictures training
+    would not see (in an answer before the first question, which is dropped, or named by the key
+    `image` alone) is an error of its own.
 
     `fingerprint` is a digest of the file's bytes and its rows' places; pictures are not part of it.
     """
@@ -76,7 +77,13 @@ class Conversations:
                 f"row {key} has no dialogue: got keys {', '.join(map(repr, row)) or 'none'}, "
                 'expected "conversations": [{"from": ..., "value": ...}, ...]'
             )
-        turns = [{name: turn.get(name) for name in ("from", "value")} for turn in conversations]
+        for i, turn in enumerate(conversations):
+            if not {"from", "value"} <= turn.keys():
+                raise DataError(
+                    f'row {key}: turn {i} must be {{"from": "user" or "assistant", "value": text}}:'
+                    f" got keys {', '.join(map(repr, turn)) or 'none'}"
+                )
+        turns = [{name: turn[name] for name in ("from", "value")} for turn in conversations]
         fields: dict[str, Any] = {"conversations": turns}
         if "system" in row:
             if not isinstance(row["system"], str):
@@ -86,6 +93,12 @@ class Conversations:
             paths = picture_paths(turns)
         except (ChatError, TokenizerError) as error:
             raise DataError(f"row {key}: {error}") from error
+        if row.get("image") and not paths:
+            raise DataError(
+                f"row {key} names its pictures by the key 'image', which is not read: got "
+                f"{str(row['image'])[:80]!r}, expected 'Picture 1: <img>path</img>' in the text; "
+                "docs/data.md has a few lines that convert the format of LLaVA"
+            )
         return Record(key, "chat", fields, tuple(self.picture(path, key) for path in paths))
 
     def row(self, index: int) -> dict[str, Any]:
