@@ -324,6 +324,7 @@ def test_options_become_fields():
     [
         (["--tensro", "2"], "Unrecognized options: --tensro, 2; did you mean --tensor?"),
         (["--tensor", "many"], "'many'"),
+        (["is", "it?"], "options: is, it?; a text of several words needs quotes around it. For"),
         (["--tensor"], "--tensor"),
     ],
 )

@@ -189,6 +189,19 @@ def test_curves_have_a_line_for_each_task(tmp_path):
     assert sizes[0][1] > 1.4 * sizes[1][1]  # one panel more
 
 
+def test_a_short_run_has_whole_steps_and_no_mean_of_one(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    text = "".join(json.dumps(record_of(step)) + "\n" for step in range(1, 21))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    draw_curves(tmp_path)
+    panels = drawn[0].axes
+    assert [line.get_label() for line in panels[0].get_lines()][1:] == ["loss"]
+    assert all(tick == round(tick) for tick in panels[-1].get_xticks())
+
+
 def test_running_means_follow_the_weights():
     assert running_mean([1.0, 2.0, 6.0], 2).tolist() == [1.0, 1.5, 4.0]
     assert running_mean([1.0, 2.0, 6.0], 2, [1.0, 3.0, 1.0]).tolist() == [1.0, 1.75, 3.0]

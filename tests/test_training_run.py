@@ -655,7 +655,8 @@ def test_what_is_wrong_with_data_is_told_before_anything_is_loaded(tmp_path):
     ("content", "words"),
     [
         (None, "no config file"),
-        ("x = 1", "no get_config"),
+        ("x = 1", "that returns a TrainConfig: got no get_config at all"),
+        ("def get_config(): pass", "got None; is `return` missing?"),
         ("def get_config(): return 3", "got int"),
         ("def get_config(:", "line 1 is not Python"),
         ("\nfrom qwenvl_jax.config import TrainConfg", "line 2: qwenvl_jax.config has no 'TrainC"),
@@ -669,6 +670,15 @@ def test_files_that_are_no_config(tmp_path, capsys, content, words):
         path.write_text(content)
     assert main([str(path)]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_config_file_of_the_docs_builds(tmp_path):
+    page = (TESTS.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import dataclasses\n.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.py").write_text(code)
+    config = read_config(str(tmp_path / "mine.py"))
+    assert config.data.mixture == {"my.json": 2.0, "prepared/my": 1.0}
+    make_layout(config, make_mesh())  # raises where the table does not fit the model
 
 
 @pytest.mark.parametrize(

@@ -72,9 +72,10 @@ def load_config(path: str | Path) -> TrainConfig:
             raise
         raise ConfigError(f"{path} line {line}: {_told(error)}") from error
     if not isinstance(config, TrainConfig):
-        raise ConfigError(
-            f"{path} has no get_config() that returns a TrainConfig: got {type(config).__name__}"
-        )
+        got = type(config).__name__
+        if config is None:
+            got = "None; is `return` missing?" if callable(get_config) else "no get_config at all"
+        raise ConfigError(f"{path} has no get_config() that returns a TrainConfig: got {got}")
     return config
 
 

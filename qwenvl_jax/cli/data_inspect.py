@@ -16,7 +16,7 @@ import difflib
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -38,7 +38,7 @@ _MAX_LOOKS = 20_000  # rows that are looked at for those of a task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A .json or .jsonl file, a prepared folder, a TFDS folder, scenes, collages, or documents."""
     num: int = 12
     """Samples to show, drawn at random."""

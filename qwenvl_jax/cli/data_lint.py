@@ -19,7 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -38,7 +38,7 @@ PROBLEMS = 1  # the exit code where there are some
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LintOptions:
-    file: tyro.conf.Positional[Path]
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """The fine-tuning file: a JSON list, or one row a line."""
     tokenizer: Path | None = None
     """A qwen.tiktoken file or a folder with one: rows that do not fit are found by it."""

@@ -41,9 +41,9 @@ LINES = 20  # of progress at most, where there is no terminal
 class PrepareOptions:
     """What to prepare, and how."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """A file or folder with the rows; or collages, documents or scenes."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """The new folder; or one that the same command has begun."""
     num_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     """Processes; the number changes no byte of the result."""

@@ -17,7 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -43,7 +43,7 @@ _REASONS = 3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StatsOptions:
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A .json or .jsonl file, a prepared folder or a TFDS folder."""
     tokenizer: Path | None = None
     """A qwen.tiktoken file or a folder with one; the small shipped model's if left out."""

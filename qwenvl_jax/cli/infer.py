@@ -34,7 +34,7 @@ PICTURED = (*PROMPTLESS, "question", "locate")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InferOptions(AnswerOptions):
-    prompt: tyro.conf.Positional[str] = ""
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[PROMPT]")] = ""
     """What to ask; ref, box and quad tags in it are tags."""
     image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """A picture, or several by repeating the option; in the order of reading."""

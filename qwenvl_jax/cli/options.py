@@ -141,6 +141,8 @@ def _with_hint(text: str, names: Sequence[str]) -> str:
         )
     unknown = next((word for word in typed if word.startswith("-")), typed[0])
     near = nearest_options(unknown, names)
+    if not near and not unknown.startswith("-"):
+        return f"{words}; a text of several words needs quotes around it. {others[-1]}"
     if not near:
         return text
     return " ".join([f"{words}; did you mean {' or '.join(near)}?", *others[-1:]])

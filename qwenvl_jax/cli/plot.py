@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 
@@ -15,7 +16,7 @@ example: qwenvl plot runs/nano/stage1 --output stage1.png"""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    run: tyro.conf.Positional[str]  # the run's directory
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]  # its directory
     output: str | None = None  # the PNG to write; default: RUN/curves.png
 
 

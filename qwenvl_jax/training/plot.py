@@ -76,6 +76,7 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     panels[0].set(title=str(run_dir))
     panels[0].legend(frameon=False)
     panels[-1].set(xlabel="step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
@@ -116,8 +117,9 @@ def draw_series(panel: Any, records: list[dict[str, Any]], name: str) -> None:
         panel.plot(steps, values, linewidth=1.2)
         return
     width = max(1, len(values) // 50)
+    label = name if width == 1 else f"{name}, mean of {width} steps"
     panel.plot(steps, values, color="0.8", linewidth=0.8)
-    panel.plot(steps, running_mean(values, width), linewidth=1.2, label=f"{name}, mean of {width}")
+    panel.plot(steps, running_mean(values, width), linewidth=1.2, label=label)
 
 
 def tasks_of(records: list[dict[str, Any]]) -> list[str]:
