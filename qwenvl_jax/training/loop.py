@@ -69,6 +69,7 @@ GivenBatches = Callable[[int], Iterator[Batch]]  # first step -> the batches fro
 OpenPage = Callable[[TrainConfig, Layout], Callable[[Weights], np.ndarray | None]]
 
 
+@telling_the_lost()
 def train(
     config: TrainConfig,
     *,
@@ -87,8 +88,7 @@ def train(
     Raises:
         ConfigError: settings that cannot work, or that are not those of the run in this directory.
         CheckpointError: there are checkpoints, but none to go on from.
-        HostsDiffer: the processes of the run do not agree.
-        HostLost: another process has ended, or does not answer.
+        HostsDiffer, HostLost: the processes do not agree; another one does not answer any more.
         RunStopped: too many bad steps in a row; the state is saved.
         OutOfMemory: the device cannot hold the step; what is on disk is whole.
     """
@@ -99,12 +99,7 @@ def train(
     open_feed = _feeds(config, layout, faults, goodput, batches)
     look = open_look(config, layout, open_page)
     # The mesh context serves sharding constraints that name mesh axes only.
-    with (
-        telling_the_lost(),
-        jax.set_mesh(layout.mesh),
-        explained(layout),
-        ExitStack() as stack,
-    ):
+    with jax.set_mesh(layout.mesh), explained(layout), ExitStack() as stack:
         run_dir = stack.enter_context(closing(open_run(config, command)))
         store = stack.enter_context(closing(_open_store(config, layout)))
         with goodput.spend("restore"):
@@ -112,7 +107,6 @@ def train(
         when_loaded()
         begun = int(state.step)
         feed = stack.enter_context(closing(open_feed(begun + 1)))  # refuses other data
-        check_agreement(feed.digests)  # as where each host has a copy of its own
         report = stack.enter_context(closing(_open_report(config, layout, run_dir, feed, begun)))
         run = Run(
             config=config,
@@ -213,7 +207,12 @@ def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
 def _open_report(
     config: TrainConfig, layout: Layout, run_dir: RunDir, feed: Feed, first_step: int
 ) -> Report:
-    """Returns the report, after it has told what is about to happen; nothing can refuse it now."""
+    """Returns the report, after it has told what is about to happen.
+
+    Raises: HostsDiffer where each host has a copy of the data, and they are not equal; then nothing
+    can refuse the start any more.
+    """
+    check_agreement(feed.digests)
     run_dir.begin()
     report = Report(config, layout, first_step)
     report.say("\n".join(introduction(config, layout, first_step, run_dir, feed.round)))
