@@ -44,6 +44,17 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
     assert "example" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["infer", "chat", "eval", "demo", "plot", "data inspect"])
+def test_help_says_what_happens_without_an_option(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*name.split(), "--help"])
+    told = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "None}" in told, "options that may be left out"
+    assert "(default: None)" not in told
+    assert "left out" in told
+    assert "(default: 1)" in told or name in ("demo", "plot", "data inspect")
+
+
 def test_no_command_is_help_and_an_error(capsys):
     assert cli.main([]) == USAGE_ERROR
     assert "usage: qwenvl COMMAND" in capsys.readouterr().out

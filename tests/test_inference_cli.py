@@ -232,8 +232,16 @@ def huge_png(side: int) -> bytes:
         (["--image", "cup.png", "--output", "./cup.png", "hi"], "--image reads as 'cup.png'"),
         (["caf\udce9?"], r"the prompt is not text in utf-8: got 'caf\udce9?'"),
         (["--tensor", "99", "hi"], "--tensor"),
-        (["--temperature", "-1", "hi"], "temperature"),
+        (
+            ["--temperature", "-1", "hi"],
+            "infer: --temperature must be 0 or more, and below 1e38: got -1",
+        ),
+        (
+            ["--temperature", "1", "--top-p", "2", "hi"],
+            "infer: --top-p must lie in (0, 1]: got 2.0",
+        ),
         (["--max-new-tokens", "9000", "hi"], "got 9000"),
+        (["--repetition-penalty", "0", "hi"], "infer: --repetition-penalty must be above 0"),
         (["--raw-prompt", "no picture", "--image", "cup.png"], "0 picture spans"),
         (["--raw-prompt", "<img>"], "<img> is not closed"),
     ],
@@ -267,7 +275,7 @@ def test_a_piped_dialogue(folder, here, answers, monkeypatch, capsys):
     assert talk(monkeypatch, folder, *lines) == 0
     out, err = capsys.readouterr()
     assert "80 x 60" in out
-    assert out.index("a cup") < out.index(BOXES) < out.index("> [1 pictures] What is it?")
+    assert out.index("a cup") < out.index(BOXES) < out.index("> [1 picture] What is it?")
     assert "answer-1.png" in err
     assert (here / "answer-1.png").exists()
     texts = [a["text"] for a in asked]
@@ -287,11 +295,23 @@ def test_a_wrong_line_does_not_end_the_dialogue(folder, here, answers, monkeypat
     assert "hello" in out
 
 
+def test_options_are_checked_before_the_model_is_loaded(here, monkeypatch, capsys):
+    monkeypatch.setattr("qwenvl_jax.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    for words, told in (
+        (["--temperature", "1", "--top-p", "2"], "--top-p must lie in (0, 1]: got 2.0"),
+        (["--max-new-tokens", "2048"], "--max-new-tokens must be at most 2047, within the"),
+    ):
+        for command, rest in ((infer, ["hi"]), (chat, [])):
+            assert command.main([*words, *rest]) == 2
+            assert told in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--temperature", "0", "--top-k", "3"), "--temperature above 0"),
         (("--seed", "-1"), "--seed must lie in"),
+        (("--top-k", "-2"), "chat: --top-k must be 0 (off) or more: got -2"),
         (("--system", "caf\udce9"), r"--system is not text in utf-8: got 'caf\udce9'"),
         (("--output-dir", "no"), "no folder to write to: got 'no'; make no first"),
         (("--output-dir", "cup.png"), "no folder to write to: 'cup.png' is a file"),
@@ -347,7 +367,7 @@ def test_pictures_of_a_message_that_is_too_long_do_not_wait(
     assert talk(monkeypatch, folder, "/image cup.png", "x" * 9000, "Hi") == 2
     out, err = capsys.readouterr()
     assert "too long" in err
-    assert "(1 pictures no longer wait)" in err
+    assert "(1 picture no longer waiting)" in err
     assert "hello" in out
     assert "Picture 1" not in answers[1][0]["text"]
 

@@ -25,13 +25,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "qwenvl_jax"
 
 # Who may import whom, besides its own room. `docs/architecture.md` draws the same picture.
-BASE = {"axes", "checks", "config", "files"}
+BASE = {"axes", "checks", "config", "files", "words"}
 HOST = BASE | {"prompt", "image", "data"}  # never jax: data workers must not start an accelerator
 MATHS = BASE | {"sharding", "model"}
 ALLOWED = {
     "axes": set(),
     "files": {"checks"},
     "checks": set(),
+    "words": set(),
     "config": {"axes", "checks"},
     "presets": BASE,
     "sharding": BASE,

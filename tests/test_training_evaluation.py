@@ -63,6 +63,7 @@ def test_a_run_that_is_looked_at_is_the_same_run(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     told = "every 2 steps: loss of 2 held-out batches of 4 rows, 3 answers to samples with one"
     assert f"{told} picture drawn in {seen}" in out
+    assert out.endswith(f"try it: qwenvl chat --model {seen}\n")
     assert [r["loss"] for r in lines(seen)] == [r["loss"] for r in lines(plain)]
     for path, array in expected.items():
         np.testing.assert_array_equal(array, found[path], err_msg=path)
@@ -124,9 +125,14 @@ def test_bad_held_out_rows_are_told_before_the_run_begins(what, tmp_path, monkey
     good = write_rows(tmp_path, 2, "good.json", first=20)
     data = dataclasses.replace(config.data, source="rows", tasks={}, path=good, length=160)
     config = dataclasses.replace(config, data=data)
-    with pytest.raises(DataError, match=r"^evaluation\.path: too many samples are bad: ") as caught:
+    with pytest.raises(
+        DataError, match=r"^--evaluation\.path: too many samples are bad: "
+    ) as caught:
         train(config, devices=jax.devices()[:1])
     assert "quarantine" not in str(caught.value)
+    lost = dataclasses.replace(config.evaluation, path="nowhere.json")
+    with pytest.raises(DataError, match=r"^--evaluation\.path: no data at 'nowhere.*the path$"):
+        train(dataclasses.replace(config, evaluation=lost), devices=jax.devices()[:1])
     assert not (tmp_path / "run").exists()
 
 

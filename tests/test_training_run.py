@@ -31,6 +31,7 @@ from qwenvl_jax.data.pipeline import check_config
 from qwenvl_jax.files import Lines
 from qwenvl_jax.presets import stage_2, stage_3
 from qwenvl_jax.sharding import batch_sharding, make_mesh
+from qwenvl_jax.training.changes import differences, with_newer_settings
 from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed
 from qwenvl_jax.training.goodput import Goodput
@@ -40,12 +41,7 @@ from qwenvl_jax.training.manifest import fingerprint
 from qwenvl_jax.training.plot import plot_curves
 from qwenvl_jax.training.report import Report
 from qwenvl_jax.training.run import Run
-from qwenvl_jax.training.run_dir import (
-    differences,
-    open_run,
-    truncate_metrics,
-    with_newer_settings,
-)
+from qwenvl_jax.training.run_dir import open_run, truncate_metrics
 from qwenvl_jax.training.state import make_layout
 from qwenvl_jax.training.stop import StopRequest
 
@@ -416,6 +412,22 @@ def test_another_recipe_is_taken_by_name(tmp_path):
         opened(only_one)
 
 
+def test_another_table_of_what_trains_is_told_row_by_row(tmp_path):
+    begin(tiny.train_config(tmp_path))
+    with pytest.raises(ConfigError) as refusal:
+        opened(tiny.train_config(tmp_path, parameters=stage_3(weight_decay=0.05)))
+    told = str(refusal.value)
+    assert "parameters: rows that are gone: 'vit.*.scale' layer_decay=0.9, " in told
+    assert "; new: 'vit.*' is_trained=False; give" in told
+    assert "[{" not in told
+    assert told.endswith(f"with another --run-dir and --init={tmp_path}")
+    table = tiny.train_config().parameters
+    with pytest.raises(
+        ConfigError, match=r"the order of rows was 'vit.*--allow-change parameters;"
+    ):
+        opened(tiny.train_config(tmp_path, parameters=(*table[3:], *table[:3])))
+
+
 def test_other_versions_are_told_with_both(tmp_path):
     begin(tiny.train_config(tmp_path))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -627,6 +639,15 @@ def test_the_vocabulary_comes_with_the_weights_where_none_is_named(config_file):
         (["data.length=4"], "did you mean --data.length?"),
         (["--path=x"], "did you mean --data.path or --evaluation.path?"),
         (["--steps=many"], "invalid literal"),
+        (
+            ["--data.tasks", "vqa", "1"],
+            "--data.tasks is set part by part, e.g. --data.tasks.caption=",
+        ),
+        (
+            ["--data.mixture=a.json"],
+            "takes pairs of a name and a number, with spaces between: got o",
+        ),
+        (["--data.mixture=a.json"], "e.g. --data.mixture first 1 second 0.5"),
         (["--optimizer.warmup-steps=100"], "warmup_steps must be smaller than steps: got 100 of 6"),
     ],
 )
@@ -641,7 +662,11 @@ def test_what_is_wrong_with_data_is_told_before_anything_is_loaded(tmp_path):
     config = read_config("configs/nano/stage2_lines.py", [f"--run-dir={tmp_path}/run"])
     rows = dataclasses.replace(config.data, mixture={}, mixing="weights", path="any.json")
     for change, error, words in (
-        ({"path": "typo.json"}, DataError, "no data at 'typo.json'"),
+        (
+            {"path": "typo.json"},
+            DataError,
+            r"--data\.path: no data at 'typo\.json': .*; check the path$",
+        ),
         ({"source": "row"}, ConfigError, "data.source is unknown: got 'row'"),
         ({"tasks": {"vqa": 1.0}}, ConfigError, "data.tasks has no effect"),
     ):

@@ -87,6 +87,7 @@ def test_a_start_that_other_data_refuse_leaves_the_run_as_it_was(tmp_path, capsy
     config = tiny.train_config(tmp_path, steps=4)
     own = functools.partial(tiny.batches, config)
     train(config, batches=own, devices=jax.devices()[:1])
+    assert "qwenvl chat" not in capsys.readouterr().out, "without a vocabulary nobody can chat"
     names = ("config.json", "manifest.json", "metrics.jsonl")
     before = {name: (tmp_path / name).read_bytes() for name in names}
 

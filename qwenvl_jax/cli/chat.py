@@ -28,6 +28,7 @@ from qwenvl_jax.cli.opening import AnswerOptions, check_text, open_model
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.cli.outputs import check_folder, first_free, numbered, save_drawn
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +42,7 @@ HELP = "commands: /image PATH, /history, /clear, /quit; anything else is said to
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TalkOptions(AnswerOptions):
     system: str | None = None
-    """What the model is told about its role."""
+    """What the model is told about its role; the released model's words if left out."""
     output_dir: Path = Path()
     """Where pictures with boxes go, as the first of answer-1.png and so on that is free."""
 
@@ -96,7 +97,7 @@ class Talk:
 
     def _show_history(self) -> None:
         for turn in self._history:
-            pictures = f"[{len(turn.images)} pictures] " if turn.images else ""
+            pictures = f"[{counted(len(turn.images), 'picture')}] " if turn.images else ""
             print(f"> {pictures}{turn.text}\n{turn.answer}")
 
     def _say(self, text: str) -> None:
@@ -106,7 +107,8 @@ class Talk:
             )
         except ValueError:
             if self._waiting:  # or they would make the next message too long as well
-                print(f"({len(self._waiting)} pictures no longer wait)", file=sys.stderr)
+                dropped = counted(len(self._waiting), "picture")
+                print(f"({dropped} no longer waiting)", file=sys.stderr)
                 self._waiting = []
             raise
         try:
@@ -122,9 +124,13 @@ class Talk:
 
     def _report(self, reply: "Reply") -> None:
         if reply.dropped_turns:
-            print(f"({reply.dropped_turns} oldest turns no longer fit)", file=sys.stderr)
+            left = counted(reply.dropped_turns, "oldest turn")
+            print(
+                f"({left} left out: the dialogue is too long)",
+                file=sys.stderr,
+            )
         if not reply.is_complete:
-            print(f"(cut after {len(reply.tokens)} tokens)", file=sys.stderr)
+            print(f"(cut after {counted(len(reply.tokens), 'token')})", file=sys.stderr)
         elif not reply.text.strip():
             print("(the answer is empty)", file=sys.stderr)
         if reply.boxes and self._latest is not None:

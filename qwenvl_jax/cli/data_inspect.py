@@ -25,6 +25,7 @@ from qwenvl_jax.cli.opening import SHIPPED_MODEL
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.sources.generated import NAMES, GeneratedOptions, open_generated
+from qwenvl_jax.words import counted
 
 if TYPE_CHECKING:
     from qwenvl_jax.data.sample_page import Packing, Shown
@@ -45,7 +46,7 @@ class InspectOptions:
     seed: int = 0
     """Which ones; the same seed shows the same samples."""
     task: str | None = None
-    """Only samples of this task."""
+    """Only samples of this task; of all if left out."""
     output: Path = Path("samples.html")
     """The page to write."""
     packed: bool = False
@@ -61,7 +62,7 @@ class InspectOptions:
     slots: int | None = None
     """Tokens a picture; of the tokenizer's config.json, or 256."""
     pictures: Path | None = None
-    """The folder that picture paths of a conversation file start from."""
+    """The folder that picture paths of a conversation file start from; its own if left out."""
     generated: GeneratedOptions = dataclasses.field(default_factory=GeneratedOptions)
     """What collages or documents are made of."""
 
@@ -116,7 +117,7 @@ def _run(argv: Sequence[str]) -> int:
     page = sample_page(f"Samples of {options.source}", notes, samples, tokenizer, packing)
     options.output.write_text(page, encoding="utf-8")
     size = options.output.stat().st_size
-    print(f"wrote {len(samples)} samples to {options.output} ({size / 1e6:.1f} MB)")
+    print(f"wrote {counted(len(samples), 'sample')} to {options.output} ({size / 1e6:.1f} MB)")
     return SUCCESS
 
 
@@ -152,7 +153,7 @@ def _row_samples(options: InspectOptions, tokenizer: "Tokenizer") -> "tuple[list
             f"no row of task {options.task!r} among {looks} that were looked at: got tasks "
             f"{', '.join(sorted(tasks)) or 'none that can be used'}"
         )
-    return samples, f"of {len(source):,} rows"
+    return samples, f"of {counted(len(source), 'row')}"
 
 
 def _scene_samples(options: InspectOptions, tokenizer: "Tokenizer") -> "Iterator[Shown]":

@@ -27,6 +27,7 @@ from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.cli.row_passes import pass_over
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.words import counted
 
 if TYPE_CHECKING:
     from qwenvl_jax.data.lint.problems import Problem
@@ -41,7 +42,8 @@ class LintOptions:
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """The fine-tuning file: a JSON list, or one row a line."""
     tokenizer: Path | None = None
-    """A qwen.tiktoken file or a folder with one: rows that do not fit are found by it."""
+    """A qwen.tiktoken file or a folder with one: rows that do not fit are found by it, and
+    not looked for if left out."""
     length: int = 2048
     """The longest row in tokens, slots of pictures included."""
     slots: int | None = None
@@ -128,10 +130,11 @@ def _print_groups(options: LintOptions, num_rows: int, problems: "Iterator[Probl
             shown[problem.kind].append(problem)
     num_bad = len(rows - {None})
     if not counts:
-        print(f"{options.file}: {num_rows:,} rows, no problems")
+        print(f"{options.file}: {counted(num_rows, 'row')}, no problems")
         return False
     print(
-        f"{options.file}: {counts.total():,} problems, in {num_bad:,} of {num_rows:,} rows",
+        f"{options.file}: {counted(counts.total(), 'problem')}, "
+        f"in {num_bad:,} of {counted(num_rows, 'row')}",
         end="\n\n",
     )
     for kind in (kind for kind in KINDS if counts[kind]):

@@ -28,6 +28,7 @@ from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.clean import Limits
 from qwenvl_jax.data.sources.generated import NAMES, GeneratedOptions, open_generated
+from qwenvl_jax.words import counted
 
 if TYPE_CHECKING:
     from qwenvl_jax.data.prepare import Engine, Progress
@@ -48,14 +49,14 @@ class PrepareOptions:
     num_workers: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
     """Processes; the number changes no byte of the result."""
     limit: int | None = None
-    """Only the first rows, for a look; of what is made, how many."""
+    """Only the first rows, for a look, all if left out; of what is made, how many."""
     skip: int = 0
     """Rows to leave out before those; of what is made, for others than a folder has already."""
     rows_per_shard: int = 10_000
     """Of sources read in any order; other sources have one file for each of theirs."""
     tokenizer: Path | None = None
     """A qwen.tiktoken file or a folder with one: rows that do not fit their task are then refused,
-    and token counts stored, which planned packing reads."""
+    and token counts stored, which planned packing reads; neither if left out."""
     pictures: Path | None = None
     """Where the picture paths in a JSON file start; its own folder if left out."""
     rules: tuple[str, ...] = ()
@@ -177,8 +178,9 @@ def _summary(out: Path, index: Mapping[str, Any]) -> str:
         return ", ".join(f"{name} {number}" for name, number in counts.items())
 
     lines = [
-        f"{out}: {index['rows']} rows of {index['read']}, {index['bytes'] / 1e6:.1f} MB, "
-        f"{len(index['shards'])} files; {told(index['tasks'])}"
+        f"{out}: {counted(index['rows'], 'row')} of {index['read']:,}, "
+        f"{index['bytes'] / 1e6:.1f} MB, {counted(len(index['shards']), 'file')}; "
+        f"{told(index['tasks'])}"
     ]
     if index["changed"]:
         lines.append(f"mended by rule: {told(index['changed'])}")
@@ -213,7 +215,7 @@ def _watch(out: Path) -> Iterator[Callable[["Progress"], None]]:
         part = max(done.num_shards // LINES, 1)
         if done.shards % part == 0 or done.shards == done.num_shards:
             print(
-                f"{out}: {done.shards} of {done.num_shards} shards, {done.rows} rows, "
+                f"{out}: {done.shards} of {done.num_shards} shards, {counted(done.rows, 'row')}, "
                 f"{done.refused} refused",
                 file=sys.stderr,
                 flush=True,

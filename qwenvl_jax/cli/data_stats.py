@@ -25,6 +25,7 @@ from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.cli.row_passes import pass_over
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,7 +61,7 @@ class StatsOptions:
     seed: int = 0
     """Which rows are drawn."""
     pictures: Path | None = None
-    """The folder that picture paths of a conversation file start from."""
+    """The folder that picture paths of a conversation file start from; its own if left out."""
     processes: int | None = None
     """Processes to spread the rows over; as many as there are cores, or one for few rows."""
     json: bool = False
@@ -177,14 +178,14 @@ def _report(options: StatsOptions, figures: dict[str, Any]) -> str:
     """Returns the figures as text."""
     drawn = f", {figures['measured']:,} of them measured" * (figures["measured"] < figures["rows"])
     lines = [
-        f"{figures['source']}: {figures['rows']:,} rows{drawn}",
+        f"{figures['source']}: {counted(figures['rows'], 'row')}{drawn}",
         f"counted with {figures['tokenizer']}: {figures['vocabulary']:,} tokens in the vocabulary, "
         f"{figures['slots']} slots a picture",
     ]
     if options.tokenizer is None:
         lines.append("name your model's with --tokenizer: another one gives other lengths")
     if figures["unusable"]:
-        lines += ["", f"unusable: {figures['unusable']:,} rows"]
+        lines += ["", f"unusable: {counted(figures['unusable'], 'row')}"]
         lines += [f"  {reason}" for reason in figures["reasons"]]
     if "tokens" not in figures:
         return "\n".join([*lines, "no row can be used"])
@@ -203,7 +204,8 @@ def _report(options: StatsOptions, figures: dict[str, Any]) -> str:
         "",
         "pictures a row: "
         + ", ".join(
-            f"{count:,} rows with {number}" for number, count in figures["pictures"].items()
+            f"{counted(count, 'row')} with {number}"
+            for number, count in figures["pictures"].items()
         ),
         "tasks: " + ", ".join(f"{task} {count:,}" for task, count in figures["tasks"].items()),
         "",
@@ -226,16 +228,18 @@ def _bars(histogram: list[dict[str, int]], most: int) -> list[str]:
 
 
 def _packing_line(packing: dict[str, Any]) -> str:
-    limits = f"{packing['length']:,} tokens and {packing['max_images']} pictures"
+    limits = (
+        f"{counted(packing['length'], 'token')} and {counted(packing['max_images'], 'picture')}"
+    )
     line = f"no sample fits into a row of {limits}"
     if packing["rows"]:
         line = (
-            f"packed into {packing['rows']:,} rows of {limits}: {packing['tokens']:.1%} of the "
-            f"token places and {packing['images']:.1%} of the picture places filled, "
+            f"packed into {counted(packing['rows'], 'row')} of {limits}: {packing['tokens']:.1%} "
+            f"of the token places and {packing['images']:.1%} of the picture places filled, "
             f"{packing['samples_per_row']:.1f} samples a row"
         )
     if packing["cut"]:
-        line += f"; {packing['cut']:,} dialogues lose their last turns"
+        line += f"; shortened by their last turns: {counted(packing['cut'], 'dialogue')}"
     if packing["too_long"]:
         line += f"; {packing['too_long']:,} too long or with too many pictures"
     return line

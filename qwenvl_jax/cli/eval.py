@@ -22,6 +22,7 @@ from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, check_seed, ope
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.cli.outputs import check_folder
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.words import counted
 
 if TYPE_CHECKING:
     from qwenvl_jax.data.example import DataError
@@ -55,7 +56,8 @@ class EvalOptions:
     tensor: int = 1
     """Devices to spread the model over."""
     output: Path | None = None
-    """A folder for the tables as Markdown, and all scores and answers as JSON."""
+    """A folder for the tables as Markdown, and all scores and answers as JSON; nothing is written
+    if left out."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,7 +155,7 @@ def _score_rows(path: Path, name: str, source: "Source", options: EvalOptions, v
         start = time.perf_counter()
         answers = sit_rows(vl, papers, on_progress)
         seconds = time.perf_counter() - start
-    title = f"{path}, {len(papers)} rows, seed {options.seed}"
+    title = f"{path}, {counted(len(papers), 'row')}, seed {options.seed}"
     kept = [facts(*pair) for pair in zip(papers, answers, strict=True)]
     run = {"rows": str(path), "seconds": round(seconds, 1)}
     _tell(title, options, f"rows_{name}", run, summarise_rows(papers, answers), kept)
@@ -208,7 +210,7 @@ def _tell(
     folder = options.model or SHIPPED_MODEL
     title = f"{folder.name}: {title}"
     Console().print(report.to_table(title, scores))
-    print(f"{len(answers)} answers in {run['seconds']:.0f} s")
+    print(f"{counted(len(answers), 'answer')} in {run['seconds']:.0f} s")
     if options.output is not None:
         settings = dataclasses.asdict(options)
         settings |= {"model": str(folder), "output": str(options.output), "rows": None} | run

@@ -20,6 +20,7 @@ from qwenvl_jax.cli.opening import AnswerOptions, check_text, open_model, waitin
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.cli.outputs import check_output, first_free, numbered, save_drawn
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.words import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,8 +92,8 @@ def _run(argv: Sequence[str]) -> int:
         reply = _answer(vl, options, images)
     print(reply.text.strip())
     if not reply.is_complete:
-        count = len(reply.tokens)
-        print(f"cut after {count} tokens; --max-new-tokens allows more", file=sys.stderr)
+        count = counted(len(reply.tokens), "token")
+        print(f"cut after {count}; --max-new-tokens allows more", file=sys.stderr)
     elif not reply.text.strip():
         print("the answer is empty", file=sys.stderr)
     if reply.boxes and images:

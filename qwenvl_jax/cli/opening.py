@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwenvl_jax.config import ConfigError, MeshConfig
+from qwenvl_jax.config import ConfigError, MeshConfig, ModelConfig
 from qwenvl_jax.inference.shipped import SHIPPED_MODEL
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ class AnswerOptions:
     temperature: float | None = None
     """0 takes the likeliest word, higher varies more; 1 in a chat, 0 elsewhere."""
     top_k: int | None = None
-    """Choose among so many likeliest words; all."""
+    """Choose among so many likeliest words; all if left out."""
     top_p: float | None = None
-    """Choose among the likeliest words that hold this probability; 0.3 in a chat."""
+    """Choose among the likeliest words that hold this probability; 0.3 in a chat, else 1."""
     repetition_penalty: float | None = None
-    """Above 1 avoids words that were used; 1."""
+    """Above 1 avoids words that were used; 1 if left out."""
     seed: int = 0
     """The same seed gives the same answer."""
 
@@ -41,13 +41,34 @@ class AnswerOptions:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens must be positive: got {self.max_new_tokens}")
         check_seed(self.seed)
+        self._check_choice()
         if self.is_greedy and (self.top_k is not None or self.top_p is not None):
             raise ConfigError("--top-k and --top-p need a --temperature above 0 here")
+
+    def _check_choice(self) -> None:
+        """Raises ConfigError for a way of choosing that no request takes, by the option's name."""
+        from qwenvl_jax.inference.errors import InputError
+        from qwenvl_jax.inference.session import TextOptions
+
+        try:
+            TextOptions(**AnswerOptions.choice(self)).sampling()  # without what a dialogue adds
+        except InputError as error:
+            name, _, told = str(error).partition(" ")
+            raise ConfigError(f"--{name.replace('_', '-')} {told}") from error
 
     @property
     def is_greedy(self) -> bool:
         """Whether the likeliest word is always taken; a dialogue draws unless it is told not to."""
         return self.temperature == 0
+
+    def check_room(self, config: ModelConfig) -> None:
+        """Raises ConfigError for an answer that leaves a model no room for a prompt."""
+        most = config.decoder.max_positions - 1
+        if self.max_new_tokens is not None and self.max_new_tokens > most:
+            raise ConfigError(
+                f"--max-new-tokens must be at most {most}, within the model's context: got "
+                f"{self.max_new_tokens}"
+            )
 
     def choice(self) -> dict[str, Any]:
         """Returns the options that were given, as `VL.chat` and `VL.complete` take them."""
@@ -95,7 +116,10 @@ def open_model(options: AnswerOptions) -> "VL":
     import jax
 
     from qwenvl_jax import from_pretrained
+    from qwenvl_jax.conversion.load import read_config
     from qwenvl_jax.sharding import make_mesh
+
+    options.check_room(read_config(folder))
 
     devices = jax.devices()
     if not 1 <= options.tensor <= len(devices):

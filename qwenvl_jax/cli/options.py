@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import difflib
 import io
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, TypeVar
 
 from qwenvl_jax.config import ConfigError
 
@@ -16,6 +17,7 @@ _BOX_RULES = ({"\u2500"}, {"-"})  # the second where the terminal's encoding is 
 _BOX_ENDS = "\u256d\u2570"  # the lines with the title and the bottom
 
 _UNKNOWN = "Unrecognized options: "
+_NO_PAIRS = re.compile(r"Error parsing (\S+): Failed to parse key-value pairs!")
 _MOST_HINTS = 3
 _ALIASES = {  # what other training scripts call a setting
     "lr": "--optimizer.peak-lr",
@@ -51,8 +53,43 @@ def parse_options(
 
     _check_repeated(kind, argv)
     start = tyro.MISSING_NONPROP if default is None else default
-    with told_in_one_line([*option_names(kind, default), *more_names]):
+    rules = tyro.constructors.ConstructorRegistry()
+    if default is None:
+        rules.struct_rule(_without_none())
+    with rules, told_in_one_line([*option_names(kind, default), *more_names]):
         return tyro.cli(kind, args=list(argv), prog=prog, description=description, default=start)
+
+
+def _without_none() -> Callable[[Any], Any]:
+    """Returns a rule of tyro's by which `--help` shows no "(default: None)".
+
+    What happens without the option is in its text.
+    """
+    import tyro
+
+    no_default = tyro.conf.arg(help_behavior_hint="")
+    is_inside = False
+
+    def rule(info: Any) -> Any:
+        nonlocal is_inside
+        if is_inside or not dataclasses.is_dataclass(info.type):
+            return None
+        is_inside = True  # the usual rules answer, this one only changes what they say
+        try:
+            spec = tyro.constructors.ConstructorRegistry.get_struct_spec(info)
+        finally:
+            is_inside = False
+        if not isinstance(spec, tyro.constructors.StructConstructorSpec):
+            return spec
+        fields = (
+            dataclasses.replace(field, type=Annotated[field.type, no_default])
+            if field.default is None
+            else field
+            for field in spec.fields
+        )
+        return dataclasses.replace(spec, fields=tuple(fields))
+
+    return rule
 
 
 def _check_repeated(kind: type, argv: Sequence[str]) -> None:
@@ -129,7 +166,12 @@ def nearest_options(word: str, names: Sequence[str]) -> list[str]:
 
 
 def _with_hint(text: str, names: Sequence[str]) -> str:
-    """Returns tyro's message about unknown words with the option that was meant, if one is near."""
+    """Returns tyro's message with the option that was meant, or how one is written, if known."""
+    if found := _NO_PAIRS.match(text):
+        return (
+            f"{found[1]} takes pairs of a name and a number, with spaces between: got others; "
+            f"e.g. {found[1]} first 1 second 0.5"
+        )
     if not text.startswith(_UNKNOWN):
         return text
     words, *others = text.split("; ")
@@ -140,6 +182,13 @@ def _with_hint(text: str, names: Sequence[str]) -> str:
             "off, and without a part --name and --no-name"
         )
     unknown = next((word for word in typed if word.startswith("-")), typed[0])
+    whole = unknown.split("=")[0].replace("_", "-")
+    parts = [name for name in names if name.startswith(f"{whole}.")]
+    if parts:
+        return (
+            f"{words}; {whole} is set part by part, e.g. {parts[0]}=VALUE; parts that are not "
+            "there yet, and all of them at once, are set in the config file"
+        )
     near = nearest_options(unknown, names)
     if not near and not unknown.startswith("-"):
         return f"{words}; a text of several words needs quotes around it. {others[-1]}"

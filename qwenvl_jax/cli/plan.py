@@ -14,6 +14,7 @@ from qwenvl_jax.cli.host_memory import give_freed_memory_back
 from qwenvl_jax.cli.options import option_names, parse_options
 from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 from qwenvl_jax.files import json_text
+from qwenvl_jax.words import counted
 
 DOES_NOT_FIT = 1
 _TRAINING = "a plan without --serve"
@@ -201,7 +202,8 @@ def _search(config: TrainConfig, pod: Any, options: PlanOptions) -> int:
     fitting = [(plan.bound.scheduled, s, plan) for s, plan in found if plan.bound is not None]
     _write(options.json, [to_dict(plan) for _, plan in found])
     if not fitting:
-        print(f"\nnone of {len(found)} settings fits {pod.title}; try a larger pod")
+        tried = counted(len(found), "setting")
+        print(f"\n{tried} tried, none fits {pod.title}; try a larger pod")
         return DOES_NOT_FIT
     _, setting, plan = min(fitting, key=lambda row: row[0])
     print(f"\nfastest of {len(found)}: {setting.options()}\n\n{plan_text(plan)}", flush=True)

@@ -17,7 +17,7 @@ example: qwenvl plot runs/nano/stage1 --output stage1.png"""
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]  # its directory
-    output: str | None = None  # the PNG to write; default: RUN/curves.png
+    output: str | None = None  # the PNG to write; RUN/curves.png if left out
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from qwenvl_jax.image.decode import ImageError
 from qwenvl_jax.image.load import load_image
 from qwenvl_jax.prompt.draw import draw_boxes
 from qwenvl_jax.prompt.tokenizer import Tokenizer
+from qwenvl_jax.words import counted
 
 _STYLE = Path(__file__).parents[1] / "assets" / "sample_page.css"
 _LONGEST_SIDE = 560  # of a shown picture, in pixels
@@ -96,9 +97,9 @@ def _card(number: int, example: Example, tokenizer: Tokenizer, span: str) -> str
         for i, (image, boxes) in enumerate(zip(example.images, places, strict=True), 1)
     ]
     num_learnt = int(np.count_nonzero(example.is_target))
-    sizes = f"{len(example.ids)} tokens, {num_learnt} learnt"
+    sizes = f"{counted(len(example.ids), 'token')}, {num_learnt} learnt"
     if example.images:
-        sizes += f", {len(example.images)} picture{'s' * (len(example.images) > 1)}"
+        sizes += f", {counted(len(example.images), 'picture')}"
     if span:
         sizes += f"; {span}"
     kind = "pictures many" if len(figures) > 2 else "pictures"

@@ -6,6 +6,7 @@ from qwenvl_jax.planning.memory import CLASSES
 from qwenvl_jax.planning.plan import Plan
 from qwenvl_jax.planning.pods import GB
 from qwenvl_jax.sharding import replicated_lines
+from qwenvl_jax.words import counted
 
 ASSUMPTIONS = (
     "every token and picture slot is counted as filled, every token as scored",
@@ -63,8 +64,8 @@ def headline(plan: Plan) -> list[str]:
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     options = " ".join(f"{name}={value}" for name, value in plan.compiler_options.items())
     return [
-        f"mesh {mesh}; {plan.rows} rows in {plan.micro_batches} micro-batches; "
-        f"remat {plan.remat} (decoder, tower)",
+        f"mesh {mesh}; {counted(plan.rows, 'row')} in "
+        f"{counted(plan.micro_batches, 'micro-batch')}; remat {plan.remat} (decoder, tower)",
         f"compiled in {_seconds(plan)} with {plan.host_bytes / GB:.1f} GB of memory",
         f"compiler options: {options or 'none'}",
     ]

@@ -19,6 +19,7 @@ from qwenvl_jax.planning.memory import shard_bytes
 from qwenvl_jax.planning.pods import GB, Pod, quiet
 from qwenvl_jax.planning.work import measure
 from qwenvl_jax.sharding import decoding_axes, make_mesh, partition_spec
+from qwenvl_jax.words import counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ def _rows_first(x: Any, mesh: Mesh) -> NamedSharding:
 
 def serving_text(phases: list[Phase], load: Load, pod: Pod) -> str:
     """Returns both phases as text."""
-    lines = [f"{pod.title}: {load.rows} rows, {load.prompt} + {load.answer} tokens"]
+    lines = [f"{pod.title}: {counted(load.rows, 'row')}, {load.prompt} + {load.answer} tokens"]
     for phase in phases:
         used = phase.weights + phase.cache + phase.temporaries
         room = f"{used / GB:.2f} of {pod.chip.hbm_bytes / GB:.1f} GB a chip"

@@ -79,7 +79,7 @@ def telling_path(config: TrainConfig) -> Iterator[None]:
     except (DataError, OSError) as error:
         if not config.evaluation.path:
             raise
-        raise DataError(f"evaluation.path: {error}") from error
+        raise DataError(f"--evaluation.path: {error}") from error
 
 
 class HeldOutLoss:

@@ -10,6 +10,7 @@ from qwenvl_jax.training.memory import bytes_per_device
 from qwenvl_jax.training.optimizer import describe_plan
 from qwenvl_jax.training.run_dir import RunDir
 from qwenvl_jax.training.state import Layout
+from qwenvl_jax.words import counted
 
 
 def introduction(
@@ -31,12 +32,13 @@ def introduction(
         f"trained {size['trainable']:.3f}, frozen {size['frozen']:.3f}, "
         f"optimizer {size['optimizer']:.3f}",
         *_copied(layout),
-        f"a step: {data.rows} rows x {data.length} tokens, at most {data.max_images} pictures "
-        f"a row of {data.image_size} x {data.image_size}, {config.micro_batches} micro-batches",
+        f"a step: {counted(data.rows, 'row')} x {data.length} tokens, at most "
+        f"{counted(data.max_images, 'picture')} a row of {data.image_size} x {data.image_size}, "
+        f"{counted(config.micro_batches, 'micro-batch')}",
         *_rounds(config, round),
         expected_step_time(config, layout, run_dir.start),
         *_evaluation(config),
-        f"{config.run_dir}: {begin}, {config.steps} steps",
+        f"{config.run_dir}: {begin}, {counted(config.steps, 'step')}",
     ]
 
 
@@ -52,13 +54,15 @@ def _rounds(config: TrainConfig, round: Round | None) -> list[str]:
         return []
     rounds = config.steps * config.data.rows / round.num_rows
     seen = sorted((times * rounds, source) for source, times in round.passes.items())
+    told = f"{counted(config.steps, 'step')} see{'s' if config.steps == 1 else ''}"
     if len(seen) == 1:
-        rows = f"{round.num_rows:,} packed rows; {config.steps:,} steps see them"
-        return [f"the data: {rows} {_times(seen[0][0])} times"]
+        rows = counted(round.num_rows, "packed row")
+        whom = "it" if round.num_rows == 1 else "them"
+        return [f"the data: {rows}; {told} {whom} {_times(seen[0][0])} times"]
     (least, rarest), (most, commonest) = seen[0], seen[-1]
     return [
-        f"the data: {len(seen)} sources; {config.steps:,} steps see them {_times(least)} times "
-        f"({rarest}) to {_times(most)} times ({commonest})"
+        f"the data: {len(seen)} sources; {told} them {_times(least)} times ({rarest}) to "
+        f"{_times(most)} times ({commonest})"
     ]
 
 
@@ -80,8 +84,9 @@ def _evaluation(config: TrainConfig) -> list[str]:
     if not asked.every_steps:
         return []
     rows = config.data.rows // config.micro_batches
+    every = "every step" if asked.every_steps == 1 else f"every {asked.every_steps} steps"
     return [
-        f"every {asked.every_steps} steps: loss of {asked.batches} held-out batches of {rows} "
-        f"rows, {asked.samples} answers to samples with one picture drawn in "
+        f"{every}: loss of {counted(asked.batches, 'held-out batch')} of {counted(rows, 'row')}, "
+        f"{counted(asked.samples, 'answer')} to samples with one picture drawn in "
         f"{config.run_dir}/samples"
     ]

@@ -15,15 +15,18 @@ and everything random in it follow from (seed, step), so the resumed run equals 
 """
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from qwenvl_jax.checkpoint.store import CheckpointStore
+from qwenvl_jax.checkpoint.weights import TOKENIZER
 from qwenvl_jax.config import ConfigError, EvaluationConfig, TrainConfig, to_dict
 from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data import pipeline
@@ -34,6 +37,7 @@ from qwenvl_jax.model.attention import check_backend
 from qwenvl_jax.model.lora import is_lora, without_lora
 from qwenvl_jax.prompt.tokenizer import load_tokenizer
 from qwenvl_jax.sharding import batch_sharding, make_mesh, named_variables, platform_of
+from qwenvl_jax.training.changes import flat_fields
 from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed, HeldRows, rows_of_process
 from qwenvl_jax.training.goodput import Goodput
@@ -45,7 +49,7 @@ from qwenvl_jax.training.memory import describe_memory, explained
 from qwenvl_jax.training.plot import plot_curves
 from qwenvl_jax.training.report import Report, Seen
 from qwenvl_jax.training.run import Look, Outcome, Run
-from qwenvl_jax.training.run_dir import RunDir, flat_fields, open_run
+from qwenvl_jax.training.run_dir import RunDir, open_run
 from qwenvl_jax.training.skips import last_skipped
 from qwenvl_jax.training.state import (
     Layout,
@@ -60,9 +64,10 @@ from qwenvl_jax.training.state import (
 )
 from qwenvl_jax.training.step import Metrics, check_rows, make_train_step
 from qwenvl_jax.training.stop import StopRequest, grace
+from qwenvl_jax.words import counted
 
 _NOTHING_TO_DO = (
-    "nothing to do: this run is finished, with {steps} steps; ask for more of them with --steps=N "
+    "nothing to do: this run is finished, with {steps}; ask for more of them with --steps=N "
     "--allow-change steps, or name another run_dir to begin anew"
 )
 GivenBatches = Callable[[int], Iterator[Batch]]  # first step -> the batches from there on
@@ -125,12 +130,12 @@ def train(
         )
         stack.enter_context(closing(run))
         if begun == config.steps and not run.is_look_missed(begun):
-            report.say(_NOTHING_TO_DO.format(steps=begun))
+            report.say(_NOTHING_TO_DO.format(steps=counted(begun, "step")))
             return begun
         goodput.started()
         last_step = loop(run, stack.enter_context(StopRequest()))
         run.end(last_step)
-    _print_curves(config)
+    _print_end(config)
     return last_step
 
 
@@ -164,7 +169,8 @@ def loop(run: Run, stop: StopRequest) -> int:
         if outcome is Outcome.REWOUND:
             step = int(run.state.step)
         elif outcome is Outcome.TOO_MANY:
-            end = f"stopped after step {step}: {run.config.guard.stop_after} bad steps in a row"
+            bad = counted(config.guard.stop_after, "bad step")
+            end = f"stopped after step {step}: {bad} in a row"
             break
         elif is_last:
             break
@@ -194,9 +200,12 @@ def loop(run: Run, stop: StopRequest) -> int:
     return step
 
 
-def _print_curves(config: TrainConfig) -> None:
-    if jax.process_index() == 0:
-        print(plot_curves(config.run_dir), flush=True)
+def _print_end(config: TrainConfig) -> None:
+    if jax.process_index() > 0:
+        return
+    print(plot_curves(config.run_dir), flush=True)
+    if (Path(config.run_dir) / TOKENIZER).is_file():  # else it needs its vocabulary first
+        print(f"try it: qwenvl chat --model {shlex.quote(config.run_dir)}", flush=True)
 
 
 def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
@@ -375,7 +384,11 @@ def _check_data(config: TrainConfig) -> None:
         )
     pipeline.check_config(config.data, slots)
     if config.data.source == "rows":
-        open_sources(config.data, tokenizer)
+        try:
+            open_sources(config.data, tokenizer)
+        except DataError as error:
+            name = "mixture" if config.data.mixture else "path"
+            raise DataError(f"--data.{name}: {error}") from error
 
 
 def _configured_batches(config: TrainConfig, first_step: int, held: HeldRows) -> pipeline.Batches:

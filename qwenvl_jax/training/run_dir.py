@@ -6,12 +6,11 @@ Files that are not the run's own are left alone.
 """
 
 import contextlib
-import dataclasses
 import difflib
 import filecmp
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from qwenvl_jax.config import ConfigError, TrainConfig, to_dict
 from qwenvl_jax.data.unchanged import CONTENT, DATA, DATA_WAYS_OUT
 from qwenvl_jax.files import appearing, json_text, read_object, read_text, replace_text
 from qwenvl_jax.prompt.vocabulary import vocabulary_in
+from qwenvl_jax.training.changes import differences, flat_fields, with_newer_settings
 from qwenvl_jax.training.manifest import (
     MANIFEST,
     describe_start,
@@ -66,8 +66,6 @@ FREE_TO_CHANGE = (
     "model.remat",
     "model.vit_remat",
 )
-# Mappings that samples are drawn from, in their order.
-_ORDERED = ("data.tasks", "data.mixture")
 
 
 class RunDir:
@@ -236,56 +234,6 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
     return RunDir(config, manifest, notes, lock)
 
 
-def with_newer_settings(saved: Any, config: Any) -> Any:
-    """Returns the saved fields of a config and, of settings that they lack, the defaults.
-
-    An older version did not know them, and did what the default says.
-    """
-    if isinstance(config, tuple) and isinstance(saved, list) and len(saved) == len(config):
-        return [with_newer_settings(a, b) for a, b in zip(saved, config, strict=True)]
-    if not dataclasses.is_dataclass(config) or not isinstance(saved, Mapping):
-        return saved
-    whole = dict(saved)
-    for field in dataclasses.fields(config):
-        if field.name in saved:
-            whole[field.name] = with_newer_settings(saved[field.name], getattr(config, field.name))
-        elif field.default is not dataclasses.MISSING:
-            is_group = dataclasses.is_dataclass(field.default)
-            whole[field.name] = to_dict(field.default) if is_group else field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            whole[field.name] = field.default_factory()
-    return whole
-
-
-def differences(old: Any, new: Any, path: str = "") -> dict[str, str]:
-    """Returns dotted field -> "field: was OLD, now NEW" for every leaf that differs."""
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        if path in _ORDERED and set(old) == set(new) and list(old) != list(new):
-            return {path: f"{path}: the order was {list(old)}, now {list(new)}"}
-        found = {}
-        for key in sorted(set(old) | set(new)):
-            where = f"{path}.{key}" if path else str(key)
-            found |= differences(old.get(key), new.get(key), where)
-        return found
-    if json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True):  # tuples are lists there
-        return {}
-    return {path: f"{path}: was {old}, now {new}"}
-
-
-def flat_fields(fields: Any, path: str = "") -> dict[str, Any]:
-    """Returns dotted field -> leaf of nested dicts and sequences."""
-    if isinstance(fields, list | tuple):
-        fields = dict(enumerate(fields))
-    if not isinstance(fields, Mapping):
-        return {path: fields}
-    flat = {}
-    for key, value in fields.items():
-        flat |= flat_fields(value, f"{path}.{key}" if path else str(key))
-    return flat
-
-
 def truncate_metrics(path: Path, last_step: int) -> int:
     """Drops the lines after `last_step`, and a half-written last line; returns how many it drops.
 
@@ -330,11 +278,19 @@ def _compare(old: Any, new: Any, config: TrainConfig) -> list[str]:
     may = (*FREE_TO_CHANGE, *config.allow_change)
     wrong = {path: text for path, text in changed.items() if not _is_named(path, may)}
     if wrong:
-        names = " ".join(wrong)
+        # The table as a whole: its rows have numbers for names.
+        names = dict.fromkeys("parameters" if _is_named(x, ["parameters"]) else x for x in wrong)
+        trains = ""
+        if "parameters" in names:
+            trains = (
+                "; that serves other rates and decays only: where other parameters train than "
+                "before, begin anew from what this run has learned, with another --run-dir and "
+                f"--init={config.run_dir}"
+            )
         raise ConfigError(
             f"{config.run_dir} holds a run with other settings: {'; '.join(wrong.values())}; "
             "give these back their old values, choose another run_dir, or say that you mean it "
-            f"with --allow-change {names}"
+            f"with --allow-change {' '.join(names)}{trains}"
         )
     if "init" in changed:
         changed["init"] += " (not read: the run goes on from its own checkpoint)"

@@ -31,7 +31,7 @@ class GeneratedOptions:
     questions: tuple[str, ...] = ()
     """Collages and scenes: kinds of questions, equally likely; none given: all, as they come."""
     photos: Path | None = None
-    """Collages and documents: a folder of pictures for backgrounds."""
+    """Collages and documents: a folder of pictures, which are then half of the backgrounds."""
     side: int | None = None
     """Collages and scenes: pixels of a side; 448 and 112 if not given."""
     most_kinds: int = 4
@@ -41,7 +41,7 @@ class GeneratedOptions:
     emoji_font: Path | None = None
     """Collages: a colour font, if not this machine's."""
     objects: Path | None = None
-    """Collages: a folder of cut-out PNG files with .txt captions."""
+    """Collages: a folder of cut-out PNG files with .txt captions, objects too."""
     corpus: Path | None = None
     """Documents: a folder of text files; built-in sentences if not given."""
     fonts: Path | None = None

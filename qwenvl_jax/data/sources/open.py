@@ -22,10 +22,7 @@ def open_source(
     """
     place = Path(path)
     if not place.exists():
-        raise DataError(
-            f"no data at {str(place)!r}: expected a file or a folder; check the path "
-            "(in training, name your own with --data.path)"
-        )
+        raise DataError(f"no data at {str(place)!r}: expected a file or a folder; check the path")
     if place.is_file() and place.suffix.lower() in CONVERSATIONS:
         from qwenvl_jax.data.sources.conversations import Conversations
 
