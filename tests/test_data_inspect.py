@@ -313,7 +313,7 @@ def test_stats_cut_long_dialogues_unless_told_otherwise(capsys):
     words = ["stats", BROKEN, "--length", "400"]
     assert data.main(words) == SUCCESS
     assert re.search(
-        r"packed into \d rows .*; 1 dialogues lose their last", capsys.readouterr().out
+        r"packed into \d rows .*; cut at their last turns: 1 dialogue$", capsys.readouterr().out
     )
     assert data.main([*words, "--no-cut-turns"]) == SUCCESS
     assert "; 1 too long or with too many pictures" in capsys.readouterr().out

@@ -239,7 +239,7 @@ def _packing_line(packing: dict[str, Any]) -> str:
             f"{packing['samples_per_row']:.1f} samples a row"
         )
     if packing["cut"]:
-        line += f"; shortened by their last turns: {counted(packing['cut'], 'dialogue')}"
+        line += f"; cut at their last turns: {counted(packing['cut'], 'dialogue')}"
     if packing["too_long"]:
         line += f"; {packing['too_long']:,} too long or with too many pictures"
     return line

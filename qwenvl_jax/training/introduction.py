@@ -1,13 +1,17 @@
-"""What a person wants to know before the first step."""
+"""What a person wants to know before the first step, and after the last."""
 
+import shlex
+from pathlib import Path
 from typing import Any
 
+from qwenvl_jax.checkpoint.weights import TOKENIZER
 from qwenvl_jax.config import TrainConfig, to_dict
 from qwenvl_jax.data.mixture import Round
 from qwenvl_jax.sharding import replicated, replicated_lines
 from qwenvl_jax.training.expectation import expected_step_time
 from qwenvl_jax.training.memory import bytes_per_device
 from qwenvl_jax.training.optimizer import describe_plan
+from qwenvl_jax.training.plot import plot_curves
 from qwenvl_jax.training.run_dir import RunDir
 from qwenvl_jax.training.state import Layout
 from qwenvl_jax.words import counted
@@ -40,6 +44,13 @@ def introduction(
         *_evaluation(config),
         f"{config.run_dir}: {begin}, {counted(config.steps, 'step')}",
     ]
+
+
+def conclusion(run_dir: str) -> list[str]:
+    """Returns lines: where the curves are drawn, and the command that talks with the result."""
+    has_vocabulary = (Path(run_dir) / TOKENIZER).is_file()  # else nobody can
+    chat = [f"try it: qwenvl chat --model {shlex.quote(run_dir)}"] if has_vocabulary else []
+    return [plot_curves(run_dir), *chat]
 
 
 def _copied(layout: Layout) -> list[str]:

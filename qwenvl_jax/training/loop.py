@@ -15,18 +15,16 @@ and everything random in it follow from (seed, step), so the resumed run equals 
 """
 
 import json
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qwenvl_jax.checkpoint.store import CheckpointStore
-from qwenvl_jax.checkpoint.weights import TOKENIZER
 from qwenvl_jax.config import ConfigError, EvaluationConfig, TrainConfig, to_dict
 from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data import pipeline
@@ -44,9 +42,8 @@ from qwenvl_jax.training.goodput import Goodput
 from qwenvl_jax.training.heldout import HeldOutLoss, telling_path
 from qwenvl_jax.training.hosts import check_agreement, telling_the_lost
 from qwenvl_jax.training.incidents import Incidents, RunStopped
-from qwenvl_jax.training.introduction import introduction
+from qwenvl_jax.training.introduction import conclusion, introduction
 from qwenvl_jax.training.memory import describe_memory, explained
-from qwenvl_jax.training.plot import plot_curves
 from qwenvl_jax.training.report import Report, Seen
 from qwenvl_jax.training.run import Look, Outcome, Run
 from qwenvl_jax.training.run_dir import RunDir, open_run
@@ -98,9 +95,7 @@ def train(
         OutOfMemory: the device cannot hold the step; what is on disk is whole.
     """
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
-    mesh = make_mesh(config.mesh, devices)
-    check_backend(config.model, platform_of(mesh))
-    layout = make_layout(config, mesh)
+    layout = _layout_on(config, make_mesh(config.mesh, devices))
     open_feed = _feeds(config, layout, faults, goodput, batches)
     look = open_look(config, layout, open_page)
     # The mesh context serves sharding constraints that name mesh axes only.
@@ -200,12 +195,14 @@ def loop(run: Run, stop: StopRequest) -> int:
     return step
 
 
+def _layout_on(config: TrainConfig, mesh: Mesh) -> Layout:
+    check_backend(config.model, platform_of(mesh))
+    return make_layout(config, mesh)
+
+
 def _print_end(config: TrainConfig) -> None:
-    if jax.process_index() > 0:
-        return
-    print(plot_curves(config.run_dir), flush=True)
-    if (Path(config.run_dir) / TOKENIZER).is_file():  # else it needs its vocabulary first
-        print(f"try it: qwenvl chat --model {shlex.quote(config.run_dir)}", flush=True)
+    if jax.process_index() == 0:
+        print("\n".join(conclusion(config.run_dir)), flush=True)
 
 
 def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
