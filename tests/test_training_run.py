@@ -313,7 +313,7 @@ def elsewhere(run_dir: Path) -> None:
 
 def begun_anew(run_dir: Path) -> None:
     (run_dir / "lock").unlink()
-    opened(tiny.train_config(run_dir))
+    opened(tiny.train_config(run_dir, allow_change=("manifest",)))
 
 
 @pytest.mark.parametrize("happens", [elsewhere, shutil.rmtree, begun_anew])
@@ -520,6 +520,8 @@ def test_curve_of_a_run_with_skipped_steps(tmp_path):
 def test_curves_of_nothing_are_an_error(tmp_path, capsys):
     assert plot_main([str(tmp_path)]) == 2
     assert "is no training run" in capsys.readouterr().err
+    opened(tiny.train_config(tmp_path))  # and stopped before its first step
+    assert plot_curves(tmp_path) == f"no curves.png: {tmp_path} has no finished step yet"
     (tmp_path / "metrics.jsonl").write_text("")
     assert "has no finished step" in plot_curves(tmp_path)
 

@@ -395,5 +395,5 @@ def _check_names(where: str, wanted: Item, saved: Mapping[str, Any] | None) -> N
         raise CheckpointError(
             f"{where} does not fit this config in {len(problems)} of {len(wanted)} arrays: "
             f"{listed}; use the model sizes, `parameters` and `frozen_dtype` it was trained with; "
-            "for others start a new run with --init"
+            "for others of the last two start a new run with --init; other sizes cannot use it"
         )

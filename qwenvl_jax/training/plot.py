@@ -8,6 +8,7 @@ import numpy as np
 
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.files import read_records
+from qwenvl_jax.training.manifest import MANIFEST
 from qwenvl_jax.training.run_files import EVALUATIONS, LINES_WAYS_OUT, METRICS
 
 # Panels from the top: what is drawn, on which scale, and how high.
@@ -95,11 +96,12 @@ def _check_format(path: Path, known: Collection[str]) -> None:
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Returns the finished steps of a run that have a loss. Raises: ConfigError for none."""
     path = Path(run_dir) / METRICS
-    if not path.is_file():
+    if not path.is_file() and not (Path(run_dir) / MANIFEST).is_file():
         raise ConfigError(f"{run_dir} is no training run: it has no metrics.jsonl")
-    records = [record for record in read_lines(path) if record.get("loss") is not None]
+    lines = read_lines(path) if path.is_file() else []
+    records = [record for record in lines if record.get("loss") is not None]
     if not records:
-        raise ConfigError(f"{path} has no finished step yet")
+        raise ConfigError(f"{run_dir} has no finished step yet")
     return records
 
 
