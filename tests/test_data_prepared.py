@@ -194,6 +194,17 @@ def test_pictures_of_another_folder_are_another_preparation(tmp_path):
     assert main([*command, str(tmp_path / "red")]) == 0
 
 
+def test_a_row_whose_picture_is_missing_is_refused_for_it(tmp_path):
+    file, out = tmp_path / "my.jsonl", tmp_path / "out"
+    lines = [{"image": f"{name}.png", "question": "What?", "answer": "red"} for name in "ab"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "a.png")
+    assert main(["prepare", str(file), str(out)]) == 0
+    (refused,) = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
+    assert refused["reason"] == "picture"
+    assert f"No such file or directory: '{tmp_path / 'b.png'}'" in refused["detail"]
+
+
 def test_two_at_once_are_refused(tmp_path):
     def engine(first, jobs):
         with pytest.raises(PrepareError, match="prepared by another process"):

@@ -83,13 +83,17 @@ def check_record(record: Record) -> None:
         )
 
 
+class PictureUnreadable(DataError):
+    """A picture that a row names by its path cannot be read."""
+
+
 def encode_record(record: Record) -> bytes:
     """Returns a row as msgpack bytes, with its pictures inside.
 
     Pictures given as paths are read; those given as arrays must have been encoded before.
 
-    Raises: DataError for a row that does not fit its task, has a value that cannot be stored (half
-    of a surrogate pair), or a picture file that cannot be read.
+    Raises: DataError for a row that does not fit its task, or has a value that cannot be stored
+    (half of a surrogate pair); PictureUnreadable for a picture file that cannot be read.
     """
     check_record(record)
     images = [_image_bytes(record, image) for image in record.images]
@@ -133,4 +137,6 @@ def _image_bytes(record: Record, image: Picture) -> bytes:
     try:
         return Path(image).read_bytes()
     except (OSError, ValueError) as error:  # a name that is no path, as "a\0b", is a ValueError
-        raise DataError(f"row {record.key} has a picture that cannot be read: {error}") from error
+        raise PictureUnreadable(
+            f"row {record.key} has a picture that cannot be read: {error}"
+        ) from error

@@ -21,7 +21,13 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from qwenvl_jax.data.clean import Limits, chain, clean, picture_sizes
 from qwenvl_jax.data.example import DataError
-from qwenvl_jax.data.record import FIELDS, Record, decode_record, encode_record
+from qwenvl_jax.data.record import (
+    FIELDS,
+    PictureUnreadable,
+    Record,
+    decode_record,
+    encode_record,
+)
 from qwenvl_jax.data.sources.prepared import FORMAT, ROWS_ENDING, sizes_name
 from qwenvl_jax.data.sources.stream import Refusal, Stream
 from qwenvl_jax.data.tasks import example_of
@@ -177,6 +183,8 @@ def _stored(plan: Plan, row: Record | DataError) -> _Stored:
         return _Stored(encode_record(row), row.task, num_tokens, picture_sizes(row), changed)
     except Refusal:
         raise
+    except PictureUnreadable as error:
+        raise Refusal(row.key, "picture", str(error)) from error
     except DataError as error:
         raise Refusal(row.key, "does not fit its task", str(error)) from error
 
