@@ -370,3 +370,15 @@ def test_a_tpu_that_is_not_there_is_not_looked_for(file, before, after, tmp_path
     )
     leave_out_absent_tpu(tmp_path)
     assert os.environ.get("JAX_PLATFORMS") == after
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--temperature", "hot"], "--temperature takes FLOAT: got 'hot'"),
+        (["--max-new-tokens", "many"], "--max-new-tokens takes INT: got 'many'"),
+    ],
+)
+def test_an_option_of_another_kind_is_told_with_what_it_takes(words, told, capsys):
+    assert cli.main(["infer", *words, "What?"]) == USAGE_ERROR
+    assert capsys.readouterr().err == f"infer: {told}\n"

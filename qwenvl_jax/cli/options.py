@@ -17,6 +17,7 @@ _BOX_RULES = ({"\u2500"}, {"-"})  # the second where the terminal's encoding is 
 _BOX_ENDS = "\u256d\u2570"  # the lines with the title and the bottom
 
 _UNKNOWN = "Unrecognized options: "
+_NO_VALUE = re.compile(r"Error parsing (\S+): no type matching (\S+) could be .*? \['(.*?)'\]\.")
 _NO_PAIRS = re.compile(r"Error parsing (\S+): Failed to parse key-value pairs!")
 _MOST_HINTS = 3
 _ALIASES = {  # what other training scripts call a setting
@@ -167,6 +168,9 @@ def nearest_options(word: str, names: Sequence[str]) -> list[str]:
 
 def _with_hint(text: str, names: Sequence[str]) -> str:
     """Returns tyro's message with the option that was meant, or how one is written, if known."""
+    if found := _NO_VALUE.match(text):
+        kind = found[2].removeprefix("{None}|")
+        return f"{found[1]} takes {kind}: got {found[3]!r}"
     if found := _NO_PAIRS.match(text):
         return (
             f"{found[1]} takes pairs of a name and a number, with spaces between: got others; "
