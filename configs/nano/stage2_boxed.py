@@ -1,7 +1,7 @@
 """Stage 2 of the small model, on from `stage2_patches`: new collages to be named, most with boxes.
 
-    configs/nano/rows.sh boxed
-    python train.py configs/nano/stage2_boxed.py --model.dtype float32
+configs/nano/rows.sh boxed
+python train.py configs/nano/stage2_boxed.py --model.dtype float32
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ import difflib
 import filecmp
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,16 @@ FREE_TO_CHANGE = (
     "model.remat",
     "model.vit_remat",
 )
+# What decides the shapes of the weights, which a run cannot change, nor one that begins from it.
+SIZES = (
+    *(f"model.vision.{x}" for x in ("width", "num_layers", "num_heads", "mlp_dim", "patch_size")),
+    "model.vision.table_side",
+    *(f"model.adapter.{x}" for x in ("num_queries", "num_heads")),
+    *(f"model.decoder.{x}" for x in ("width", "num_layers", "num_heads", "head_dim", "mlp_dim")),
+    "model.decoder.vocab_size",
+)
+# What decides the arrays that a checkpoint holds beside those: one that begins from a run may.
+OF_A_NEW_RUN = ("model.lora.rank", "model.lora.targets", "frozen_dtype")
 
 
 class RunDir:
@@ -278,23 +288,38 @@ def _compare(old: Any, new: Any, config: TrainConfig) -> list[str]:
     may = (*FREE_TO_CHANGE, *config.allow_change)
     wrong = {path: text for path, text in changed.items() if not _is_named(path, may)}
     if wrong:
-        # The table as a whole: its rows have numbers for names.
-        names = dict.fromkeys("parameters" if _is_named(x, ["parameters"]) else x for x in wrong)
-        trains = ""
-        if "parameters" in names:
-            trains = (
-                "; that serves other rates and decays only: where other parameters train than "
-                "before, begin anew from what this run has learned, with another --run-dir and "
-                f"--init={config.run_dir}"
-            )
         raise ConfigError(
             f"{config.run_dir} holds a run with other settings: {'; '.join(wrong.values())}; "
-            "give these back their old values, choose another run_dir, or say that you mean it "
-            f"with --allow-change {' '.join(names)}{trains}"
+            f"{_ways_out(wrong, config.run_dir)}"
         )
     if "init" in changed:
         changed["init"] += " (not read: the run goes on from its own checkpoint)"
     return [f"changed since the last start: {text}" for text in changed.values()]
+
+
+def _ways_out(wrong: Collection[str], run_dir: str) -> str:
+    """Returns what to do about settings that are not those of the run."""
+    # The table as a whole: its rows have numbers for names.
+    names = list(dict.fromkeys("parameters" if _is_named(x, ["parameters"]) else x for x in wrong))
+    sizes = [name for name in names if _is_named(name, SIZES)]
+    kinds = [name for name in names if _is_named(name, OF_A_NEW_RUN)]
+    others = [name for name in names if name not in (*sizes, *kinds)]
+    ways = ["give these back their old values", "choose another run_dir"]
+    if others:
+        ways.append(f"say that you mean it with --allow-change {' '.join(others)}")
+    told = f"{', '.join(ways[:-1])}{',' if others else ''} or {ways[-1]}"
+    if sizes:
+        return f"{told}; no run can begin from weights of another {', '.join(sizes)}"
+    cases = [f"for another {', '.join(kinds)}"] if kinds else []
+    if "parameters" in others:
+        told += "; that serves other rates and decays only"
+        cases.append("where other parameters train than before")
+    if not cases:
+        return told
+    return (
+        f"{told}; {' and '.join(cases)} begin anew from what this run has learned, with another "
+        f"--run-dir and --init={run_dir}"
+    )
 
 
 def _compare_inputs(
