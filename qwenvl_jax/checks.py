@@ -26,8 +26,13 @@ def check_types(settings: type, values: Mapping[str, Any]) -> None:
     kinds = _kinds(settings)
     for name, value in values.items():
         if not _fits(value, kinds[name]):
+            got, place = value, ""
+            if get_origin(kinds[name]) is tuple and isinstance(value, tuple):
+                item = get_args(kinds[name])[0]
+                at = next(i for i, x in enumerate(value) if not _fits(x, item))
+                got, place = value[at], f" as {name}[{at}]"
             raise ConfigError(
-                f"{settings.__name__}.{name} must be {_told(kinds[name])}: got {value!r:.200}"
+                f"{settings.__name__}.{name} must be {_told(kinds[name])}: got {got!r:.200}{place}"
             )
 
 

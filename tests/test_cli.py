@@ -1,5 +1,6 @@
 """What a person sees at the terminal: help, unknown commands, and errors as one line."""
 
+import dataclasses
 import os
 import shlex
 import signal
@@ -53,6 +54,27 @@ def test_help_says_what_happens_without_an_option(name, capsys):
     assert "(default: None)" not in told
     assert "left out" in told
     assert "(default: 1)" in told or name in ("demo", "plot", "data inspect")
+
+
+HELP = {
+    "eval": "Markdown, and all scores and answers as JSON; nothing is written if left out.",
+    "data lint": "rows that do not fit are found by it, and not looked for if left out.",
+    "data prepare": "Cleaning of captions: web, academic, or single rules in order.",
+    "train configs/nano/stage1.py": "settings that this start may change, of a run begun before",
+    "convert import": "the source and the new folder; with --vit and --llm the new folder alone",
+}
+
+
+@pytest.mark.parametrize("name", HELP)
+def test_help_of_an_option_is_one_paragraph_without_an_empty_default(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100" if name.startswith("train") else "250")
+    with pytest.raises(SystemExit):
+        cli.main([*name.split(), "--help"])
+    told = capsys.readouterr().out
+    line = next(line for line in told.splitlines() if HELP[name] in line)
+    assert line.rstrip("\u2502 ").endswith(HELP[name])
+    assert "(default: )" not in told
+    assert "(default: None)" not in told or name.startswith("train")
 
 
 def test_no_command_is_help_and_an_error(capsys):
@@ -377,8 +399,54 @@ def test_a_tpu_that_is_not_there_is_not_looked_for(file, before, after, tmp_path
     [
         (["--temperature", "hot"], "--temperature takes FLOAT: got 'hot'"),
         (["--max-new-tokens", "many"], "--max-new-tokens takes INT: got 'many'"),
+        (["--tensor", "many"], "--tensor takes INT: got 'many'"),
     ],
 )
 def test_an_option_of_another_kind_is_told_with_what_it_takes(words, told, capsys):
     assert cli.main(["infer", *words, "What?"]) == USAGE_ERROR
     assert capsys.readouterr().err == f"infer: {told}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("convert export a b --dtype bf16", "got 'bf16'; did you mean bfloat16?"),
+        ("eval --dtype fp32", "got 'fp32'; did you mean float32?"),
+        ("eval --form all", "--form takes one of task, chat, both: got 'all'"),
+    ],
+)
+def test_a_choice_that_is_none_is_told_with_the_nearest(words, told, capsys):
+    assert cli.main(words.split()) == USAGE_ERROR
+    error = capsys.readouterr().err
+    assert error.endswith(f"{told}\n")
+    assert "takes one of" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "train configs/nano/stage1.py --model.lora.rank=2 --model.lora.targets=vit.*,*.attn.*",
+            "--model.lora.targets takes names with spaces between: got 'vit.*,*.attn.*'; write "
+            "--model.lora.targets vit.* *.attn.*",
+        ),
+        ("train configs/nano/stage1.py --skip-steps 3:4,5:6", "write --skip-steps 3:4 5:6"),
+        ("data prepare a b --rules web,academic", "write --rules web academic"),
+        (
+            "data prepare scenes b --generated.tasks=caption,vqa",
+            "write --generated.tasks caption v",
+        ),
+    ],
+)
+def test_names_that_are_joined_by_commas_are_told_apart(words, told, capsys):
+    assert cli.main(words.split()) == USAGE_ERROR
+    assert told in capsys.readouterr().err
+
+
+def test_other_texts_may_hold_commas():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Texts:
+        tags: tuple[str, ...] = ()
+
+    words = ["--tags", "<a,b>", "red, or green", ","]
+    assert parse_options(Texts, words, "t").tags == tuple(words[1:])

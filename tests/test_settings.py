@@ -54,6 +54,14 @@ def test_values_of_the_right_type_are_taken():
         ({"maybe": "c"}, "Whole.maybe must be one of 'a', 'b' or None: got 'c'"),
         ({"words": "x"}, "Whole.words must be a tuple, each item text: got 'x'"),
         ({"words": ("x", 1)}, "Whole.words must be a tuple, each item text"),
+        (
+            {"words": ("x", 1, 2)},
+            "Whole.words must be a tuple, each item text: got 1 as words[1]",
+        ),
+        (
+            {"parts": (Part(), 3)},
+            "Whole.parts must be a tuple, each item a Part: got 3 as parts[1]",
+        ),
         ({"shares": {"x": "1"}}, "Whole.shares must be a dict, each key text and each value a num"),
         ({"shares": None}, "Whole.shares must be a dict"),
         ({"part": {"side": 2}}, "Whole.part must be a Part: got {'side': 2}"),

@@ -394,7 +394,6 @@ def _check_names(where: str, wanted: Item, saved: Mapping[str, Any] | None) -> N
         listed = "; ".join(problems[:5]) + (" ..." if len(problems) > 5 else "")
         raise CheckpointError(
             f"{where} does not fit this config in {len(problems)} of {len(wanted)} arrays: "
-            f"{listed}; use the model sizes, `lora`, `parameters` and `frozen_dtype` it was trained "
-            "with; for others of the last three start a new run with --init; other sizes cannot "
-            "use it"
+            f"{listed}; use the model sizes, `lora`, `parameters` and `frozen_dtype` of its run; "
+            "for others of the last three start a new run with --init; other sizes cannot use it"
         )

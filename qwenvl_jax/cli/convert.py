@@ -107,14 +107,19 @@ def _parse(command: Callable[..., None], words: Sequence[str], prog: str) -> Cal
         return tyro.cli(bind, args=list(words), prog=prog)
 
 
+def _optional(metavar: str) -> Any:
+    """Returns how `--help` shows what may be left out: what happens then is in its text."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
 def import_(
-    folders: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="[SRC] DST")],
+    folders: Annotated[tuple[Path, ...], _optional("[SRC] DST")],
     /,
-    vit: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
-    llm: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
-    lora: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None,
-    num_queries: int | None = None,
-    seed: int | None = None,
+    vit: Annotated[Path | None, _optional("FOLDER")] = None,
+    llm: Annotated[Path | None, _optional("FOLDER")] = None,
+    lora: Annotated[Path | None, _optional("FOLDER")] = None,
+    num_queries: Annotated[int | None, _optional("INT")] = None,
+    seed: Annotated[int | None, _optional("INT")] = None,
 ) -> None:
     """Writes our weights folder. Example: convert.py import Qwen-VL-Chat weights/chat
 
@@ -123,8 +128,8 @@ def import_(
         vit: an OpenCLIP folder with its tower (ViT-bigG-14) and open_clip_config.json
         llm: a Qwen-7B folder
         lora: a PEFT adapter trained on SRC (adapter_config.json, adapter_model.*), to be added
-        num_queries: picture embeddings of the new adapter, a square number (256)
-        seed: of the new adapter's random weights (0)
+        num_queries: picture embeddings of the new adapter, a square number; 256 if left out
+        seed: of the new adapter's random weights; 0 if left out
     """
     from qwenvl_jax.conversion.load import is_run
     from qwenvl_jax.conversion.run import import_parts, import_released, import_run
@@ -174,7 +179,7 @@ def export(
     /,
     shard_size: str = "2GB",
     dtype: Literal["keep", "bfloat16", "float32"] = "keep",
-    like: Annotated[Path | None, tyro.conf.arg(metavar="RELEASED")] = None,
+    like: Annotated[Path | None, _optional("RELEASED")] = None,
 ) -> None:
     """Writes a released folder. Example: convert.py export weights/mine Mine --like Qwen-VL-Chat
 

@@ -18,7 +18,14 @@ _BOX_ENDS = "\u256d\u2570"  # the lines with the title and the bottom
 
 _UNKNOWN = "Unrecognized options: "
 _NO_VALUE = re.compile(r"Error parsing (\S+): no type matching (\S+) could be .*? \['(.*?)'\]\.")
+_NO_NUMBER = re.compile(
+    r"Error parsing (\S+): .*?(?:to float|base 10): '(.*?)'; Argument helptext: \S+ (\S+)"
+)
+_NO_CHOICE = re.compile(
+    r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?),?\)"
+)
 _NO_PAIRS = re.compile(r"Error parsing (\S+): Failed to parse key-value pairs!")
+_NAMES_JOINED = re.compile(r"[\w.*?:@\[\]-]+(,[\w.*?:@\[\]-]+)+")
 _MOST_HINTS = 3
 _ALIASES = {  # what other training scripts call a setting
     "lr": "--optimizer.peak-lr",
@@ -47,29 +54,38 @@ def parse_options(
     wrong one may be near to. `--help` prints and exits, as everywhere.
 
     Raises:
-        ConfigError: an option that does not exist (with the nearest name), does not fit, or comes
-            twice.
+        ConfigError: an option that does not exist (with the nearest name), does not fit, comes
+            twice, or has names with commas between them.
     """
     import tyro
 
     _check_repeated(kind, argv)
     start = tyro.MISSING_NONPROP if default is None else default
     rules = tyro.constructors.ConstructorRegistry()
-    if default is None:
-        rules.struct_rule(_without_none())
+    rules.struct_rule(_told_well(is_none_told=default is not None))
     with rules, told_in_one_line([*option_names(kind, default), *more_names]):
-        return tyro.cli(kind, args=list(argv), prog=prog, description=description, default=start)
+        options = tyro.cli(kind, args=list(argv), prog=prog, description=description, default=start)
+    _check_joined(options)
+    return options
 
 
-def _without_none() -> Callable[[Any], Any]:
-    """Returns a rule of tyro's by which `--help` shows no "(default: None)".
+def _told_well(is_none_told: bool) -> Callable[[Any], Any]:
+    """Returns a rule of tyro's for what `--help` says of an option.
 
-    What happens without the option is in its text.
+    Its text is one paragraph, however it is written, and an empty default is not shown. Without
+    `is_none_told` neither is "(default: None)": what happens then is in the text.
     """
     import tyro
 
     no_default = tyro.conf.arg(help_behavior_hint="")
     is_inside = False
+
+    def told(field: Any) -> Any:
+        is_hidden = field.default in ((), {}) or (field.default is None and not is_none_told)
+        kind = Annotated[field.type, no_default] if is_hidden else field.type
+        return dataclasses.replace(
+            field, type=kind, helptext=lambda: _one_paragraph(field.helptext)
+        )
 
     def rule(info: Any) -> Any:
         nonlocal is_inside
@@ -82,15 +98,14 @@ def _without_none() -> Callable[[Any], Any]:
             is_inside = False
         if not isinstance(spec, tyro.constructors.StructConstructorSpec):
             return spec
-        fields = (
-            dataclasses.replace(field, type=Annotated[field.type, no_default])
-            if field.default is None
-            else field
-            for field in spec.fields
-        )
-        return dataclasses.replace(spec, fields=tuple(fields))
+        return dataclasses.replace(spec, fields=tuple(map(told, spec.fields)))
 
     return rule
+
+
+def _one_paragraph(text: str | Callable[[], str | None] | None) -> str | None:
+    told = text() if callable(text) else text
+    return told and " ".join(told.split())
 
 
 def _check_repeated(kind: type, argv: Sequence[str]) -> None:
@@ -107,6 +122,20 @@ def _check_repeated(kind: type, argv: Sequence[str]) -> None:
     for name in names:
         if names.count(name) > 1 and name not in gathers:
             raise ConfigError(f"{name} is there twice: give it once, with all its values behind it")
+
+
+def _check_joined(options: Any, prefix: str = "--") -> None:
+    """Raises ConfigError where names that are words of their own have commas between them."""
+    for field in dataclasses.fields(options):
+        name, value = prefix + field.name.replace("_", "-"), getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_joined(value, f"{name}.")
+        elif field.type == tuple[str, ...]:
+            for word in filter(_NAMES_JOINED.fullmatch, value):
+                raise ConfigError(
+                    f"{name} takes names with spaces between: got {word!r}; write "
+                    f"{name} {word.replace(',', ' ')}"
+                )
 
 
 @contextlib.contextmanager
@@ -171,6 +200,14 @@ def _with_hint(text: str, names: Sequence[str]) -> str:
     if found := _NO_VALUE.match(text):
         kind = found[2].removeprefix("{None}|")
         return f"{found[1]} takes {kind}: got {found[3]!r}"
+    if found := _NO_NUMBER.match(text):
+        return f"{found[1]} takes {found[3]}: got {found[2]!r}"
+    if found := _NO_CHOICE.match(text):
+        got, option, listed = found.groups()
+        choices = [choice.strip(" '") for choice in listed.split(",")]
+        near = difflib.get_close_matches(got, choices, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{option} takes one of {', '.join(choices)}: got {got!r}{hint}"
     if found := _NO_PAIRS.match(text):
         return (
             f"{found[1]} takes pairs of a name and a number, with spaces between: got others; "
