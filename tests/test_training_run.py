@@ -24,11 +24,12 @@ from qwenvl_jax.checkpoint.store import CheckpointError, CheckpointStore, restor
 from qwenvl_jax.cli.config_file import load_config, read_config
 from qwenvl_jax.cli.options import option_names
 from qwenvl_jax.cli.plot import main as plot_main
-from qwenvl_jax.cli.train import main
+from qwenvl_jax.cli.train import check_init, main
 from qwenvl_jax.config import ConfigError, LoraConfig, MeshConfig, OptimizerConfig, to_dict
 from qwenvl_jax.data.example import TASKS, DataError
 from qwenvl_jax.data.pipeline import check_config
 from qwenvl_jax.files import Lines
+from qwenvl_jax.inference.shipped import SHIPPED_MODEL
 from qwenvl_jax.presets import stage_2, stage_3
 from qwenvl_jax.sharding import batch_sharding, make_mesh
 from qwenvl_jax.training.changes import differences, with_newer_settings
@@ -615,6 +616,21 @@ def test_weights_that_are_not_there_are_told_before_their_vocabulary(tmp_path, c
     (tmp_path / "qwen.tiktoken").touch()
     assert main([tuned, "--init=weights/nowhere", f"--run-dir={tmp_path}"]) == 2
     assert f"goes on from its own checkpoint with --init={tmp_path}" in capsys.readouterr().err
+
+
+def test_weights_of_other_sizes_are_told_before_their_vocabulary(tmp_path):
+    tuned = str(TESTS.parent / "configs" / "finetune.py")
+    config = read_config(tuned, [f"--init={SHIPPED_MODEL}", f"--run-dir={tmp_path}"])
+    with pytest.raises(ConfigError) as refusal:
+        check_init(config)
+    told = str(refusal.value)
+    assert told.startswith(f"init: {str(SHIPPED_MODEL)!r} holds a model of other sizes: ")
+    assert "model.vision.width is 160 there and 1664 here" in told
+    assert re.search(r", and \d+ more; name one of these sizes with --init", told)
+    small = str(TESTS.parent / "configs" / "nano" / "finetune.py")
+    check_init(read_config(small, [f"--init={SHIPPED_MODEL}", f"--run-dir={tmp_path}"]))
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    check_init(config)  # weights are not read from there
 
 
 def test_the_vocabulary_comes_with_the_weights_where_none_is_named(config_file):

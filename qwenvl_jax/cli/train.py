@@ -15,7 +15,7 @@ from qwenvl_jax.cli.errors import (
     run_command,
 )
 from qwenvl_jax.cli.host_memory import computes_on_cpu, keep_freed_memory, share_one_pool
-from qwenvl_jax.config import ConfigError, TrainConfig
+from qwenvl_jax.config import ConfigError, ModelConfig, TrainConfig, to_dict
 
 _USAGE = """usage: python train.py CONFIG [--a.b=c ...]
 
@@ -31,6 +31,7 @@ begun go on with another value of a setting.
 exit codes: 0 finished, or saved on request; 2 a wrong command, setting or directory
 """
 
+_MOST_SIZES = 3  # that a message names
 # After how long without a sign of life a process counts as dead, and the others end.
 _HEARTBEAT_SECONDS = 30
 # For how long a process that has finished waits for the others.
@@ -114,7 +115,31 @@ def check_init(config: TrainConfig) -> None:
         raise ConfigError(f"init: there is no folder {init!r}: {way_out}")
     from qwenvl_jax.conversion.load import read_config as read_model_config
 
-    read_model_config(init)  # before its vocabulary is asked for: what is no model has none
+    found = read_model_config(init)  # before its vocabulary is asked for: what is no model has none
+    if not any(Path(config.run_dir, "checkpoints").glob("[0-9]*")):
+        _check_sizes(config, found)
+
+
+def _check_sizes(config: TrainConfig, found: ModelConfig) -> None:
+    """Raises ConfigError where the model of `init` is of other sizes than the run's.
+
+    Before the vocabularies are compared: those of two models are of two sizes as well.
+    """
+    from qwenvl_jax.training.changes import flat_fields
+    from qwenvl_jax.training.run_dir import SIZES
+
+    there, here = (flat_fields({"model": to_dict(model)}) for model in (found, config.model))
+    other = [
+        f"{name} is {there[name]} there and {here[name]} here"
+        for name in SIZES
+        if there[name] != here[name]
+    ]
+    if other:
+        more = f", and {len(other) - _MOST_SIZES} more" if len(other) > _MOST_SIZES else ""
+        raise ConfigError(
+            f"init: {config.init!r} holds a model of other sizes: {', '.join(other[:_MOST_SIZES])}"
+            f"{more}; name one of these sizes with --init, or take a config of those"
+        )
 
 
 def join_cluster() -> None:
