@@ -327,6 +327,26 @@ def test_a_run_gives_the_slots_of_its_model(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["slots"] == 36
 
 
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ("[]", "config.json is damaged: expected an object, got []; give --slots, or mend it"),
+        ("{", "config.json is not readable as JSON: "),
+        ('{"visual": {"n_queries": 0}}', "positive whole number as visual.n_queries, got 0; give"),
+        ('{"adapter": {"num_queries": true}}', "number as adapter.num_queries, got True; give"),
+        ('{"model": {"adapter": {"num_queries": "36"}}}', "adapter.num_queries, got '36'; give"),
+    ],
+)
+def test_a_damaged_config_does_not_give_the_slots(config, told, tmp_path, capsys):
+    (tmp_path / "qwen.tiktoken").write_bytes(Path(NANO, "qwen.tiktoken").read_bytes())
+    (tmp_path / "config.json").write_text(config)
+    words = ["stats", SHELF, "--tokenizer", str(tmp_path), "--json"]
+    assert data.main(words) == USAGE_ERROR
+    assert told in capsys.readouterr().err
+    assert data.main([*words, "--slots", "9"]) == SUCCESS
+    assert json.loads(capsys.readouterr().out)["slots"] == 9
+
+
 def sizes_of(tokens: list[int], pictures: list[int]) -> RowSizes:
     tokens_N, pictures_N = np.array(tokens, np.int32), np.array(pictures, np.int32)
     return RowSizes(

@@ -181,12 +181,16 @@ def test_curves_have_a_line_for_each_task(tmp_path):
     lines = {line.get_label(): line.get_xydata().tolist() for line in panel.get_lines()}
     assert lines == {"ocr": [[2, 1.0]], "vqa": [[1, 3.0], [2, 2.0]]}
 
-    for name, lines in (("with", records), ("without", [record_of(1), record_of(2)])):
+    runs = {"several": records, "one": [record_of(1, vqa=3.0), record_of(2, vqa=2.0)]}
+    for name, lines in (runs | {"none": [record_of(1), record_of(2)]}).items():
         (tmp_path / name).mkdir()
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / name / "metrics.jsonl").write_text(text)
-    sizes = [Image.open(draw_curves(tmp_path / name)).size for name in ("with", "without")]
-    assert sizes[0][1] > 1.4 * sizes[1][1]  # one panel more
+    several, one, none = (
+        Image.open(draw_curves(tmp_path / name)).size for name in ("several", "one", "none")
+    )
+    assert several[1] > 1.4 * none[1]  # one panel more
+    assert one == none
 
 
 def test_a_short_run_has_whole_steps_and_no_mean_of_one(tmp_path, monkeypatch):

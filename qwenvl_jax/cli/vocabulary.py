@@ -1,13 +1,14 @@
 """Which vocabulary a data command counts tokens with, and how many slots a picture takes in it."""
 
-import json
 from pathlib import Path
 
 from qwenvl_jax.cli.opening import SHIPPED_MODEL
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.files import read_object
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 
 RELEASED_SLOTS = 256
+_WAYS_OUT = "give --slots, or mend it"
 
 
 def open_tokenizer(path: Path | None, slots: int | None) -> Tokenizer:
@@ -28,16 +29,16 @@ def _configured_slots(place: Path) -> int | None:
     file = place / "config.json"
     if not file.is_file():
         return None
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}; give --slots, or mend it") from error
-    if not isinstance(config, dict):
-        return None
+    config = read_object(file, _WAYS_OUT)
     model = config.get("model")  # a run's config has the model's inside
     parts = model if isinstance(model, dict) else config
     for part, name in (("visual", "n_queries"), ("adapter", "num_queries")):
         found = parts.get(part)
-        if isinstance(found, dict) and isinstance(found.get(name), int):
+        if isinstance(found, dict) and name in found:
+            if type(found[name]) is not int or found[name] <= 0:
+                raise ConfigError(
+                    f"{file} is damaged: expected a positive whole number as {part}.{name}, got "
+                    f"{found[name]!r:.60}; {_WAYS_OUT}"
+                )
             return found[name]
     return None

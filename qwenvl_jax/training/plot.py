@@ -11,10 +11,11 @@ from qwenvl_jax.files import read_records
 from qwenvl_jax.training.manifest import MANIFEST
 from qwenvl_jax.training.run_files import EVALUATIONS, LINES_WAYS_OUT, METRICS
 
+_BY_TASK = "loss by task"
 # Panels from the top: what is drawn, on which scale, and how high.
 PANELS = {
     "loss": ("linear", 2),
-    "loss by task": ("linear", 2),
+    _BY_TASK: ("linear", 2),
     "lr": ("linear", 1),
     "grad_norm": ("log", 1),
 }
@@ -35,7 +36,7 @@ def plot_curves(run_dir: str | Path) -> str:
 def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     """Returns the path of the PNG: loss, loss by task, rate and gradient norm by step.
 
-    A run whose batches have no tasks has no such panel.
+    The loss of a run with one task, or none, is that by task: it has no such panel.
 
     Raises:
         ConfigError: the directory has no metrics.jsonl with a finished step, or a damaged one; or
@@ -52,7 +53,7 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     records = read_metrics(run_dir)
     path = Path(output or Path(run_dir) / "curves.png")
     tasks = tasks_of(records)
-    shown = {name: form for name, form in PANELS.items() if tasks or name != "loss by task"}
+    shown = {name: form for name, form in PANELS.items() if name != _BY_TASK or len(tasks) > 1}
     heights = [height for _, height in shown.values()]
     figure, panels = plt.subplots(
         len(shown),
@@ -64,7 +65,7 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     )
     _check_format(path, figure.canvas.get_supported_filetypes())
     for panel, (name, (scale, _)) in zip(panels, shown.items(), strict=True):
-        if name == "loss by task":
+        if name == _BY_TASK:
             draw_tasks(panel, records, tasks)
         else:
             draw_series(panel, records, name)
