@@ -330,6 +330,22 @@ def test_a_row_that_was_mended_is_used_again_but_not_by_a_run_that_began_without
         first(1)
     first(1, allow_change=("data",))
     first(1)
+    assert list(listed(tmp_path)) == ["any[2]"]  # what has been is not taken back
+
+
+def test_rows_that_an_allowed_change_makes_unusable_are_listed_too(tmp_path, monkeypatch):
+    rows = [caption(f"good {number}", encoded(number)) for number in range(4)]
+    config = data_config(path="any", max_bad_fraction=0.9)
+
+    def first(step, rows, **changes):
+        use(monkeypatch, rows)
+        return next(batches(config, 0, step, slots=SLOTS, folder=tmp_path, **changes))
+
+    first(0, [*rows, caption("bad", text="")])
+    first(1, [*rows, caption("bad", text=""), caption("worse", text="")], allow_change=("data",))
+    first(2, [*rows, caption("bad", text=""), caption("worse", text="")])
+    steps = {key: line["step"] for key, line in listed(tmp_path).items()}
+    assert steps == {"bad": 0, "worse": 1}
 
 
 def test_a_list_waits_for_room_on_the_disk(tmp_path, capsys):

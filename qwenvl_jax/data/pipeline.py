@@ -168,10 +168,9 @@ def batches(
             kept.check(fingerprint(config, tokenizer, sources), contents(config, sources))
         opened = open_rows(config, tokenizer, seed, sources)
         if kept:
-            kept.check_usable(opened)
+            if kept.check_usable(opened) and share.process == 0:
+                tally.list(first_step, unusable_rows(opened, tokenizer, config))
             digests = kept.digests
-        if first_step == 0 and share.process == 0:
-            tally.list(0, unusable_rows(opened, tokenizer, config))
         # Decoding leaves Python's lock alone; drawing scenes does not.
         num_threads = 1 if config.num_workers else min(_num_cores(), _MAX_THREADS)
         make = RowMaker(config, tokenizer, opened, rows, canvases)

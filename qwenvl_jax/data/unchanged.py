@@ -55,8 +55,10 @@ class KeptData:
                 f"{self._ways_out(name)}"
             )
 
-    def check_usable(self, opened: OpenRows) -> None:
-        """Keeps what is so now, for later starts, once the rows have been looked at.
+    def check_usable(self, opened: OpenRows) -> bool:
+        """Returns whether other rows cannot be used than at the last start, or this is the first.
+
+        Keeps what is so now, for later starts, once the rows have been looked at.
 
         Raises: ConfigError where other rows cannot be used, and it is not for other settings.
         """
@@ -66,12 +68,13 @@ class KeptData:
             num = sum(map(len, opened.unusable.values()))
             raise ConfigError(
                 f"the rows that cannot be used are not those of when {self._folder} began: got "
-                f"{num} now, expected those that its {QUARANTINE} lists for step 0; later steps "
-                f"would hold other samples: {self._ways_out(CONTENT)}"
+                f"{num} now, expected those that its {QUARANTINE} lists for step 0, or since a "
+                f"change; later steps would hold other samples: {self._ways_out(CONTENT)}"
             )
         kept = self._before | self._now
         if not self._process and kept != self._before:
             replace_text(self._folder / DATA, json.dumps(kept) + "\n")
+        return self._before.get("unusable") != now
 
     @property
     def digests(self) -> dict[str, str]:
