@@ -142,12 +142,11 @@ class ModelConfig(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.attention_block < 128 or self.attention_block % 128:
-            raise ConfigError(
-                "ModelConfig.attention_block must be a multiple of 128, the lanes of a TPU "
-                f"register: got {self.attention_block}"
-            )
-        positive(self, "image_size")
+        positive(self, "image_size", "attention_block")
+        multiple("ModelConfig.attention_block", self.attention_block, "the lanes of a TPU", 128)
+        if self.attention_backend not in ("auto", "splash"):
+            other = f"attention_backend={self.attention_backend!r}; set 'auto' or 'splash'"
+            unused(self, "ModelConfig", ["attention_block"], other)
         if self.adapter.num_queries > self.decoder.max_positions - 2:
             raise ConfigError(
                 "adapter.num_queries, and two, must not exceed decoder.max_positions: got "

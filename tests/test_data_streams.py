@@ -498,6 +498,11 @@ def test_a_folder_of_tars_is_prepared_by_the_command(tmp_path, capsys):
     assert "mended by rule: strip_html 3" in shown.out
     assert "refused, see" in shown.out
     assert "3 of 3 shards, 3 rows, 3 refused" in shown.err
+    assert "not checked" not in shown.out
+    words[1] = str(tmp_path / "unchecked")
+    assert main(["prepare", *words]) == 0
+    told = "whether rows fit their tasks was not checked: give --tokenizer for that\n"
+    assert capsys.readouterr().out.endswith(told)
     rows = Prepared(tmp_path / "out")
     assert [rows[i].fields["text"] for i in range(3)] == ["a red star"] * 3
     assert main(["prepare", str(tmp_path / "in"), str(tmp_path / "few"), "--limit", "1"]) == 0

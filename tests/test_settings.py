@@ -78,6 +78,7 @@ IDLE = {
     "--model.lora.alpha=32": "LoraConfig.alpha has no effect: got 32.0 together with rank=0",
     "--model.vision.window-side=8": "VisionConfig.window_side has no effect: got 8 together",
     "--model.vision.global-every=2": "VisionConfig.global_every has no effect: got 2 together with",
+    "--model.attention-block=256": "ModelConfig.attention_block has no effect: got 256 together",
     "--guard.rewind-margin=5": "GuardConfig.rewind_margin has no effect: got 5 together",
     "--guard.spike=off --guard.spike-sigmas=4": "GuardConfig.spike_sigmas has no effect: got 4.0",
 }
@@ -92,6 +93,10 @@ def test_a_setting_that_would_do_nothing_is_refused(words):
         attention="window", window_side=8, global_every=2,
     )  # fmt: skip
     guard = GuardConfig(spike="rewind", spike_sigmas=4.0, rewind_margin=5)
+    model = read_config(
+        "configs/nano/stage1.py", ["--model.attention-backend=auto", "--model.attention-block=256"]
+    ).model
+    assert model.attention_block == 256
     lora = LoraConfig(rank=2, alpha=32.0, targets=("vit.*",), dropout=0.1)
     assert (vision.window_side, guard.rewind_margin, lora.alpha) == (8, 5, 32.0)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -21,10 +22,12 @@ from qwenvl_jax.presets import qwen_vl, released_finetune, stage_1, stage_2, sta
 from qwenvl_jax.sharding import BATCH_AXES, batch_sharding, make_mesh, named_variables
 from qwenvl_jax.training import optimizer
 from qwenvl_jax.training.guard import REASONS
+from qwenvl_jax.training.loop import train
 from qwenvl_jax.training.loss import by_task, next_token_loss, sum_up
 from qwenvl_jax.training.optimizer import describe_plan, learning_rate, plan_parameters
 from qwenvl_jax.training.state import (
     TrainState,
+    check_frozen_dtype,
     from_items,
     make_layout,
     random_weights,
@@ -350,6 +353,16 @@ def test_frozen_parts_take_no_memory_for_gradients_or_moments():
     frozen_arguments, frozen_temporaries, frozen = compiled_bytes(stage_1())
     assert arguments - frozen_arguments == 2 * (frozen - fixed), "both moments are gone"
     assert temporaries - frozen_temporaries > 0.9 * (frozen - fixed), "so is the gradient"
+
+
+def test_a_dtype_for_what_does_not_train_is_refused_where_all_trains():
+    for table, told in ((stage_3(), None), (stage_2(tower_decay=0.9), "has no effect: got 'bf")):
+        config = tiny.train_config(parameters=table, frozen_dtype="bfloat16")
+        layout = make_layout(config, make_mesh(config.mesh, jax.devices()[:1]))
+        with pytest.raises(ConfigError, match=told) if told else nullcontext():
+            check_frozen_dtype(config, layout)
+    with pytest.raises(ConfigError, match=r"TrainConfig\.frozen_dtype has no effect"):
+        train(config, devices=jax.devices()[:1])
 
 
 def test_table_of_what_trains():

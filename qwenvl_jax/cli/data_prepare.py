@@ -107,6 +107,8 @@ def _run(argv: Sequence[str]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     print(_summary(options.out, index))
+    if options.tokenizer is None and not is_generated(options):
+        print("whether rows fit their tasks was not checked: give --tokenizer for that")
     return SUCCESS
 
 

@@ -24,7 +24,7 @@ from qwenvl_jax.planning.cache import (
 from qwenvl_jax.planning.pods import Pod, quiet
 from qwenvl_jax.sharding import batch_sharding, make_mesh
 from qwenvl_jax.training.compiler import compiler_options
-from qwenvl_jax.training.state import Layout, make_layout
+from qwenvl_jax.training.state import Layout, check_frozen_dtype, make_layout
 from qwenvl_jax.training.step import make_train_step
 
 
@@ -74,6 +74,7 @@ def compile_step(
     """
     mesh = make_mesh(config.mesh, pod.devices())
     layout = make_layout(config, mesh)
+    check_frozen_dtype(config, layout)
     batch = abstract_batch(config, mesh)
     begin = time.perf_counter(), time.process_time()
     with jax.set_mesh(mesh), quiet():

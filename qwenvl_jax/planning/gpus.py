@@ -17,7 +17,7 @@ from qwenvl_jax.planning.report import short
 from qwenvl_jax.planning.useful import useful_flops
 from qwenvl_jax.sharding import MESH_AXES, mesh_sizes, replicated, replicated_lines
 from qwenvl_jax.training.optimizer import plan_parameters, trained_parts
-from qwenvl_jax.training.state import make_layout
+from qwenvl_jax.training.state import check_frozen_dtype, make_layout
 
 _RESERVE = 0.90  # jax takes three quarters unless told otherwise; the driver needs the rest of this
 
@@ -68,6 +68,7 @@ def gpu_text(config: TrainConfig, gpus: Gpus) -> tuple[str, dict[str, Any], bool
     data, fsdp, tensor = sizes
     compute = useful_flops(config, tensor) / (data * fsdp) / gpus.peak_flops
     layout = make_layout(config, AbstractMesh(sizes, MESH_AXES))
+    check_frozen_dtype(config, layout)
     copied = replicated(layout.model_state, layout.mesh)
     lines = [f"{gpus.name}: memory of a GPU, estimated from shapes, nothing compiled"]
     way_out = "" if total <= room else _way_out(config, gpus, sizes, state)

@@ -49,6 +49,7 @@ from qwenvl_jax.training.state import (
     Layout,
     TrainState,
     Weights,
+    check_frozen_dtype,
     from_items,
     make_layout,
     new_items,
@@ -193,7 +194,9 @@ def loop(run: Run, stop: StopRequest) -> int:
 
 def _layout_on(config: TrainConfig, mesh: Mesh) -> Layout:
     check_backend(config.model, platform_of(mesh))
-    return make_layout(config, mesh)
+    layout = make_layout(config, mesh)
+    check_frozen_dtype(config, layout)
+    return layout
 
 
 def _print_end(config: TrainConfig) -> None:

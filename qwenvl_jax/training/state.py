@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from qwenvl_jax.checks import unused
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, draw_state
 from qwenvl_jax.sharding import fill, named_variables, select, with_shardings
@@ -78,6 +79,15 @@ def make_layout(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Layout:
         ),
     )
     return Layout(mesh, graphdef, state, plan, abstract)
+
+
+def check_frozen_dtype(config: TrainConfig, layout: Layout) -> None:
+    """Raises ConfigError where `frozen_dtype` is set, and every parameter trains."""
+    variables = named_variables(layout.model_state).items()
+    trains = (layout.plan[path].is_trained for path, x in variables if isinstance(x, nnx.Param))
+    if all(trains):
+        under = "a table by which all trains; freeze some with is_trained=False"
+        unused(config, "TrainConfig", ["frozen_dtype"], under)
 
 
 def _with_frozen_dtype(state: nnx.State, plan: dict[str, ParameterPlan], dtype: str) -> nnx.State:
