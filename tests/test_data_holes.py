@@ -201,7 +201,7 @@ def test_rows_that_turn_bad_after_the_plan_are_holes(tmp_path, monkeypatch):
 
 def test_a_source_without_a_good_row_says_why(monkeypatch):
     use(monkeypatch, [caption("no text", encoded(1), text="")])
-    with pytest.raises(DataError, match=r"any has no usable row: got 1 rows.*text is empty"):
+    with pytest.raises(DataError, match=r"any has no usable row: got 1 row and.*text is empty"):
         epoch(max_bad_fraction=1.0)
     use(monkeypatch, [])
     with pytest.raises(DataError, match="any holds no rows"):

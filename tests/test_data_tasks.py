@@ -129,7 +129,7 @@ def test_slots_carry_no_loss(tok):
 
 
 def test_wrong_number_of_pictures_names_the_row(tok):
-    with pytest.raises(DataError, match=r"row 41.*marks 1 pictures.*got 2"):
+    with pytest.raises(DataError, match=r"row 41.*marks 1 picture in.*got 2"):
         tasks.to_example(tasks.caption("a star"), [PICTURE] * 2, tok, "caption", "row 41")
     with pytest.raises(DataError, match=r"row 42.*marks 0 pictures.*got 1"):
         tasks.chat_example([("Hello", "Hello")], [PICTURE], tok, "row 42")

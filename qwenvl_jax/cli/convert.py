@@ -25,6 +25,7 @@ from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
 from qwenvl_jax.cli.options import told_in_one_line
 from qwenvl_jax.cli.subcommands import choose
 from qwenvl_jax.config import ConfigError
+from qwenvl_jax.words import counted
 
 _USAGE = """usage: python convert.py import SRC DST [--lora ADAPTER]
        python convert.py import --vit OPENCLIP --llm QWEN_7B DST [--num-queries N] [--seed N]
@@ -141,7 +142,7 @@ def import_(
     if len(folders) != wanted:
         raise ConfigError(
             f"import takes {'SRC and DST' if wanted == 2 else 'DST alone with --vit and --llm'}: "
-            f"got {len(folders)} folders"
+            f"got {counted(len(folders), 'folder')}"
         )
     given = {"--num-queries": num_queries, "--seed": seed}
     idle = [name for name, value in given.items() if value is not None]

@@ -169,7 +169,8 @@ def _stream(options: PrepareOptions) -> "Stream":
     source = open_source(place, options.pictures)
     if options.skip >= len(source):
         raise ConfigError(
-            f"--skip leaves nothing: got {options.skip}, {options.source} has {len(source)} rows"
+            f"--skip leaves nothing: got {options.skip}, {options.source} has "
+            f"{counted(len(source), 'row')}"
         )
     end = len(source) if options.limit is None else options.skip + options.limit
     return InRanges(source, options.rows_per_shard, min(end, len(source)), options.skip)

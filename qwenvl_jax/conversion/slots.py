@@ -11,6 +11,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from qwenvl_jax.words import counted
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT_DTYPES = frozenset((BFLOAT16, *(np.dtype(code) for code in ("<f2", "<f4"))))
 
@@ -26,7 +28,7 @@ class ConversionError(ValueError):
 
     def __init__(self, where: str | Path, problems: list[str]):
         self.problems = list(problems)
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        count = counted(len(problems), "problem")
         # Semicolons, because a command prints the message on one line.
         super().__init__(f"{where} cannot be used, {count}:\n  " + ";\n  ".join(problems))
 

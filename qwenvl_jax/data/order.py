@@ -19,6 +19,7 @@ from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.plan import Classes, pack_classes
 from qwenvl_jax.data.shared import SharedArray
 from qwenvl_jax.data.shuffle import key_of, shuffled
+from qwenvl_jax.words import counted
 
 # A source that a round does not take a whole number of times gives a size now one sample more, now
 # one less, and the row keeps a place for the larger number. Sizes with fewer samples than this are
@@ -80,8 +81,9 @@ class Order:
             members, keys = _by_size(source, group, slots, length, max_images)
             if not len(members):
                 raise DataError(
-                    f"source {number} has no sample that fits: got {len(source)} rows, expected "
-                    f"some of at most {length} tokens and {max_images} pictures"
+                    f"source {number} has no sample that fits: got "
+                    f"{counted(len(source), 'row')}, expected some of at most "
+                    f"{counted(length, 'token')} and {counted(max_images, 'picture')}"
                 )
             taken = len(members) if num_taken is None else num_taken[number]
             walks.append(_walks(members, keys, taken, length + 1))

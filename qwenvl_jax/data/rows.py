@@ -30,6 +30,7 @@ from qwenvl_jax.data.turns import CutTurns
 from qwenvl_jax.image.decode import keep_buffers
 from qwenvl_jax.image.vary import varied
 from qwenvl_jax.prompt.tokenizer import Tokenizer
+from qwenvl_jax.words import counted
 
 _BUFFERS = 16  # that Pillow keeps, of up to 16 MB: a thread needs three for a picture
 _NAMED = 3  # unusable rows in the message that refuses a start
@@ -172,8 +173,8 @@ def _check_usable(
         if len(unusable[name]) == len(source):
             told = _first_of({name: source}, {name: unusable[name]}, tokenizer, config)
             raise DataError(
-                f"{name} has no usable row: got {len(source)} rows and none that can be trained "
-                f"on; {told}"
+                f"{name} has no usable row: got {counted(len(source), 'row')} and none that can be "
+                f"trained on; {told}"
             )
     num_rows, num_bad = sum(map(len, sources.values())), sum(map(len, unusable.values()))
     if num_bad > config.max_bad_fraction * num_rows:
@@ -296,7 +297,8 @@ class RowMaker:
         if len(example.ids) > tokens or len(example.images) > pictures:
             detail = (
                 f"sample {example.key} is larger than when rows were planned: got "
-                f"{len(example.ids)} tokens and {len(example.images)} pictures, expected at most "
+                f"{counted(len(example.ids), 'token')} and "
+                f"{counted(len(example.images), 'picture')}, expected at most "
                 f"{tokens} and {pictures}; its source has changed since, so prepare it again"
             )
             return Hole(example.key, "length", detail, name)

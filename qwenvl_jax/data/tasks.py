@@ -31,6 +31,7 @@ from qwenvl_jax.prompt.chat import (
 )
 from qwenvl_jax.prompt.tokenizer import RELEASED_CHAT_TAGS, Tokenizer
 from qwenvl_jax.prompt.vocabulary import TokenizerError
+from qwenvl_jax.words import counted
 
 
 class Tag(str):
@@ -342,7 +343,7 @@ def _example(
     marked = ids.count(tokenizer.image_start_id)
     if marked != len(images):
         raise DataError(
-            f"sample {key} marks {marked} pictures in its text: got {len(images)} pictures; "
+            f"sample {key} marks {counted(marked, 'picture')} in its text: got {len(images)}; "
             "give one <img></img> for each, in reading order"
         )
     return Example(

@@ -38,6 +38,7 @@ from qwenvl_jax.model.attention import check_backend
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from qwenvl_jax.sharding import make_mesh, platform_of
+from qwenvl_jax.words import counted
 
 DTYPES = ("bfloat16", "float32")
 
@@ -184,7 +185,7 @@ class VL:
         if 0 <= seed < 2**63 < seed + len(tokens):
             raise InputError(
                 f"seed + rows must be at most 2**63, as row b draws with seed + b: got seed {seed} "
-                f"and {len(tokens)} rows; choose a smaller seed"
+                f"and {counted(len(tokens), 'row')}; choose a smaller seed"
             )
         stop = prompts_lib.check_stop_tokens(stop_tokens, self.config)
         choices = [Sampling(seed=seed + b, **sampling) for b in range(len(tokens))]

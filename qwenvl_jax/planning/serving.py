@@ -89,7 +89,7 @@ def _check(load: Load, model: ModelConfig) -> None:
     if load.images * slots > load.prompt:
         raise ConfigError(
             f"--prompt counts the {slots} tokens of each picture: got {load.prompt} for "
-            f"{load.images} pictures, expected at least {load.images * slots}"
+            f"{counted(load.images, 'picture')}, expected at least {load.images * slots}"
         )
     if load.prompt + load.answer > model.decoder.max_positions:
         raise ConfigError(

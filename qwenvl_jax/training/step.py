@@ -22,6 +22,7 @@ from qwenvl_jax.training.guard import HELD, judge
 from qwenvl_jax.training.loss import Sums, next_token_loss, no_sums, sum_up
 from qwenvl_jax.training.optimizer import clipped_mean, learning_rate, make_optimizer, stepped
 from qwenvl_jax.training.state import Layout, TrainState, Weights, merge_model
+from qwenvl_jax.words import counted
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -106,7 +107,7 @@ def check_rows(config: TrainConfig, mesh: Mesh) -> None:
         raise ConfigError(
             "data.rows must be a multiple of micro_batches x data x fsdp: "
             f"got rows={config.data.rows}, micro_batches={config.micro_batches} and rows split "
-            f"over {num_shards} devices; change data.rows, micro_batches or mesh"
+            f"over {counted(num_shards, 'device')}; change data.rows, micro_batches or mesh"
         )
 
 

@@ -19,6 +19,7 @@ from qwenvl_jax.image.decode import ImageError, format_of
 from qwenvl_jax.image.load import load_image
 from qwenvl_jax.prompt.chat import DEFAULT_SYSTEM, messages_from_conversations, render_example
 from qwenvl_jax.prompt.tokenizer import Tokenizer
+from qwenvl_jax.words import counted
 
 _ROLES = ("user", "assistant")
 _ROLE_HINTS = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
@@ -199,7 +200,7 @@ def _length_faults(record: Record, tokenizer: Tokenizer, checks: Checks) -> Iter
         return
     try:
         kept = len(fit_turns(record, tokenizer, checks.length).fields["conversations"])
-        outcome = f"{kept} of {len(turns)} turns fit whole"
+        outcome = f"{kept} of {counted(len(turns), 'turn')} fit whole"
     except DataError:
         outcome = "not even the first question and answer fit"
     detail = f"{len(ids)} tokens, and {checks.length} fit: {outcome}"
