@@ -115,11 +115,13 @@ def test_hosts_whose_copies_of_the_data_differ_are_refused(tmp_path):
     for number, folder in enumerate(folders):
         folder.mkdir()
         finetune_rows.write_rows(folder, 40, first=number)
-    run_dir = f"--run-dir={tmp_path / 'run'}"
-    config = str(TESTS / "rows_run.py")
-    for code, _, err in run_two(TRAIN, config, run_dir, cache=tmp_path / "c", folders=folders):
+        finetune_rows.write_rows(folder, 9, "held.json", first=50 + number)
+    words = [str(TESTS / "rows_run.py"), f"--run-dir={tmp_path / 'run'}"]
+    words += ["--evaluation.path=held.json", "--evaluation.every-steps=2", "--evaluation.samples=0"]
+    for code, _, err in run_two(TRAIN, *words, cache=tmp_path / "c", folders=folders):
         assert code == 2, err
-        assert "differ from process 0 in the data on processes [1]" in err
+        told = "the data of evaluation.path on processes [1]; the data on processes [1]: start all"
+        assert f"differ from process 0 in {told}" in err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 

@@ -34,6 +34,7 @@ from qwenvl_jax.data.rows import (
     RowMaker,
     canvas_shape,
     contents,
+    digest_of_unusable,
     fingerprint,
     keys_of,
     open_rows,
@@ -157,20 +158,21 @@ def batches(
     rows = tuple(range(config.rows) if share.rows is None else share.rows)
     file = None if folder is None else Path(folder) / _quarantine_name(share.process)
     tally = Tally(config.max_bad_fraction if config.source == "rows" else 1.0, file)
-    round, num_threads, digests = None, 1, {}
+    round, num_threads, digests = None, 1, dict[str, str]()
     lending = LendingCanvases if config.num_workers and can_lend() else Canvases
     canvases = lending(canvas_shape(config, len(rows)))
     make: Callable[[int], tuple[Batch, Notes]]
     if config.source == "rows":
         sources = open_sources(config, tokenizer)
+        digests["the data"] = fingerprint(config, tokenizer, sources)
         kept = folder and KeptData(Path(folder), first_step, share.process, allow_change)
         if kept:
-            kept.check(fingerprint(config, tokenizer, sources), contents(config, sources))
+            kept.check(digests["the data"], contents(config, sources))
         opened = open_rows(config, tokenizer, seed, sources)
-        if kept:
-            if kept.check_usable(opened) and share.process == 0:
-                tally.list(first_step, unusable_rows(opened, tokenizer, config))
-            digests = kept.digests
+        digests["which rows can be used"] = digest_of_unusable(opened)
+        is_changed = kept is not None and kept.check_usable(opened)
+        if is_changed and share.process == 0:
+            tally.list(first_step, unusable_rows(opened, tokenizer, config))
         # Decoding leaves Python's lock alone; drawing scenes does not.
         num_threads = 1 if config.num_workers else min(_num_cores(), _MAX_THREADS)
         make = RowMaker(config, tokenizer, opened, rows, canvases)

@@ -77,14 +77,6 @@ class KeptData:
         return self._before.get("unusable") != now
 
     @property
-    def digests(self) -> dict[str, str]:
-        """What all processes of a run must have alike, by name; once both checks are done."""
-        return {
-            "the data": self._now["fingerprint"],
-            "which rows can be used": self._now["unusable"],
-        }
-
-    @property
     def _has_same_fingerprint(self) -> bool:
         now = self._now["fingerprint"]
         return self._before.get("fingerprint", now) == now

@@ -83,7 +83,10 @@ def telling_path(config: TrainConfig) -> Iterator[None]:
 
 
 class HeldOutLoss:
-    """Takes the loss of the same held-out batches at every call, with the weights of the moment."""
+    """Takes the loss of the same held-out batches at every call, with the weights of the moment.
+
+    `digests` are of what all processes of a run must have alike, by name.
+    """
 
     def __init__(self, config: TrainConfig, layout: Layout):
         """Makes the batches once, if they are of rows: evaluations hours later will read the same.
@@ -92,8 +95,11 @@ class HeldOutLoss:
         """
         self._config, self._layout, self._held = config, layout, held_out(config)
         self._rows = rows_of_process(batch_sharding(layout.mesh), self._held.data.rows)
+        self.digests: dict[str, str] = {}
         if self._held.data.source == "rows":
-            for _ in itertools.islice(self._batches(), config.evaluation.batches):
+            made = self._batches()
+            self.digests = {f"{x} of evaluation.path": y for x, y in made.digests.items()}
+            for _ in itertools.islice(made, config.evaluation.batches):
                 pass
 
         def sums(weights: Weights, batch: Batch) -> Sums:

@@ -16,7 +16,7 @@ and everything random in it follow from (seed, step), so the resumed run equals 
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -94,7 +94,7 @@ def train(
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
     layout = _layout_on(config, make_mesh(config.mesh, devices))
     open_feed = open_feeds(config, layout, faults, goodput, batches)
-    look = open_look(config, layout, open_page)
+    look, held_out = open_look(config, layout, open_page)
     # The mesh context serves sharding constraints that name mesh axes only.
     with jax.set_mesh(layout.mesh), explained(layout), ExitStack() as stack:
         run_dir = stack.enter_context(closing(open_run(config, command)))
@@ -104,6 +104,7 @@ def train(
         when_loaded()
         begun = int(state.step)
         feed = stack.enter_context(closing(open_feed(begun + 1)))  # refuses other data
+        check_agreement({**feed.digests, **held_out})  # where each host has a copy of the data
         report = stack.enter_context(closing(_open_report(config, layout, run_dir, feed, begun)))
         run = Run(
             config=config,
@@ -214,18 +215,20 @@ def _open_report(
 ) -> Report:
     """Returns the report, after it has told what is about to happen.
 
-    Raises: HostsDiffer where each host has a copy of the data, and they are not equal; then nothing
-    can refuse the start any more.
+    Nothing can refuse the start any more.
     """
-    check_agreement(feed.digests)
     run_dir.begin()
     report = Report(config, layout, first_step)
     report.say("\n".join(introduction(config, layout, first_step, run_dir, feed.round)))
     return report
 
 
-def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -> Look | None:
-    """Returns what evaluates the run; None where it is not asked for.
+def open_look(
+    config: TrainConfig, layout: Layout, open_page: OpenPage | None
+) -> tuple[Look | None, Mapping[str, str]]:
+    """Returns what evaluates the run, and digests of its data as `Batches` has them.
+
+    None where it is not asked for.
 
     Raises: ConfigError where there is nothing to evaluate on, DataError where it is not usable.
     """
@@ -235,7 +238,7 @@ def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -
                 f"evaluation has no effect: got {config.evaluation} with every_steps=0; set "
                 "evaluation.every_steps, or leave the others out"
             )
-        return None
+        return None, {}
     with telling_path(config):
         loss = HeldOutLoss(config, layout)
         page = open_page(config, layout) if open_page and config.evaluation.samples else None
@@ -247,7 +250,7 @@ def open_look(config: TrainConfig, layout: Layout, open_page: OpenPage | None) -
                 return None
             return Seen(numbers, page and page(weights))
 
-    return look
+    return look, loss.digests
 
 
 def restore(config: TrainConfig, layout: Layout, store: CheckpointStore) -> TrainState | None:
