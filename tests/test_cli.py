@@ -144,6 +144,22 @@ def test_a_bug_keeps_its_traceback(error):
         run_command("t", failing(error), [])
 
 
+def test_a_bug_does_not_wait_for_work_that_is_cut():
+    lines = (
+        "import atexit, sys; from qwenvl_jax.cli.errors import leave, note_cut_work, run_command",
+        "atexit.register(print, 'usual end')",
+        "sys.modules['jax'] = sys",
+        "def command(argv):",
+        "    note_cut_work()",
+        "    raise KeyError('a bug')",
+        "leave(run_command('t', command, []))",
+    )
+    done = run_python("\n".join(lines))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("KeyError: 'a bug'\n")
+
+
 def test_debug_keeps_the_traceback_of_wrong_input_too(monkeypatch):
     monkeypatch.setenv("QWENVL_DEBUG", "1")
     with pytest.raises(ConfigError):

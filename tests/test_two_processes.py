@@ -135,7 +135,7 @@ def train(*_, **__):
     import jax
     check_agreement({"both": "are here"})
     if jax.process_index() == 1:
-        raise ConfigError("this one alone is wrong")
+        raise {error}("this one alone is wrong")
     with telling_the_lost():
         check_agreement({"both": "are here still"})
 loop.train = train
@@ -144,15 +144,18 @@ command.leave(command.main(sys.argv[1:]))
 
 
 @pytest.mark.timeout(600)
-def test_an_error_of_one_process_ends_the_others_in_time(tmp_path):
+@pytest.mark.parametrize(("error", "code"), [("ConfigError", 2), ("KeyError", 1)])
+def test_an_error_of_one_process_ends_the_others_in_time(error, code, tmp_path):
     began = time.monotonic()
     config = str(TESTS / "fault_run.py")
-    both = run_two(ALONE, config, cache=tmp_path, folders=(TESTS.parent, TESTS.parent))
-    assert [code for code, _, _ in both] == [2, 2], both
+    program = ALONE.replace("{error}", error)
+    both = run_two(program, config, cache=tmp_path, folders=(TESTS.parent, TESTS.parent))
+    assert [code for code, _, _ in both] == [2, code], both
     assert both[0][1].startswith("process 0 of 2 waits for the others at 127.0.0.1:")
     assert "another process of this run has ended" in both[0][2]
     assert "this one alone is wrong" in both[1][2]
-    assert "Traceback" not in both[0][2] + both[1][2]
+    assert "Traceback" not in both[0][2]
+    assert ("Traceback" in both[1][2]) == (error == "KeyError")  # of a bug alone
     assert time.monotonic() - began < PATIENCE / 2
 
 

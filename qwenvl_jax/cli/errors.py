@@ -21,6 +21,7 @@ from qwenvl_jax.cli.devices import leave_out_absent_tpu
 from qwenvl_jax.files import discard_output
 
 SUCCESS = 0
+BUG = 1  # as Python itself ends
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -114,7 +115,11 @@ def _told(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str
         return SUCCESS
     except Exception as error:
         if os.environ.get("QWENVL_DEBUG") == "1" or not is_user_error(error):
-            raise
+            if not has_cut_work():
+                raise
+            # `leave` does not wait for that work, as the end of Python after a raise would.
+            sys.excepthook(type(error), error, error.__traceback__)
+            return BUG
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return USAGE_ERROR
 
