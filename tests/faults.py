@@ -220,8 +220,8 @@ def one_of_two_told_to_stop(row: Row) -> str:
         "--steps=4000", "--simulate-fault", "sigterm@1"
     )
     return (
-        f"both exit 0, one checkpoint, of step {stopped}, {took} s after the request had reached "
-        "both; one process goes on from it"
+        f"both exit 0, one checkpoint, of step {stopped}, {took} s after what was under way "
+        "at the request began; one process goes on from it"
     )
 
 

@@ -1,5 +1,7 @@
 """Copies that must be equal, and processes that must agree."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qwenvl_jax.config import MeshConfig
 from qwenvl_jax.sharding import make_mesh
+from qwenvl_jax.training import stop
 from qwenvl_jax.training.faults import change_one_copy
 from qwenvl_jax.training.hosts import (
     HostLost,
@@ -102,6 +105,18 @@ def test_processes_without_facts_agree(monkeypatch):
         "jax.experimental.multihost_utils.process_allgather", lambda ours: np.stack([ours, ours])
     )
     assert check_agreement({}) is None
+
+
+def test_a_stop_counts_from_what_was_under_way_when_the_processes_agreed(monkeypatch):
+    clock = iter([10.0, 20.0, 30.0, 75.0])  # an evaluation between the last two
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(stop, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point", lambda tick: tick == 3
+    )
+    request = stop.StopRequest()
+    assert [request.reached(tick) for tick in (1, 2, 3)] == [None, None, "SIGTERM"]
+    assert request.asked_at == 30.0
 
 
 GONE = "UNKNOWN: Gloo AllGather failed: Connection closed by peer\nand more"

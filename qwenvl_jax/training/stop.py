@@ -29,7 +29,8 @@ class StopRequest:
     `asked_at` is when, by the monotonic clock.
 
     With several processes jax's own service carries a SIGTERM of any of them to all, which then
-    stop at the same step; Ctrl-C is passed on as SIGTERM.
+    stop at the same step; Ctrl-C is passed on as SIGTERM. When it came they are not told, so what
+    was under way when they agreed, as an evaluation, counts for the stop.
     """
 
     def __init__(self):
@@ -37,6 +38,7 @@ class StopRequest:
         self.asked_at: float | None = None
         self._before: dict[int, Any] = {}
         self._is_alone = jax.process_count() == 1
+        self._looked_at = time.monotonic()
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
@@ -60,9 +62,10 @@ class StopRequest:
         """
         if self._is_alone:
             return self.signal
+        before, self._looked_at = self._looked_at, time.monotonic()
         if not multihost_utils.reached_preemption_sync_point(tick):
             return None
-        self.asked_at = self.asked_at or time.monotonic()  # jax keeps the signal's own time
+        self.asked_at = self.asked_at or before  # jax keeps the signal's own time
         return "SIGTERM"
 
     def _note(self, number: int, _frame: Any) -> None:
