@@ -94,7 +94,7 @@ def train(
     goodput, faults = Goodput(), HostFaults(config.simulate_fault)
     layout = _layout_on(config, make_mesh(config.mesh, devices))
     open_feed = open_feeds(config, layout, faults, goodput, batches)
-    look, held_out = open_look(config, layout, open_page)
+    look, held = open_look(config, layout, open_page)
     # The mesh context serves sharding constraints that name mesh axes only.
     with jax.set_mesh(layout.mesh), explained(layout), ExitStack() as stack:
         run_dir = stack.enter_context(closing(open_run(config, command)))
@@ -104,8 +104,7 @@ def train(
         when_loaded()
         begun = int(state.step)
         feed = stack.enter_context(closing(open_feed(begun + 1)))  # refuses other data
-        check_agreement({**feed.digests, **held_out})  # where each host has a copy of the data
-        report = stack.enter_context(closing(_open_report(config, layout, run_dir, feed, begun)))
+        report = stack.enter_context(closing(_report(config, layout, run_dir, feed, held, begun)))
         run = Run(
             config=config,
             run_dir=run_dir,
@@ -210,13 +209,20 @@ def _open_store(config: TrainConfig, layout: Layout) -> CheckpointStore:
     return CheckpointStore(config.run_dir, keep=config.checkpoint.keep, frozen=frozen)
 
 
-def _open_report(
-    config: TrainConfig, layout: Layout, run_dir: RunDir, feed: Feed, first_step: int
+def _report(
+    config: TrainConfig,
+    layout: Layout,
+    run_dir: RunDir,
+    feed: Feed,
+    held_out: Mapping[str, str],
+    first_step: int,
 ) -> Report:
-    """Returns the report, after it has told what is about to happen.
+    """Returns the report, after it has told what is about to happen. `held_out`: digests.
 
-    Nothing can refuse the start any more.
+    Raises: HostsDiffer where each host has a copy of the data, and they are not equal; then nothing
+    can refuse the start any more.
     """
+    check_agreement({**feed.digests, **held_out})
     run_dir.begin()
     report = Report(config, layout, first_step)
     report.say("\n".join(introduction(config, layout, first_step, run_dir, feed.round)))
