@@ -413,9 +413,9 @@ def test_a_tpu_that_is_not_there_is_not_looked_for(file, before, after, tmp_path
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--temperature", "hot"], "--temperature takes FLOAT: got 'hot'"),
-        (["--max-new-tokens", "many"], "--max-new-tokens takes INT: got 'many'"),
-        (["--tensor", "many"], "--tensor takes INT: got 'many'"),
+        (["--temperature", "hot"], "--temperature takes a number: got 'hot'"),
+        (["--max-new-tokens", "many"], "--max-new-tokens takes a whole number: got 'many'"),
+        (["--tensor", "many"], "--tensor takes a whole number: got 'many'"),
     ],
 )
 def test_an_option_of_another_kind_is_told_with_what_it_takes(words, told, capsys):

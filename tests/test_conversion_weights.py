@@ -299,7 +299,7 @@ def test_the_command_converts_both_ways(tmp_path, capsys):
     ("argv", "said"),
     [
         (["import", "none", "ours"], "the folder itself is missing"),
-        (["import", "one"], "import takes SRC and DST: got 1 folders"),
+        (["import", "one"], "import takes SRC and DST: got 1 folder"),
         (["import", "--vit", "a", "ours"], "--vit and --llm go together"),
         (
             ["import", "none", "ours", "--seed", "0"],
@@ -311,9 +311,12 @@ def test_the_command_converts_both_ways(tmp_path, capsys):
         ),
         (["export", "none", "x"], "no weights.json"),
         (["export", "none", "x", "--shard-size", "2 gigs"], "a size is a whole number"),
-        (["export", "none", "x", "--dtype", "fp16"], "invalid choice 'fp16'"),
+        (
+            ["export", "none", "x", "--dtype", "fp16"],
+            "--dtype takes one of keep, bfloat16, float32: got 'fp16'",
+        ),
         (["export", "none", "x", "--shard-sze", "2GB"], "did you mean --shard-size?"),
-        (["queries", "none", "many", "x"], "Error parsing NUMBER"),
+        (["queries", "none", "many", "x"], "NUMBER takes a whole number: got 'many'"),
         (["imprt", "none", "x"], "did you mean 'convert.py import'?"),
     ],
 )

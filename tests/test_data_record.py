@@ -77,7 +77,7 @@ def test_picture_that_cannot_be_read_is_told_with_its_row(tok):
         (Record("k", "grounded_caption", {"phrases": ["a"]}), "another form"),
         (Record("k", "caption", {"text": "a", "language": "fr"}), "language"),
         (Record("k", "chat", {"conversations": [{"from": "gpt"}]}), "row k: conversation turn 0"),
-        (Record("k", "chat", ROWS["chat"]), "marks 1 pictures"),
+        (Record("k", "chat", ROWS["chat"]), "marks 1 picture in"),
     ],
 )
 def test_wrong_rows_are_named(row, message, tok):

@@ -18,9 +18,9 @@ _BOX_ENDS = "\u256d\u2570"  # the lines with the title and the bottom
 
 _UNKNOWN = "Unrecognized options: "
 _NO_VALUE = re.compile(r"Error parsing (\S+): no type matching (\S+) could be .*? \['(.*?)'\]\.")
-_NO_NUMBER = re.compile(
-    r"Error parsing (\S+): .*?(?:to float|base 10): '(.*?)'; Argument helptext: \S+ (\S+)"
-)
+_NO_NUMBER = re.compile(r"Error parsing (\S+): .*?(to float|base 10): '(.*?)'")
+_KINDS = {"FLOAT": "a number", "INT": "a whole number"}
+_KINDS |= {"to float": _KINDS["FLOAT"], "base 10": _KINDS["INT"]}
 _NO_CHOICE = re.compile(
     r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?),?\)"
 )
@@ -199,9 +199,9 @@ def _with_hint(text: str, names: Sequence[str]) -> str:
     """Returns tyro's message with the option that was meant, or how one is written, if known."""
     if found := _NO_VALUE.match(text):
         kind = found[2].removeprefix("{None}|")
-        return f"{found[1]} takes {kind}: got {found[3]!r}"
+        return f"{found[1]} takes {_KINDS.get(kind, kind)}: got {found[3]!r}"
     if found := _NO_NUMBER.match(text):
-        return f"{found[1]} takes {found[3]}: got {found[2]!r}"
+        return f"{found[1]} takes {_KINDS[found[2]]}: got {found[3]!r}"
     if found := _NO_CHOICE.match(text):
         got, option, listed = found.groups()
         choices = [choice.strip(" '") for choice in listed.split(",")]

@@ -170,8 +170,7 @@ def batches(
             kept.check(digests["the data"], contents(config, sources))
         opened = open_rows(config, tokenizer, seed, sources)
         digests["which rows can be used"] = digest_of_unusable(opened)
-        is_changed = kept is not None and kept.check_usable(opened)
-        if is_changed and share.process == 0:
+        if kept and kept.check_usable(opened) and share.process == 0:
             tally.list(first_step, unusable_rows(opened, tokenizer, config))
         # Decoding leaves Python's lock alone; drawing scenes does not.
         num_threads = 1 if config.num_workers else min(_num_cores(), _MAX_THREADS)
