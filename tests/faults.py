@@ -434,6 +434,10 @@ def children_of(process: int) -> list[int]:
 def main(words: list[str]) -> int:
     """Returns 0 when every row that was asked for ended as it should."""
     rows = [row for row in ROWS if not words or any(word in row.__name__ for word in words)]
+    if not rows:
+        names = ", ".join(row.__name__ for row in ROWS)
+        print(f"faults: no row has {' or '.join(words)} in its name: expected part of {names}")
+        return 2
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     ENVIRONMENT.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
     try:
