@@ -19,8 +19,12 @@ _BOX_ENDS = "\u256d\u2570"  # the lines with the title and the bottom
 _UNKNOWN = "Unrecognized options: "
 _NO_VALUE = re.compile(r"Error parsing (\S+): no type matching (\S+) could be .*? \['(.*?)'\]\.")
 _NO_NUMBER = re.compile(r"Error parsing (\S+): .*?(to float|base 10): '(.*?)'")
-_KINDS = {"FLOAT": "a number", "INT": "a whole number"}
-_KINDS |= {"to float": _KINDS["FLOAT"], "base 10": _KINDS["INT"]}
+_KINDS = {
+    "FLOAT": "a number",
+    "to float": "a number",
+    "INT": "a whole number",
+    "base 10": "a whole number",
+}
 _NO_CHOICE = re.compile(
     r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?),?\)"
 )
