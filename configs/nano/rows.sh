@@ -24,6 +24,7 @@
 #   configs/nano/rows.sh counted     into runs/nano/rows/counted: questions on numbers, places and what there is
 #   configs/nano/rows.sh whole_pairs into runs/nano/rows/whole_pairs: new dialogues about two collages
 #   configs/nano/rows.sh boxed       into runs/nano/rows/boxed: new animals and food to be named, most with boxes
+#   configs/nano/rows.sh level       into runs/nano/rows/level: new scenes, collages and pages, as many of each
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to compare stages on
 #   configs/nano/rows.sh exam        into runs/nano/rows/exam: other collages, that no stage is chosen by
@@ -100,12 +101,16 @@ case $1 in
   boxed)
     scenes=0 animals=64000 food=28000 english=0 chinese=0 skip=1300000
     collages_tasks="$named_tasks grounded_caption vqa vqa chat" ;;
+  level)
+    scenes=28000 animals=40000 food=16000 english=28000 chinese=28000 skip=1400000
+    collages_tasks="$named_tasks grounded_caption vqa vqa chat"
+    documents_tasks="ocr_vqa ocr_vqa ocr_vqa ocr ocr ocr vqa vqa chat chat" ;;
   dialogue)
     scenes=6000 animals=6000 food=5000 english=2500 chinese=2000
     scenes_tasks=chat collages_tasks="chat compare" documents_tasks=chat ;;
   heldout) split=heldout scenes=1000 animals=2000 food=2000 english=1000 chinese=1000 ;;
   exam) split=heldout scenes=0 animals=4000 food=4000 english=0 chinese=0 skip=2000 ;;
-  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|close|last|last_pairs|related_more|whole|counted|whole_pairs|boxed|dialogue|heldout|exam" >&2; exit 2 ;;
+  *) echo "usage: configs/nano/rows.sh train|cells|named|more|asked|related|pairs|fresh|fresh_pairs|fresh_chat|letters|pages|signs|lines|close|last|last_pairs|related_more|whole|counted|whole_pairs|boxed|level|dialogue|heldout|exam" >&2; exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python}
 rows=runs/nano/rows/$1
