@@ -4,6 +4,7 @@ And how they are read back, should something else have spoilt them.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -62,6 +63,25 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Puts the text, as UTF-8, in the place of what the file holds; raises as `replace`."""
     replace(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether a write failed for want of space, or of more of it than a quota allows."""
+    return _full(error) is not None
+
+
+def why_not_written(error: Exception, folder: Path) -> str:
+    """Returns what a person must know of a write into `folder` that failed."""
+    return f"{full}: {str(folder)!r}" if (full := _full(error)) else str(error)
+
+
+def _full(error: Exception) -> str | None:
+    """Returns the system's words for a full disk, if this error has them."""
+    # TensorStore and Orbax have no class of their own for what the system says.
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+            return os.strerror(number)
+    return None
 
 
 def read_text(path: Path, way_out: str) -> str:

@@ -9,7 +9,6 @@ Weights that do not train lie beside the checkpoints (`frozen.py`); each of thes
 """
 
 import contextlib
-import logging
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from qwenvl_jax.checkpoint.frozen import FROZEN, FrozenFolder, Spare
+from qwenvl_jax.checkpoint.narration import leave_only_news
 from qwenvl_jax.checkpoint.parts import Item, restore_in_parts
 from qwenvl_jax.checkpoint.record import (
     CheckpointError,
@@ -37,10 +37,6 @@ FORMAT = 1  # of the digest record; raised when an older one can no longer be re
 _DIGEST = "digest"
 _WEIGHTS = "weights"
 _ITEMS = (_WEIGHTS, "optimizer", "guard")
-_RAISED_TOO = (  # words in the log's lines of errors that `save` or `wait` raise
-    "_SignalingThread.run() raised", "exception was never retrieved", "Failed to write metadata",
-    "in background save thread", "Save Finalize thread",
-)  # fmt: skip
 _PARTS = (_DIGEST, *_ITEMS, "_CHECKPOINT_METADATA")  # of a checkpoint's folder
 
 
@@ -70,10 +66,7 @@ class CheckpointStore:
         self._frozen = FrozenFolder(self._directory.parent)
         if not read_only and jax.process_index() == 0:
             self._frozen.clean()
-        # Orbax narrates every save; what a person must know, the loop says.
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        for narrator in ("absl", "asyncio"):
-            logging.getLogger(narrator).addFilter(_is_news)
+        leave_only_news()
         self._manager = ocp.CheckpointManager(
             self._directory,
             # Weights and moments hardly compress, and the step waits for the cores that try.
@@ -350,14 +343,6 @@ def restore_trained(run_dir: str | Path) -> Item:
 def _digest_of_all(payload: Mapping[str, Any]) -> str:
     """Returns the digest of a record with its format: tells a newer one from a flipped bit."""
     return sha256({name: value for name, value in payload.items() if name != "whole"})
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of the log is more than what a save that fails raises, again for each array.
-
-    On a full disk these are thousands of lines a save.
-    """
-    return not any(words in str(record.msg) for words in _RAISED_TOO)
 
 
 def _wait_for_the_first() -> None:

@@ -16,7 +16,6 @@ import dataclasses
 import errno
 import glob
 import json
-import logging
 import os
 import shutil
 import sys
@@ -40,6 +39,7 @@ from qwenvl_jax.checkpoint.leaves import (
     unwatched,
     write_leaf,
 )
+from qwenvl_jax.checkpoint.narration import leave_only_news
 from qwenvl_jax.checkpoint.parts import restore_in_parts
 from qwenvl_jax.checks import check_types
 from qwenvl_jax.config import (
@@ -51,7 +51,7 @@ from qwenvl_jax.config import (
     VisionConfig,
     to_dict,
 )
-from qwenvl_jax.files import json_text
+from qwenvl_jax.files import is_full_disk, json_text
 from qwenvl_jax.sharding import fill, named_variables
 
 MANIFEST = "weights.json"
@@ -109,7 +109,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         partial.rename(path)
         made = []
     except Exception as error:
-        if not _is_full(error):
+        if not is_full_disk(error):
             raise
         told = "the disk is full: free some, or write elsewhere"
         raise OSError(errno.ENOSPC, told, str(path.parent)) from error
@@ -136,18 +136,11 @@ def check_new(path: str | Path) -> Path:
     return real
 
 
-def _is_full(error: Exception) -> bool:
-    # TensorStore and Orbax have no class of their own for what the system says.
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-        os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)
-    )
-
-
 def write_weights(
     folder: Path, config: ModelConfig, leaves: Mapping[str, Leaf], on_bytes: OnBytes = unwatched
 ) -> None:
     """Writes config, arrays and manifest into `folder`, holding one block in memory at a time."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+    leave_only_news()
     check_space(folder, sum(disk_bytes(leaf) for leaf in leaves.values()))
     weights = (folder / WEIGHTS).resolve()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
@@ -315,7 +308,7 @@ def load_weights_folder(path: str | Path, abstract: nnx.State, *, verify: bool =
         raise WeightsError(f"{path} does not hold this model: " + "; ".join(problems))
     if verify:
         verify_weights(path)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    leave_only_news()
     folder = (path / WEIGHTS).resolve()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
         arrays = restore_in_parts(lambda args: checkpointer.restore(folder, args=args), wanted)

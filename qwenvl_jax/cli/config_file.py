@@ -13,6 +13,7 @@ from types import ModuleType
 from qwenvl_jax import config as config_module
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError, TrainConfig
+from qwenvl_jax.words import did_you_mean
 
 _PACKAGE = Path(config_module.__file__).parent
 _UNKNOWN_FIELD = re.compile(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'")
@@ -133,10 +134,9 @@ def _told(error: Exception) -> str:
         text, known = f"{module} has no {name!r}", _public(importlib.import_module(module))
     elif isinstance(error, NameError):
         name, known = error.name or "", _public(config_module)
-    near = difflib.get_close_matches(name, known, n=1)
-    if near == [name]:
+    if name in known:
         return f"{text}; import it at the top of the file"
-    return f"{text}; did you mean {near[0]!r}?" if near else text
+    return text + did_you_mean(name, known)
 
 
 def _parameters(kind: str) -> Sequence[str]:

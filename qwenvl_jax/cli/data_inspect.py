@@ -12,7 +12,6 @@ Examples:
 """
 
 import dataclasses
-import difflib
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from qwenvl_jax.cli.opening import SHIPPED_MODEL
 from qwenvl_jax.cli.options import parse_options
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.sources.generated import NAMES, GeneratedOptions, open_generated
-from qwenvl_jax.words import counted
+from qwenvl_jax.words import counted, did_you_mean
 
 if TYPE_CHECKING:
     from qwenvl_jax.data.sample_page import Packing, Shown
@@ -78,11 +77,10 @@ class InspectOptions:
             raise ConfigError(
                 f"--generated.* has no effect on {self.source!r}: expected collages or documents"
             )
-        near = difflib.get_close_matches(self.source, NAMES, n=1)
-        if near and self.source not in NAMES and not Path(self.source).exists():
+        hint = did_you_mean(self.source, NAMES)
+        if hint and self.source not in NAMES and not Path(self.source).exists():
             raise ConfigError(
-                f"no data at {self.source!r}: expected a file, a folder or what is made; did you "
-                f"mean {near[0]!r}?"
+                f"no data at {self.source!r}: expected a file, a folder or what is made{hint}"
             )
         if not self.output.parent.is_dir():
             raise ConfigError(

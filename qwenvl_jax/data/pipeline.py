@@ -7,7 +7,6 @@ workers, nor prefetching, nor the number of hosts can change what a step sees.
 """
 
 import dataclasses
-import difflib
 import functools
 import itertools
 import logging
@@ -45,6 +44,7 @@ from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
 from qwenvl_jax.data.sources.scenes import Split
 from qwenvl_jax.data.unchanged import KeptData
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
+from qwenvl_jax.words import did_you_mean
 
 MAX_REFUSED = 0.05  # of the samples of a step of scenes; past it the limits are wrong
 _LAST_STEP = 2**31 - 1
@@ -322,10 +322,9 @@ def _check_scenes(config: DataConfig, slots: int) -> None:
         raise ConfigError("data.tasks is empty: name at least one task and its weight")
     for task in config.tasks:
         if task not in TASKS:
-            near = difflib.get_close_matches(task, TASKS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"data.tasks names an unknown task: got {task!r}, expected some of {TASKS}{hint}"
+                f"data.tasks names an unknown task: got {task!r}, expected some of {TASKS}"
+                f"{did_you_mean(task, TASKS)}"
             )
     shows = config.source == "scenes" and set(config.tasks) != {"text"}
     if shows and (config.max_images < 1 or config.length < slots + 2):

@@ -6,7 +6,6 @@ their features are cached by content (`pictures.py`), so a later turn does not r
 """
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from qwenvl_jax.prompt.chat import (
     render_prompt,
 )
 from qwenvl_jax.prompt.tokenizer import PLACE_TAGS
+from qwenvl_jax.words import did_you_mean
 
 if TYPE_CHECKING:
     from qwenvl_jax.inference.vl import VL
@@ -84,9 +84,8 @@ def make_options(kind: type[Options], given: Mapping[str, Any]) -> Options:
     names = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"no such option: got {name!r}, expected {', '.join(names)}{hint}")
+            expected = ", ".join(names) + did_you_mean(name, names)
+            raise TypeError(f"no such option: got {name!r}, expected {expected}")
     return kind(**given)
 
 

@@ -12,6 +12,7 @@ import jax
 from qwenvl_jax.checkpoint.store import CheckpointError, CheckpointStore
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.data.example import Batch, DataError
+from qwenvl_jax.files import why_not_written
 from qwenvl_jax.training.faults import HostFaults, change_one_copy
 from qwenvl_jax.training.feed import NOTHING_TOLD, Feed, Told
 from qwenvl_jax.training.goodput import Goodput
@@ -220,9 +221,11 @@ class Run:
                     self.store.wait()
             except Exception as error:  # a full disk has many names
                 newest = max(self.store.steps(), default=0)
+                why = why_not_written(error, Path(self.config.run_dir))
+                then = f"goes on after step {newest}" if newest else "begins anew"
                 raise CheckpointError(
-                    f"the last save, of step {step}, failed: {error}; mend the storage and give "
-                    f"the same command again: it goes on after step {newest}"
+                    f"the last save, of step {step}, failed: {why}; mend the storage and give "
+                    f"the same command again: it {then}"
                 ) from error
         self._has_saved = True
         self._note_first_save()
@@ -378,9 +381,8 @@ class Run:
         except Exception as error:  # noqa: BLE001  a full disk has many names
             self.report.failed_saves += 1
             self._save_began = None
-            self.report.say(
-                f"CHECKPOINT NOT SAVED (seen at step {step}): {error}; training goes on"
-            )
+            why = why_not_written(error, Path(self.config.run_dir))
+            self.report.say(f"CHECKPOINT NOT SAVED (seen at step {step}): {why}; training goes on")
 
     def _change_a_copy(self) -> None:
         path = min(self.state.trainable)

@@ -6,7 +6,6 @@ Files that are not the run's own are left alone.
 """
 
 import contextlib
-import difflib
 import filecmp
 import json
 import shutil
@@ -41,6 +40,7 @@ from qwenvl_jax.training.run_files import (
 )
 from qwenvl_jax.training.run_lock import RunLock
 from qwenvl_jax.training.skips import SkipRange, joined, parse_skips
+from qwenvl_jax.words import did_you_mean
 
 # Settings that a resumed run may change: they decide speed, memory and files, not the recipe.
 # (Sums of another shape round differently, so only an unchanged run is bit-equal.)
@@ -274,8 +274,7 @@ def _check_allowed(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if any(_is_named(path, [name]) for path in known):
             continue
-        near = difflib.get_close_matches(name, [*known, *{x.split(".")[0] for x in known}], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, [*known, *{x.split(".")[0] for x in known}])
         raise ConfigError(
             f"allow_change names no setting: got {name!r}, expected one as a refused start names "
             f"it, e.g. optimizer.peak_lr, data or tokenizer{hint}"
