@@ -27,7 +27,8 @@ def introduction(
     """
     data = config.data
     size = {name: bytes_per_device(part) / 1e9 for name, part in layout.abstract._asdict().items()}
-    begin = f"resumes after step {first_step}" if first_step else f"starts from {config.init}"
+    start = f"starts from {config.init or 'random weights'}"
+    begin = f"resumes after step {first_step}" if first_step else start
     return [
         *run_dir.notes,
         *_settings("", to_dict(config)),
