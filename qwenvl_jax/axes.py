@@ -32,5 +32,4 @@ QUERY = "query"  # Q
 RANK = "rank"  # between the two matrices of a LoRA pair
 
 BATCH = "batch"  # B and I: rows and pictures of a step
-LENGTH = "length"  # L
 COPIES = "copies"  # B where the mesh splits D instead: rows of one copy of the parameters

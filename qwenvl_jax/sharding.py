@@ -41,7 +41,6 @@ AXIS_TABLE: dict[str, str | tuple[str, ...] | None] = {
     axes.QUERY: None,
     axes.RANK: None,
     axes.BATCH: BATCH_AXES,
-    axes.LENGTH: None,
     axes.COPIES: "data",
 }
 

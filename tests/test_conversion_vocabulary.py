@@ -17,7 +17,7 @@ from qwenvl_jax.checkpoint.weights import (
 from qwenvl_jax.cli.convert import main
 from qwenvl_jax.conversion.vocabulary import EMBEDDING, HEAD, change_vocabulary, moved_rows
 from qwenvl_jax.data.vocabulary import BYTES, train_bpe, write_tiktoken
-from qwenvl_jax.model.qwenvl import init_state
+from qwenvl_jax.model.qwenvl import abstract_state, draw_state
 from qwenvl_jax.prompt.respelling import respelled, spellings
 from qwenvl_jax.prompt.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer
 from qwenvl_jax.sharding import make_mesh
@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
     config = tiny.model_config()
     decoder = dataclasses.replace(config.decoder, vocab_size=old.vocab_size + 1)
     config = dataclasses.replace(config, decoder=decoder, image_start_id=old.image_start_id)
-    _, state = init_state(config, jax.random.key(3), make_mesh())
+    state = draw_state(config, jax.random.key(3), abstract_state(config, make_mesh())[1])
     save_weights(top / "weights", config, state, top / "old.tiktoken")
     write_tiktoken(NEW, top / "new.tiktoken")
     return top

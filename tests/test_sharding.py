@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qwenvl_jax import presets
 from qwenvl_jax.config import ConfigError, MeshConfig, RematPolicy
 from qwenvl_jax.model.layers import Dense, scan_layers, stack_layers
-from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, init_state
+from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, draw_state
 from qwenvl_jax.sharding import (
     batch_sharding,
     constrain,
@@ -91,7 +91,8 @@ def test_every_parameter_is_where_the_table_says():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     # The axis of 2 divides every dimension here, so no parameter may be replicated by refusal.
     decoder = dataclasses.replace(tiny.model_config().decoder, vocab_size=58)
-    _, state = init_state(tiny.model_config(decoder=decoder), jax.random.key(0), mesh)
+    config = tiny.model_config(decoder=decoder)
+    state = draw_state(config, jax.random.key(0), abstract_state(config, mesh)[1])
     placed = named_variables(state)
     for path, spec in EXPECTED.items():
         want = NamedSharding(mesh, spec)
@@ -141,7 +142,8 @@ def test_one_mesh_axis_twice_is_an_error():
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_eight_devices_give_the_numbers_of_one(sizes):
     config = tiny.model_config()
-    graphdef, state = init_state(config, jax.random.key(1), make_mesh())
+    graphdef, abstract = abstract_state(config, make_mesh())
+    state = draw_state(config, jax.random.key(1), abstract)
     batch = tiny.batch(tiny.train_config(), 0)
 
     @jax.jit

@@ -135,14 +135,11 @@ def abstract_state(config: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.G
     return graphdef, state if mesh is None else with_shardings(state, mesh)
 
 
-def init_state(config: ModelConfig, key: Array, mesh: Mesh) -> tuple[nnx.GraphDef, nnx.State]:
-    """Returns random weights, each born on the devices where it will live."""
-    graphdef, abstract = abstract_state(config, mesh)
-    return graphdef, draw_state(config, key, abstract)
-
-
 def draw_state(config: ModelConfig, key: Array, abstract: nnx.State) -> nnx.State:
-    """Returns random weights for an abstract state, or a part of one, with its dtypes."""
+    """Returns random weights for an abstract state, or a part of one, with its dtypes.
+
+    Each is born on the devices where it will live.
+    """
     wanted = {path: variable.get_value() for path, variable in named_variables(abstract).items()}
 
     @jax.jit(out_shardings={path: x.sharding for path, x in wanted.items()})
@@ -151,8 +148,3 @@ def draw_state(config: ModelConfig, key: Array, abstract: nnx.State) -> nnx.Stat
         return {path: made[path].get_value().astype(x.dtype) for path, x in wanted.items()}
 
     return fill(abstract, draw(key))
-
-
-def num_parameters(state: nnx.State) -> int:
-    """Returns the number of scalars, fixed tables included."""
-    return sum(leaf.size for leaf in jax.tree.leaves(state))
