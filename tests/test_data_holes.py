@@ -81,8 +81,8 @@ def epoch(folder: Path | None = None, **changes):
     """Returns (batches, iterator) that hold every sample at least once."""
     config = data_config(path="any", **({"max_bad_fraction": 0.9} | changes))
     source = batches(config, 0, slots=SLOTS, folder=folder)
-    assert source.round is not None
-    return list(itertools.islice(source, math.ceil(source.round.num_rows / config.rows))), source
+    assert source.repeats is not None
+    return list(itertools.islice(source, math.ceil(source.repeats.num_rows / config.rows))), source
 
 
 def listed(folder: Path) -> dict[str, dict]:

@@ -36,8 +36,8 @@ def take(config, count: int, first: int = 0, seed: int = 5, **options) -> list[B
 def test_an_epoch_holds_each_row_once_with_its_own_picture(tmp_path, tok):
     config = data_config(path=write_rows(tmp_path, 61))
     source = batches(config, 5, slots=SLOTS)
-    assert source.round is not None
-    whole, rest = divmod(source.round.num_rows, config.rows)
+    assert source.repeats is not None
+    whole, rest = divmod(source.repeats.num_rows, config.rows)
     found = [
         number for batch in itertools.islice(source, whole) for number in numbers_in(batch, tok)
     ]
@@ -161,8 +161,8 @@ def test_a_mixture_follows_its_weights(tmp_path, tok):
     config = data_config(mixture={one: 3.0, other: 1.0})
     source = batches(config, 0, slots=SLOTS)
     # 26 times the 30 rows that are used up first make a round of more than 1024 samples.
-    assert source.round is not None
-    assert source.round.passes == {one: 26.0, other: 5.2}
+    assert source.repeats is not None
+    assert source.repeats.passes == {one: 26.0, other: 5.2}
     found = []
     while len(found) < 400:
         found += numbers_in(next(source), tok)

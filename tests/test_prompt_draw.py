@@ -1,6 +1,7 @@
 """Drawn pictures, looked at pixel by pixel, and labels on machines with and without fonts."""
 
 import importlib.util
+import io
 import time
 from pathlib import Path
 
@@ -175,6 +176,14 @@ def test_pil_pictures_are_drawn_on_as_the_model_saw_them(name):
     np.testing.assert_array_equal(np.asarray(draw_boxes(image, [])), seen)
     box = [{"ref": None, "box": (0, 0, 500, 300)}]
     assert draw_boxes(image, box).tobytes() == draw_boxes(seen, box).tobytes()
+
+
+def test_what_a_file_says_of_its_turn_is_not_passed_on():
+    turned, file = as_shown()["turned"], io.BytesIO()
+    turned.save(file, "PNG", exif=turned.getexif())
+    drawn = draw_boxes(Image.open(file), [])
+    assert drawn.size == (32, 48)[::-1]
+    assert not drawn.getexif()
 
 
 def test_what_cannot_be_drawn_is_said():

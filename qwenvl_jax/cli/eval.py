@@ -77,7 +77,9 @@ def _run(argv: Sequence[str]) -> int:
         for path, name, source in zip(options.rows, row_names(options.rows), sources, strict=True):
             _score_rows(path, name, source, options, vl)
     else:
-        for form in ("task", "chat") if options.form == "both" else (options.form,):
+        from qwenvl_jax.evaluation.scenes import FORMS
+
+        for form in FORMS if options.form == "both" else (options.form,):
             _score_scenes(form, options, vl)
     return SUCCESS
 

@@ -76,8 +76,8 @@ class Share:
 class Batches:
     """Iterates over the batches of successive steps; says afterwards what went into one.
 
-    `round` is an epoch, or a round of the mixture; None for endless sources. `digests` are of what
-    decides which samples a step holds, by name: processes that share a run must have the same.
+    `repeats` is an epoch, or a round of the mixture; None for endless sources. `digests` are of
+    what decides which samples a step holds, by name: processes that share a run must have the same.
     """
 
     def __init__(
@@ -86,11 +86,11 @@ class Batches:
         first_step: int,
         tally: Tally,
         rows: Sequence[int],
-        round: Round | None = None,
+        repeats: Round | None = None,
         digests: Mapping[str, str] = {},
     ):
         """`rows` are the rows of the global batch that are made."""
-        self.round, self.digests = round, digests
+        self.repeats, self.digests = repeats, digests
         self._made, self._step, self._tally, self._rows = made, first_step, tally, rows
         self._told: OrderedDict[int, tuple[dict[str, int | float], Notes]] = OrderedDict()
 
@@ -158,7 +158,7 @@ def batches(
     rows = tuple(range(config.rows) if share.rows is None else share.rows)
     file = None if folder is None else Path(folder) / _quarantine_name(share.process)
     tally = Tally(config.max_bad_fraction if config.source == "rows" else 1.0, file)
-    round, num_threads, digests = None, 1, dict[str, str]()
+    repeats, num_threads, digests = None, 1, dict[str, str]()
     lending = LendingCanvases if config.num_workers and can_lend() else Canvases
     canvases = lending(canvas_shape(config, len(rows)))
     make: Callable[[int], tuple[Batch, Notes]]
@@ -175,13 +175,13 @@ def batches(
         # Decoding leaves Python's lock alone; drawing scenes does not.
         num_threads = 1 if config.num_workers else min(_num_cores(), _MAX_THREADS)
         make = RowMaker(config, tokenizer, opened, rows, canvases)
-        round = Round(
+        repeats = Round(
             opened.order.num_rows, dict(zip(opened.sources, opened.order.passes, strict=True))
         )
     else:
         make = functools.partial(_make_scenes, config, tokenizer, seed, split, rows)
     made = _made_ahead(make, first_step, config.num_workers, num_threads, canvases)
-    return Batches(made, first_step, tally, rows, round, digests)
+    return Batches(made, first_step, tally, rows, repeats, digests)
 
 
 def _made_ahead(

@@ -12,7 +12,7 @@ on new facts say how far the model composes and spells, beside how well it learn
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 Form = Literal["task", "chat"]  # the prompts of the multi-task stage, or a chat turn
 Subject = Literal["caption", "question", "locate", "read"]
 
-FORMS: tuple[Form, ...] = ("task", "chat")
-SUBJECTS: tuple[Subject, ...] = ("caption", "question", "locate", "read")
+FORMS: tuple[Form, ...] = get_args(Form)
+SUBJECTS: tuple[Subject, ...] = get_args(Subject)
 MAX_NEW_TOKENS: dict[Subject, int] = {"caption": 64, "question": 24, "locate": 64, "read": 24}
 
 # Which training task draws the subject's scenes: with writing, without, or as it falls.

@@ -1,12 +1,12 @@
 """Boxes and quads of an answer, drawn over its picture with Pillow."""
 
-import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
+from qwenvl_jax.image.decode import to_rgb
 from qwenvl_jax.prompt.boxes import box_to_pixels, quad_to_pixels
 from qwenvl_jax.prompt.fonts import Font, font_for
 
@@ -39,7 +39,7 @@ def draw_boxes(
     grow with the picture; labels stay inside it and avoid each other where they can. Beyond
     `max_boxes`, a note in the corner says how many are not drawn.
 
-    Raises: ValueError for an array of another kind, and an item without a box or quad.
+    Raises: ValueError for a picture of another kind, and an item without a box or quad.
     """
     canvas = _to_canvas(image)
     draw = ImageDraw.Draw(canvas)
@@ -66,29 +66,13 @@ def draw_boxes(
 
 def _to_canvas(image: np.ndarray | Image.Image) -> Image.Image:
     if isinstance(image, Image.Image):
-        return _as_seen(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        # By way of an array: what else the file said, as that it is to be turned, stays behind.
+        image = np.asarray(to_rgb(image, "the picture to draw on", image.width * image.height))
+    elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(
             f"a picture to draw on must be uint8[Y, X, 3]: got {image.dtype}{list(image.shape)}"
         )
     return Image.fromarray(image).copy()
-
-
-def _as_seen(image: Image.Image) -> Image.Image:
-    """Returns an upright RGB copy: the pixels of `image.load_image`, which this room cannot see."""
-    try:
-        upright = ImageOps.exif_transpose(image)
-    except (SyntaxError, struct.error, ValueError, OSError, KeyError, TypeError, IndexError):
-        upright = image.copy()  # the pixels are whole and only the hint is not
-    if upright.mode.startswith("I;16"):
-        gray_YX = np.asarray(upright).astype(np.uint32)
-        return Image.fromarray(((gray_YX + 128) // 257).astype(np.uint8)).convert("RGB")
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    rgba = upright.convert("RGBA")
-    canvas = Image.new("RGB", rgba.size, "white")
-    canvas.paste(rgba, mask=rgba.getchannel("A"))
-    return canvas
 
 
 def _draw_place(

@@ -21,11 +21,11 @@ _THREAD = "feed"  # the name of the threads that make batches
 class Teller(Protocol):
     """What the data side says afterwards of the batch of a step, counted from 0.
 
-    `round`: what repeats of the data, None where they have no end. `digests`: of what all processes
-    of a run must have alike, by name.
+    `repeats`: what repeats of the data, None where they have no end. `digests`: of what all
+    processes of a run must have alike, by name.
     """
 
-    round: Round | None
+    repeats: Round | None
     digests: Mapping[str, str]
 
     def metrics(self, step: int) -> dict[str, int | float]: ...
@@ -75,9 +75,9 @@ class Feed:
         self._thread.start()
 
     @property
-    def round(self) -> Round | None:
+    def repeats(self) -> Round | None:
         """What repeats of the data; None where they have no end, or nobody knows."""
-        return None if self._teller is None else self._teller.round
+        return None if self._teller is None else self._teller.repeats
 
     @property
     def digests(self) -> Mapping[str, str]:

@@ -18,12 +18,12 @@ from qwenvl_jax.words import counted
 
 
 def introduction(
-    config: TrainConfig, layout: Layout, first_step: int, run_dir: RunDir, round: Round | None
+    config: TrainConfig, layout: Layout, first_step: int, run_dir: RunDir, repeats: Round | None
 ) -> list[str]:
     """Returns lines: what has changed since the last start, all settings, what trains, memory a
     device, what is not split that should be, what a step is and takes, where the run stands.
 
-    round: what repeats of the data, None where they have no end.
+    repeats: what repeats of the data, None where they have no end.
     """
     data = config.data
     size = {name: bytes_per_device(part) / 1e9 for name, part in layout.abstract._asdict().items()}
@@ -40,7 +40,7 @@ def introduction(
         f"a step: {counted(data.rows, 'row')} x {data.length} tokens, at most "
         f"{counted(data.max_images, 'picture')} a row of {data.image_size} x {data.image_size}, "
         f"{counted(config.micro_batches, 'micro-batch')}",
-        *_rounds(config, round),
+        *_rounds(config, repeats),
         expected_step_time(config, layout, run_dir.start),
         *_evaluation(config),
         f"{config.run_dir}: {begin}, {counted(config.steps, 'step')}",
@@ -60,16 +60,16 @@ def _copied(layout: Layout) -> list[str]:
     return replicated_lines(rows) if rows else []
 
 
-def _rounds(config: TrainConfig, round: Round | None) -> list[str]:
+def _rounds(config: TrainConfig, repeats: Round | None) -> list[str]:
     """Returns how often a run sees its data: those of a mixture that it sees least and most."""
-    if round is None:
+    if repeats is None:
         return []
-    rounds = config.steps * config.data.rows / round.num_rows
-    seen = sorted((times * rounds, source) for source, times in round.passes.items())
+    rounds = config.steps * config.data.rows / repeats.num_rows
+    seen = sorted((times * rounds, source) for source, times in repeats.passes.items())
     told = f"{counted(config.steps, 'step')} see{'s' if config.steps == 1 else ''}"
     if len(seen) == 1:
-        rows = counted(round.num_rows, "packed row")
-        whom = "it" if round.num_rows == 1 else "them"
+        rows = counted(repeats.num_rows, "packed row")
+        whom = "it" if repeats.num_rows == 1 else "them"
         return [f"the data: {rows}; {told} {whom} {_times(seen[0][0])} times"]
     (least, rarest), (most, commonest) = seen[0], seen[-1]
     return [

@@ -225,7 +225,7 @@ def _report(
     check_agreement({**feed.digests, **held_out})
     run_dir.begin()
     report = Report(config, layout, first_step)
-    report.say("\n".join(introduction(config, layout, first_step, run_dir, feed.round)))
+    report.say("\n".join(introduction(config, layout, first_step, run_dir, feed.repeats)))
     return report
 
 
