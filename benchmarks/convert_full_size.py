@@ -23,6 +23,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import tyro
+from open_conversations import peak_bytes
 
 from qwenvl_jax.config import ModelConfig
 from qwenvl_jax.conversion.config import released_config
@@ -84,12 +85,10 @@ def make_checkpoint(folder: Path, config: ModelConfig, num_shards: int, draw: Dr
 
 def run_measured(name: str, *command: str) -> None:
     """Runs a Python program in a process of its own; prints its times and peak anonymous memory."""
-    start, peak = time.perf_counter(), 0
+    start = time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen([sys.executable, *command])
-    while process.poll() is None:
-        peak = max(peak, anonymous_bytes(process.pid))
-        time.sleep(0.02)
+    peak = peak_bytes(process)
     if process.returncode:
         sys.exit(f"{name} ended with exit code {process.returncode}")
     seconds = time.perf_counter() - start
@@ -100,16 +99,6 @@ def run_measured(name: str, *command: str) -> None:
         f"peak anonymous memory {peak / 1e9:.2f} GB",
         flush=True,
     )
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Returns the memory of a process that no file backs, 0 when it has just ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    lines = [line for line in status.splitlines() if line.startswith("RssAnon:")]
-    return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
 def make_adapter(folder: Path, config: ModelConfig) -> dict[str, Pair]:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import tyro
-from open_conversations import anonymous_bytes, make_files
+from open_conversations import make_files, peak_bytes
 from PIL import Image
 
 
@@ -36,12 +36,10 @@ def main() -> None:
         Image.new("RGB", (448, 448), (90, 120, 60)).save(options.scratch / "one.jpg")
         words = [str(rows), "--tokenizer", str(options.tokenizer), "--slots", "256"]
         words += ["--processes", str(options.processes)]
-        start, peak = time.perf_counter(), 0
+        start = time.perf_counter()
         command = [sys.executable, "-m", "qwenvl_jax.cli.main", "data", "lint", *words]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid))
-            time.sleep(0.1)
+        peak = peak_bytes(process)
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         print(
             f"exit code {process.returncode}, {time.perf_counter() - start:.0f} s with "

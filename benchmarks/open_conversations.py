@@ -8,6 +8,7 @@ disk and 3 GB of memory (for `json.load`; `--no-whole` leaves it out), and remov
     python benchmarks/open_conversations.py --scratch build/rows
 """
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -84,15 +85,27 @@ def _words(rng: random.Random, count: int) -> str:
     return " ".join(rng.choices(WORDS, k=count))
 
 
+def peak_bytes(process: subprocess.Popen) -> int:
+    """Returns, once a process has ended, the most memory that it had of its own, mapped by no file.
+
+    Of the process alone, without those that it has started.
+    """
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # it has ended between two looks
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            found = re.search(r"RssAnon:\s+(\d+) kB", status)
+            peak = max(peak, int(found[1]) * 1024 if found else 0)
+        time.sleep(0.02)
+    return peak
+
+
 def run_measured(name: str, code: str, path: Path) -> None:
     """Runs the code in a process of its own; prints what it says and its peak anonymous memory."""
-    peak = 0
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True
     )
-    while process.poll() is None:
-        peak = max(peak, anonymous_bytes(process.pid))
-        time.sleep(0.02)
+    peak = peak_bytes(process)
     if process.returncode or process.stdout is None:
         sys.exit(f"{name} ended with exit code {process.returncode}")
     size = path.stat().st_size
@@ -101,16 +114,6 @@ def run_measured(name: str, code: str, path: Path) -> None:
         f"peak anonymous memory {peak / 1e6:.0f} MB",
         flush=True,
     )
-
-
-def anonymous_bytes(pid: int) -> int:
-    """Returns the memory that is the process's own, without pages of mapped files."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:  # it ended between two looks
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", status)
-    return int(found[1]) * 1024 if found else 0
 
 
 def main() -> None:
