@@ -23,13 +23,14 @@ from qwenvl_jax.data.record import Record, check_record
 from qwenvl_jax.prompt.boxes import format_box, format_quad
 from qwenvl_jax.prompt.chat import (
     DEFAULT_SYSTEM,
+    RELEASED_CHAT_TAGS,
     ChatError,
     LossMask,
     Message,
     messages_from_conversations,
     render_example,
 )
-from qwenvl_jax.prompt.tokenizer import RELEASED_CHAT_TAGS, Tokenizer
+from qwenvl_jax.prompt.tokenizer import Tokenizer
 from qwenvl_jax.prompt.vocabulary import TokenizerError
 from qwenvl_jax.words import counted
 

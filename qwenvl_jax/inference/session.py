@@ -21,13 +21,13 @@ from qwenvl_jax.inference.sampling import GREEDY, Sampling
 from qwenvl_jax.prompt.boxes import parse_boxes
 from qwenvl_jax.prompt.chat import (
     DEFAULT_SYSTEM,
+    PLACE_TAGS,
     RELEASED_WINDOW,
     Message,
     Picture,
     Rendered,
     render_prompt,
 )
-from qwenvl_jax.prompt.tokenizer import PLACE_TAGS
 from qwenvl_jax.words import did_you_mean
 
 if TYPE_CHECKING:

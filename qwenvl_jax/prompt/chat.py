@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 RELEASED_WINDOW = 6144  # ids of system and history together
+PLACE_TAGS = ("ref", "box", "quad")  # what a caller may make live in user text
+RELEASED_CHAT_TAGS = (*PLACE_TAGS, "img")  # what the released chat() makes live
 
 _ROLES = ("system", "user", "assistant")
 
@@ -175,8 +177,7 @@ def messages_from_conversations(
                 f'conversation turn {i} must be {{"from": "user" or "assistant", "value": text}}: '
                 f"got {dict(turn)!r:.120}"
             )
-    live = ("ref", "box", "quad", "img")
-    messages = [Message(turn["from"], turn["value"], live) for turn in conversations]
+    messages = [Message(turn["from"], turn["value"], RELEASED_CHAT_TAGS) for turn in conversations]
     if messages and messages[0].role == "assistant":
         first, *messages = messages
         if "<img>" in first.content:

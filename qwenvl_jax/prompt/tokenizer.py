@@ -14,7 +14,6 @@ token, pictures' paths are not written into the slots, and decoding never raises
 import functools
 import hashlib
 import itertools
-import operator
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -41,8 +40,6 @@ SPECIAL_TOKENS = (
     *("<img>", "</img>", "<imgpad>"),
 )
 
-PLACE_TAGS = ("ref", "box", "quad")  # what a caller may make live in user text
-RELEASED_CHAT_TAGS = (*PLACE_TAGS, "img")  # what the released chat() makes live
 _TAG_TOKENS = {
     "ref": ("<ref>", "</ref>"),
     "box": ("<box>", "</box>"),
@@ -79,9 +76,9 @@ def load_tokenizer(
 
 
 def _place_tags(tags: Sequence[str]) -> Sequence[str]:
-    if unknown := [tag for tag in tags if tag not in PLACE_TAGS]:
+    if unknown := [tag for tag in tags if tag not in chat.PLACE_TAGS]:
         raise TokenizerError(
-            f"tags that may be live in text are {PLACE_TAGS}: got {unknown}; "
+            f"tags that may be live in text are {chat.PLACE_TAGS}: got {unknown}; "
             "pictures travel beside the text, and encode_raw takes trusted text"
         )
     return tags
@@ -206,24 +203,6 @@ class Tokenizer:
         """
         return cut_images(text)[1::2]
 
-    def image_starts(self, ids: Iterable[SupportsIndex]) -> list[int]:
-        """Returns the index of the first slot of every picture in `ids`, in order.
-
-        Raises: TokenizerError where an `<img>` is not followed by its slots and `</img>`, as in ids
-        that were cut inside a picture.
-        """
-        span, tokens = self.image_ids(), [operator.index(i) for i in ids]
-        starts = []
-        for i, token in enumerate(tokens):
-            if token == self.image_start_id:
-                if tokens[i : i + len(span)] != span:
-                    raise TokenizerError(
-                        f"the picture at position {i} is not whole: expected <img>, {self.slots} "
-                        "slots and </img>; the ids were cut, or come from another tokenizer"
-                    )
-                starts.append(i + 1)
-        return starts
-
     def _encode_spans(self, text: str, allowed: frozenset[str]) -> list[int]:
         ids: list[int] = []
         for i, part in enumerate(cut_images(text)):
@@ -302,6 +281,6 @@ class Tokenizer:
         """
         if raw and live:
             raise TokenizerError("raw=True makes every tag live already: leave out `live`")
-        tags = RELEASED_CHAT_TAGS if raw else _place_tags(live)
+        tags = chat.RELEASED_CHAT_TAGS if raw else _place_tags(live)
         messages = chat.messages_from_turns(turns, system, tags)
         return chat.render_prompt(self, messages, max_window=max_window).ids

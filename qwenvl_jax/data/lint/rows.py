@@ -56,7 +56,7 @@ def check_rows(source: Conversations, checks: Checks, rows: range) -> Checked:
             if "id" in row:
                 name = str(row["id"])
                 hashes[place] = id_hash(name)
-            faults = list(row_faults(source, index, row, checks))
+            faults = list(row_faults(source, row, checks))
         line = int(source.rows.lines[index])
         problems += [
             Problem(fault.kind, index, line, name, turn, fault.detail) for turn, fault in faults
@@ -86,7 +86,7 @@ def duplicate_ids(source: Conversations, id_hashes_N: np.ndarray) -> Iterator[Pr
 
 
 def row_faults(
-    source: Conversations, index: int, row: dict[str, Any], checks: Checks
+    source: Conversations, row: dict[str, Any], checks: Checks
 ) -> Iterator[tuple[int | None, Fault]]:
     """Yields what is wrong with a row, each fault with its turn where it has one."""
     turns = row.get("conversations")
