@@ -186,6 +186,14 @@ class Lines:
             self._descriptor = None
 
 
+def name_for(process: int, name: str) -> str:
+    """Returns the name of one process's own file of lines.
+
+    A shared disk does not join what several write into one. The first process has the plain name.
+    """
+    return f"{process}-{name}" if process else name
+
+
 def discard_output() -> None:
     """Sends what is still to be printed nowhere: its reader has gone, and Python would complain."""
     null = os.open(os.devnull, os.O_WRONLY)

@@ -15,7 +15,7 @@ from qwenvl_jax.config import NO_IMAGE, ConfigError, DataConfig
 from qwenvl_jax.data.canvas import Canvases
 from qwenvl_jax.data.example import NO_TASK, TASKS, DataError, Example
 from qwenvl_jax.data.packing import LOOK_AHEAD, TASK_NUMBERS, fill, fill_rows, pack
-from qwenvl_jax.data.pipeline import batches, draw, make_batch
+from qwenvl_jax.data.pipeline import batches, draw, scene_rows
 from qwenvl_jax.data.record import FIELDS
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 
@@ -205,7 +205,6 @@ def test_a_batch_is_a_function_of_seed_and_step():
     others = [stream[1], far, next(batches(CONFIG, seed=4, slots=16))]
     others.append(next(batches(CONFIG, seed=3, slots=16, split="heldout")))
     assert not any(same(stream[0], other) for other in others)
-    assert same(far, make_batch(CONFIG, load_tokenizer(NANO, 16), 3, "train", 1_000_000))
 
 
 def test_processes_make_the_same_batches():
@@ -264,12 +263,12 @@ def test_samples_longer_than_a_row_are_skipped_with_their_key_until_too_many(cap
     config = dataclasses.replace(CONFIG, tasks={"caption": 40.0, "chat": 1.0}, length=64, rows=32)
     with caplog.at_level("WARNING"):
         for step in range(4):
-            assert make_batch(config, tok, 0, "train", step).tokens.shape == (32, 64)
+            assert len(scene_rows(config, tok, 0, "train", step)) == 32
     assert any("/chat does not fit into a row" in record.message for record in caplog.records)
     with pytest.raises(DataError, match=r"step 0 refused \d+ samples.*scenes/train/\d+/chat"):
-        make_batch(dataclasses.replace(config, tasks={"chat": 1.0}), tok, 0, "train", 0)
+        scene_rows(dataclasses.replace(config, tasks={"chat": 1.0}), tok, 0, "train", 0)
     with pytest.raises(DataError, match="step 0 refused 1000 samples for 0 that it took"):
-        make_batch(dataclasses.replace(config, length=20), tok, 0, "train", 0)
+        scene_rows(dataclasses.replace(config, length=20), tok, 0, "train", 0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from qwenvl_jax.config import ConfigError
-from qwenvl_jax.data.workers import WorkerKilled, spread
+from qwenvl_jax.data.workers import WorkerKilled, parted, spread
 
 Result = TypeVar("Result")
 
@@ -19,8 +19,8 @@ def pass_over(
 ) -> Iterator[Result]:
     """Yields `work(rows)` for runs of rows, in order.
 
-    `processes` None is as many as there are cores, but one where
-    the rows are few. Progress goes to the terminal's error stream as a bar, elsewhere as lines.
+    `processes` None is as many as there are cores, but one where the rows are few. Progress goes to
+    the terminal's error stream as a bar, elsewhere as lines.
 
     Raises: ConfigError for a number of processes that cannot be, and where one was killed; what
     `work` raises.
@@ -29,7 +29,7 @@ def pass_over(
         raise ConfigError(f"--processes must be positive: got {processes}")
     if processes is None:
         processes = max(1, min(os.cpu_count() or 1, num_rows // _ROWS_A_PROCESS))
-    chunks = [range(i, min(i + _CHUNK, num_rows)) for i in range(0, num_rows, _CHUNK)]
+    chunks = parted(num_rows, _CHUNK)
     results = map(work, chunks) if processes == 1 else _spread(work, chunks, processes)
     return _told(results, chunks, num_rows, name)
 

@@ -43,6 +43,7 @@ from qwenvl_jax.data.rows import (
 from qwenvl_jax.data.sources.scene_rows import TASKS, scene_example
 from qwenvl_jax.data.sources.scenes import Split
 from qwenvl_jax.data.unchanged import KeptData
+from qwenvl_jax.files import name_for
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from qwenvl_jax.words import did_you_mean
 
@@ -156,7 +157,7 @@ def batches(
     check_config(config, slots, split)
     tokenizer = load_tokenizer(config.tokenizer, slots=slots)
     rows = tuple(range(config.rows) if share.rows is None else share.rows)
-    file = None if folder is None else Path(folder) / _quarantine_name(share.process)
+    file = None if folder is None else Path(folder) / name_for(share.process, QUARANTINE)
     tally = Tally(config.max_bad_fraction if config.source == "rows" else 1.0, file)
     repeats, num_threads, digests = None, 1, dict[str, str]()
     lending = LendingCanvases if config.num_workers and can_lend() else Canvases
@@ -171,7 +172,8 @@ def batches(
         opened = open_rows(config, tokenizer, seed, sources)
         digests["which rows can be used"] = digest_of_unusable(opened)
         if kept and kept.check_usable(opened) and share.process == 0:
-            tally.list(first_step, unusable_rows(opened, tokenizer, config))
+            holes = unusable_rows(opened.sources, opened.unusable, tokenizer, config)
+            tally.list(first_step, holes)
         # Decoding leaves Python's lock alone; drawing scenes does not.
         num_threads = 1 if config.num_workers else min(_num_cores(), _MAX_THREADS)
         make = RowMaker(config, tokenizer, opened, rows, canvases)
@@ -230,11 +232,6 @@ def _num_cores() -> int:
     return len(mask(0)) if mask is not None else os.cpu_count() or 1
 
 
-def _quarantine_name(process: int) -> str:
-    """Returns the file of one process: a shared disk does not join lines of several writers."""
-    return f"{process}-{QUARANTINE}" if process else QUARANTINE
-
-
 # --- generated scenes ----------------------------------------------------------------------------
 
 
@@ -248,21 +245,10 @@ def _make_scenes(
 ) -> tuple[Batch, Notes]:
     drawn = scene_rows(config, tokenizer, seed, split, step)
     ours = [drawn[row] for row in rows]
-    batch = _packed(ours, config, tokenizer)
-    return batch, Notes(sum(map(len, ours)), (), keys_of(ours))
-
-
-def make_batch(
-    config: DataConfig, tokenizer: Tokenizer, seed: int, split: Split, step: int
-) -> Batch:
-    """Returns the batch of one step of scenes. Raises: as `scene_rows`."""
-    return _packed(scene_rows(config, tokenizer, seed, split, step), config, tokenizer)
-
-
-def _packed(rows: Sequence[Sequence[Example]], config: DataConfig, tokenizer: Tokenizer) -> Batch:
-    return pack(
-        rows, config.length, config.max_images, config.image_size, tokenizer, config.attend_across
+    batch = pack(
+        ours, config.length, config.max_images, config.image_size, tokenizer, config.attend_across
     )
+    return batch, Notes(sum(map(len, ours)), (), keys_of(ours))
 
 
 def scene_rows(

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -177,8 +178,7 @@ def _finish(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         )
     index = {
         "format": facts["format"],
-        **{name: sum(shard[name] for shard in shards) for name in ("rows", "bytes", "read")},
-        "pictures": sum(shard["pictures"] for shard in shards),
+        **{name: sum(shard[name] for shard in shards) for name in _SUMS},
         "tokens": sum(shard["tokens"] for shard in shards) if facts["tokenizer"] else None,
         "tokenizer": facts["tokenizer"],
         **{name: _summed(shard[name] for shard in shards) for name in _COUNTS},
@@ -201,6 +201,7 @@ def _finish(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return index
 
 
+_SUMS = ("rows", "bytes", "read", "pictures")
 _COUNTS = ("tasks", "refused", "changed")
 _SHARD_FACTS = ("file", "rows", "bytes", "sha256")
 
@@ -211,10 +212,9 @@ def _clear(folder: Path) -> None:
 
 
 def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
+    total = Counter[str]()
     for count in counts:
-        for name, number in count.items():
-            total[name] = total.get(name, 0) + number
+        total.update(count)
     return dict(sorted(total.items()))
 
 

@@ -143,17 +143,13 @@ def digest_of_unusable(opened: OpenRows) -> str:
     return digest.hexdigest()
 
 
-def unusable_rows(opened: OpenRows, tokenizer: Tokenizer, config: DataConfig) -> Iterator[Hole]:
-    """Yields the reason for every row that no step holds; each is read once more for it."""
-    yield from _holes(opened.sources, opened.unusable, tokenizer, config)
-
-
-def _holes(
+def unusable_rows(
     sources: dict[str, Source],
     unusable: dict[str, np.ndarray],
     tokenizer: Tokenizer,
     config: DataConfig,
 ) -> Iterator[Hole]:
+    """Yields the reason for every row that no step holds; each is read once more for it."""
     for name, rows in unusable.items():
         for index in rows.tolist():
             found = read_sample(sources[name], name, index, tokenizer, config)
@@ -192,7 +188,7 @@ def _first_of(
 
     `qwenvl data lint` takes conversation files alone.
     """
-    holes = itertools.islice(_holes(sources, unusable, tokenizer, config), _NAMED)
+    holes = itertools.islice(unusable_rows(sources, unusable, tokenizer, config), _NAMED)
     named = " ".join(f"({number}) {hole.detail}" for number, hole in enumerate(holes, start=1))
     limits = f"--tokenizer {shlex.quote(config.tokenizer)} --slots {tokenizer.slots}"
     commands = " and ".join(

@@ -19,7 +19,7 @@ import numpy as np
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import FIELDS, Source
 from qwenvl_jax.data.tasks import example_of
-from qwenvl_jax.data.workers import WorkerKilled, spread
+from qwenvl_jax.data.workers import WorkerKilled, parted, spread
 from qwenvl_jax.files import replace
 from qwenvl_jax.prompt.tokenizer import Tokenizer
 
@@ -65,10 +65,9 @@ def sizes_of(
 
 def measure(source: Source, tokenizer: Tokenizer, num_workers: int = 0) -> Sizes:
     """Returns the sizes of all rows, each read and tokenised; progress is told on stderr."""
-    starts = range(0, len(source), _PART)
     parts = []
     began = told = time.monotonic()
-    for part in _parts(source, tokenizer, starts, num_workers):
+    for part in _parts(source, tokenizer, num_workers):
         parts.append(part)
         now = time.monotonic()
         if now - told > _SECONDS_BETWEEN_LINES:
@@ -85,15 +84,14 @@ def measure(source: Source, tokenizer: Tokenizer, num_workers: int = 0) -> Sizes
     return Sizes(np.concatenate(sizes), np.concatenate(tasks))
 
 
-def _parts(
-    source: Source, tokenizer: Tokenizer, starts: range, num_workers: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    measure_part = functools.partial(_measure_part, source, tokenizer)
-    if num_workers < 2 or len(starts) < 2 * num_workers:
-        yield from map(measure_part, starts)
+def _parts(source: Source, tokenizer: Tokenizer, num_workers: int) -> Iterator[Sizes]:
+    measure_rows = functools.partial(_measure_rows, source, tokenizer)
+    parts = parted(len(source), _PART)
+    if num_workers < 2 or len(parts) < 2 * num_workers:
+        yield from map(measure_rows, parts)
         return
     try:
-        yield from spread(measure_part, starts, num_workers)
+        yield from spread(measure_rows, parts, num_workers)
     except WorkerKilled as error:
         raise DataError(f"{error}; use a smaller data.num_workers") from error
 
@@ -102,19 +100,16 @@ def _mended(measured: Sizes, source: Source, tokenizer: Tokenizer) -> bool:
     """Returns whether rows that could not be used now can, after noting their sizes."""
     unusable = np.flatnonzero(measured.sizes[:, 0] == UNUSABLE)
     for index in unusable.tolist():
-        now = _measure_part(source, tokenizer, index, index + 1)
-        measured.sizes[index], measured.tasks[index] = now[0][0], now[1][0]
+        now = _measure_rows(source, tokenizer, range(index, index + 1))
+        measured.sizes[index], measured.tasks[index] = now.sizes[0], now.tasks[0]
     return bool((measured.sizes[unusable, 0] != UNUSABLE).any())
 
 
-def _measure_part(
-    source: Source, tokenizer: Tokenizer, start: int, end: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    end = min(start + _PART, len(source)) if end is None else end
-    sizes = np.full((end - start, 2), UNUSABLE, np.int32)
-    tasks = np.zeros(end - start, np.uint8)
+def _measure_rows(source: Source, tokenizer: Tokenizer, rows: range) -> Sizes:
+    sizes = np.full((len(rows), 2), UNUSABLE, np.int32)
+    tasks = np.zeros(len(rows), np.uint8)
     order = list(FIELDS)
-    for place, index in enumerate(range(start, end)):
+    for place, index in enumerate(rows):
         try:
             example = example_of(source[index], tokenizer)
         except DataError:  # told with its reason when training starts
@@ -122,7 +117,7 @@ def _measure_part(
         pictures = len(example.images)
         sizes[place] = (len(example.ids) - pictures * tokenizer.slots, pictures)
         tasks[place] = order.index(example.task)
-    return sizes, tasks
+    return Sizes(sizes, tasks)
 
 
 # --- the cache -----------------------------------------------------------------------------------

@@ -57,8 +57,8 @@ def train_bpe(texts: Iterable[str], merges: int, known: Sequence[bytes] = BYTES)
     splitter = regex.compile(SPLIT_PATTERN)
     for text in texts:
         pieces.update(splitter.findall(text))
-    speller = Tokenizer({entry: rank for rank, entry in enumerate(known)}, slots=1)
-    words = {piece: tuple(known[i] for i in speller.encode(piece)) for piece in sorted(pieces)}
+    spell = _speller(known)
+    words = {piece: tuple(known[i] for i in spell.encode(piece)) for piece in sorted(pieces)}
     vocabulary = list(known)
     for _ in range(merges):
         pairs: collections.Counter[Pair] = collections.Counter()
@@ -71,6 +71,10 @@ def train_bpe(texts: Iterable[str], merges: int, known: Sequence[bytes] = BYTES)
         vocabulary.append(best[0] + best[1])
         words = {piece: _merge(parts, best) for piece, parts in words.items()}
     return vocabulary
+
+
+def _speller(entries: Sequence[bytes]) -> Tokenizer:
+    return Tokenizer({entry: rank for rank, entry in enumerate(entries)}, slots=1)
 
 
 def _merge(parts: tuple[bytes, ...], pair: Pair) -> tuple[bytes, ...]:
@@ -96,7 +100,7 @@ def write_tiktoken(vocabulary: Iterable[bytes], path: Path) -> None:
 
 def scene_sentences(count: int) -> Iterable[str]:
     """Yields the text between tags of samples of every spoken task in turn, without drawn words."""
-    spell = Tokenizer({bytes([byte]): byte for byte in range(256)}, slots=1)
+    spell = _speller(BYTES)
     spoken = [task for task in TASKS if task not in LISTS]  # lists are not sentences
     for key in range(count):
         task = spoken[key % len(spoken)]
@@ -110,7 +114,7 @@ def wide_sentences(count: int, folders: Sequence[Path]) -> Iterable[str]:
     Chinese signs come one by one. The lines of a page are told letter by letter in English, so
     only their Chinese signs are here.
     """
-    spell = Tokenizer({entry: rank for rank, entry in enumerate(BYTES)}, slots=1)
+    spell = _speller(BYTES)
     for folder in folders:
         source = Collages(count // len(folders), "train", side=64, folder=folder)
         for index in range(len(source)):

@@ -25,6 +25,11 @@ class WorkerKilled(RuntimeError):
         super().__init__("a worker process was killed, as the system does when memory runs out")
 
 
+def parted(num_rows: int, size: int) -> list[range]:
+    """Returns all rows in runs of so many, the last one maybe shorter: each an item of `spread`."""
+    return [range(i, min(i + size, num_rows)) for i in range(0, num_rows, size)]
+
+
 def spread(
     work: Callable[[Item], Result],
     items: Iterable[Item],

@@ -139,7 +139,7 @@ class Feed:
     def _offer(self, item: Batch | BaseException) -> bool:
         while not self._is_closed.is_set():
             try:
-                self._queue.put(item, timeout=0.2)
+                self._queue.put(item, timeout=_SLICE)
                 return True
             except queue.Full:
                 continue

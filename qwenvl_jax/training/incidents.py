@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qwenvl_jax.files import Lines, json_line
+from qwenvl_jax.files import Lines, json_line, name_for
 from qwenvl_jax.training.guard import REASONS
 
 
@@ -22,9 +22,8 @@ class Incidents:
     """
 
     def __init__(self, run_dir: str | Path, seed: int):
-        process = jax.process_index()
-        name = f"{process}-incidents.jsonl" if process else "incidents.jsonl"
-        self.path, self._seed = Path(run_dir) / name, seed
+        self.path = Path(run_dir) / name_for(jax.process_index(), "incidents.jsonl")
+        self._seed = seed
         self._lines = Lines(self.path)
 
     def note(self, numbers: dict[str, Any], action: str, **facts: Any) -> str:
