@@ -5,7 +5,7 @@ the shortest way from the loss to the patches, as for drawn scenes (docs/decisio
 """
 
 from qwenvl_jax.data.sources.composition import Collage, Thing
-from qwenvl_jax.data.sources.scene_language import CELLS, NOTHING
+from qwenvl_jax.data.sources.scene_language import NOTHING, in_cells
 
 QUESTION = "What is in each cell?"
 _COVERED = 0.15  # of a cell, by the box of the thing that it belongs to
@@ -13,21 +13,7 @@ _COVERED = 0.15  # of a cell, by the box of the thing that it belongs to
 
 def cell_things(collage: Collage) -> list[Thing | None]:
     """Returns the thing of each cell, row by row: whose box covers most of it, if enough."""
-    side = collage.side / CELLS
-
-    def covered(thing: Thing, column: int, row: int) -> float:
-        x1, y1, x2, y2 = (edge / side for edge in thing.box)
-        width = min(x2, column + 1.0) - max(x1, column)
-        height = min(y2, row + 1.0) - max(y1, row)
-        return max(0.0, width) * max(0.0, height)
-
-    found: list[Thing | None] = []
-    for cell in range(CELLS**2):
-        row, column = divmod(cell, CELLS)
-        parts = [(covered(thing, column, row), thing) for thing in collage.things]
-        share, thing = max(parts, key=lambda part: part[0])
-        found.append(thing if share >= _COVERED else None)
-    return found
+    return in_cells(collage.things, collage.side, _COVERED)
 
 
 def cell_list(collage: Collage) -> str:

@@ -8,7 +8,7 @@ train split no sentence pairs a shape with a colour of `HELD_OUT_PAIRS`, not eve
 import itertools
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from qwenvl_jax.data.sources.drawing import SHAPES, letter_places
 from qwenvl_jax.data.sources.scenes import (
@@ -34,6 +34,17 @@ CAPTION_REQUESTS = (
 )
 LOCATE_REQUESTS = ("Find {}.", "Where is {}? Draw a box.", "Locate {}.", "Draw a box around {}.")
 READ_REQUESTS = ("Read the text.", "Find the text.")
+
+
+@runtime_checkable
+class Boxed(Protocol):
+    """What lies in a picture: `box` is x1, y1, x2, y2 in pixels."""
+
+    @property
+    def box(self) -> tuple[float, float, float, float]: ...
+
+
+BoxedThing = TypeVar("BoxedThing", bound=Boxed)
 
 
 class Question(NamedTuple):
@@ -141,24 +152,28 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def cell_things(scene: Scene) -> list[Thing | None]:
-    """Returns the thing that lies in each cell of the picture, row by row.
+    """Returns the thing that lies in each cell of the picture, row by row."""
+    return in_cells(scene.things, scene.side, COVERED)
 
-    A cell belongs to the thing whose box covers most of it, and to none where none covers enough.
+
+def in_cells(things: Sequence[BoxedThing], side: int, least: float) -> list[BoxedThing | None]:
+    """Returns the thing of each cell of a picture of `side` pixels, row by row.
+
+    A cell belongs to the thing whose box covers most of it, and to none where none covers `least`.
     """
-    side = scene.side / CELLS
 
-    def covered(thing: Thing, column: int, row: int) -> float:
-        x1, y1, x2, y2 = (edge / side for edge in thing.box)
-        width = min(x2, column + 1) - max(x1, column)
-        height = min(y2, row + 1) - max(y1, row)
-        return max(0.0, float(width)) * max(0.0, float(height))
+    def covered(thing: BoxedThing, column: int, row: int) -> float:
+        x1, y1, x2, y2 = (edge / (side / CELLS) for edge in thing.box)
+        width = min(x2, column + 1.0) - max(x1, column)
+        height = min(y2, row + 1.0) - max(y1, row)
+        return max(0.0, width) * max(0.0, height)
 
-    found = []
-    for row in range(CELLS):
-        for column in range(CELLS):
-            parts = [(covered(thing, column, row), thing) for thing in scene.things]
-            share, thing = max(parts, key=lambda part: part[0], default=(0.0, None))
-            found.append(thing if share >= COVERED else None)
+    found: list[BoxedThing | None] = []
+    for cell in range(CELLS**2):
+        row, column = divmod(cell, CELLS)
+        parts = [(covered(thing, column, row), thing) for thing in things]
+        share, thing = max(parts, key=lambda part: part[0], default=(0.0, None))
+        found.append(thing if share >= least else None)
     return found
 
 
@@ -298,7 +313,6 @@ _ASKERS = {
 ASKED_KINDS = ("colour", "colour", "shape", "shape", "count", "exists", "exists", "relation")
 ASKED_KINDS += ("relation", "where", "size")
 CHOICES = tuple(_ASKERS)
-QUESTION_KINDS = (*CHOICES, "word", "number")
 
 
 def question(
