@@ -239,29 +239,17 @@ def partition_spec(
     return PartitionSpec(*parts)
 
 
-def shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """Returns the same tree with a NamedSharding in place of every array.
-
-    Works on real and on abstract states; the logical axes come from each Variable's metadata.
-    """
-
-    def place(variable: nnx.Variable) -> nnx.Variable:
-        spec = partition_spec(variable.axes, variable.get_value().shape, mesh)
-        return variable.replace(NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the placement of step inputs: rows over `data` and `fsdp`, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(AXIS_TABLE[axes.BATCH]))
 
 
-def decoding_axes(num_dims: int) -> tuple[str | None, ...]:
-    """Returns the logical axes of what an answer carries: rows, or (5 dims) keys and values."""
-    if num_dims == 5:
-        return axes.LAYERS, axes.BATCH, None, axes.HEADS, axes.HEAD_DIM
-    return (axes.BATCH, *[None] * (num_dims - 1)) if num_dims else ()
+def decoding_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Returns the placement of what an answer carries: rows, or (5 dims) keys and values."""
+    logical = (axes.BATCH, *[None] * len(shape))[: len(shape)]
+    if len(shape) == 5:
+        logical = (axes.LAYERS, axes.BATCH, None, axes.HEADS, axes.HEAD_DIM)
+    return NamedSharding(mesh, partition_spec(logical, shape, mesh))
 
 
 def with_shardings(state: nnx.State, mesh: Mesh | AbstractMesh) -> nnx.State:
@@ -284,6 +272,11 @@ def named_variables(state: nnx.State) -> dict[str, nnx.Variable]:
     """Returns dotted path -> Variable, e.g. `decoder.blocks.attn.q_proj.kernel`, sorted."""
     flat = {_dotted(path): leaf for path, leaf in nnx.to_flat_state(state)}
     return dict(sorted(flat.items()))
+
+
+def named_arrays(state: nnx.State) -> dict[str, Any]:
+    """Returns dotted path -> array, or its shape in an abstract state, sorted."""
+    return {path: variable.get_value() for path, variable in named_variables(state).items()}
 
 
 def fill(state: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from released_files import (
     BFLOAT16,
     GOLDEN,
@@ -38,7 +37,7 @@ from qwenvl_jax.conversion.run import export_released, import_released
 from qwenvl_jax.conversion.slots import ConversionError
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import qwen_vl
-from qwenvl_jax.sharding import make_mesh, named_variables
+from qwenvl_jax.sharding import make_mesh, named_arrays
 
 NULL = object()  # there, and null
 
@@ -51,10 +50,6 @@ def golden(tmp_path_factory):
     (released / "qwen.tiktoken").write_text("IQ== 0\n")
     import_released(released, root / "ours")
     return released, root / "ours"
-
-
-def arrays(state: nnx.State) -> dict[str, jax.Array]:
-    return {path: variable.get_value() for path, variable in named_variables(state).items()}
 
 
 # --- transforms -----------------------------------------------------------------------------------
@@ -112,7 +107,7 @@ def test_the_table_covers_every_array_of_the_model_once(config):
             assert path not in ours
             ours[path] = shape
     state = abstract_state(config)[1]
-    assert ours == {path: array.shape for path, array in arrays(state).items()}
+    assert ours == {path: array.shape for path, array in named_arrays(state).items()}
 
 
 def read_config_file() -> ModelConfig:
@@ -195,7 +190,7 @@ def test_weights_load_onto_any_mesh_in_the_wanted_dtype(golden, source, sizes):
         MeshConfig(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: np.prod(sizes)]
     )
     _, abstract = abstract_state(config, mesh)
-    loaded, wanted = arrays(load_weights(folder, abstract)), arrays(abstract)
+    loaded, wanted = named_arrays(load_weights(folder, abstract)), named_arrays(abstract)
     tensors = golden_tensors()
     assert loaded.keys() == wanted.keys()
     for path, array in loaded.items():
@@ -218,7 +213,7 @@ def test_the_position_table_is_loaded_and_not_made_again(golden, tmp_path):
     tensors[name] = tensors[name] + np.float32(0.25)  # as the original fine-tuning may leave it
     folder = write_folder(tmp_path / "tuned", tensors)
     _, abstract = abstract_state(read_config(folder))
-    loaded = arrays(load_weights(folder, abstract))
+    loaded = named_arrays(load_weights(folder, abstract))
     np.testing.assert_array_equal(loaded["adapter.position_embed"], tensors[name])
 
 

@@ -70,14 +70,14 @@ def test_reference_mode_equals_left_padding():
 
     padding = len(long) - len(short)
     segment_BL = np.array([[0] * padding + [1] * len(short)], np.int32)
-    hidden_BLD, _ = nnx.merge(vl._generator._graphdef, vl._generator._state)(
+    merged = nnx.merge(abstract_state(vl.config, vl.mesh)[0], vl._generator._state)
+    hidden_BLD, _ = merged(
         jnp.array([[0] * padding + short], jnp.int32),
         position_BL=jnp.arange(len(long))[None],
         segment_BL=jnp.array(segment_BL),
         ntk_alpha_B=ntk_alpha(jnp.array([len(long)]), vl.config.decoder.seq_length),
     )
-    left_padded = nnx.merge(vl._generator._graphdef, vl._generator._state).logits(hidden_BLD)
-    np.testing.assert_allclose(logits[0, 0], left_padded[0, -1], atol=1e-4)
+    np.testing.assert_allclose(logits[0, 0], merged.logits(hidden_BLD)[0, -1], atol=1e-4)
     np.testing.assert_allclose(logits[1, 0], outputs()["text_long.logits"][-1], atol=1e-4)
     alone = vl.logits(short)[-1]
     assert np.abs(logits[0, 0] - alone).max() > 1e-2  # the batch mate is felt, as released

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwenvl_jax import presets
 from qwenvl_jax.config import ConfigError, MeshConfig, RematPolicy
@@ -26,7 +26,7 @@ from qwenvl_jax.sharding import (
     named_variables,
     partition_spec,
     placements,
-    shardings,
+    with_shardings,
 )
 
 P = PartitionSpec
@@ -139,6 +139,10 @@ def test_one_mesh_axis_twice_is_an_error():
         partition_spec(("embd",), (8,), make_mesh())
 
 
+def places(state: nnx.State, mesh: Mesh) -> nnx.State:
+    return jax.tree.map(lambda x: x.sharding, with_shardings(state, mesh))
+
+
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_eight_devices_give_the_numbers_of_one(sizes):
     config = tiny.model_config()
@@ -163,7 +167,7 @@ def test_eight_devices_give_the_numbers_of_one(sizes):
     alone = logits(state, batch)
     data, fsdp, tensor = sizes
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-    spread = jax.device_put(state, shardings(state, mesh))
+    spread = jax.device_put(state, places(state, mesh))
     together = logits(spread, jax.device_put(batch, batch_sharding(mesh)))
     np.testing.assert_allclose(together, alone, atol=2e-5)
 
@@ -196,7 +200,7 @@ def test_a_gradient_is_summed_where_its_weight_lies(remat, sizes):
     alone = gradient_of_layers(graphdef, "none")(state, x)
     data, fsdp, tensor = sizes
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-    placed = shardings(state, mesh), batch_sharding(mesh)
+    placed = places(state, mesh), batch_sharding(mesh)
     with jax.set_mesh(mesh):
         gradient = gradient_of_layers(graphdef, remat)
         step = jax.jit(gradient, in_shardings=placed, out_shardings=placed[0]).lower(state, x)
@@ -210,7 +214,7 @@ def test_a_gradient_is_summed_where_its_weight_lies(remat, sizes):
 def test_weights_that_are_kept_are_gathered_once():
     graphdef, state, x = layers_state_and_rows()
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    placed = shardings(state, mesh), batch_sharding(mesh)
+    placed = places(state, mesh), batch_sharding(mesh)
 
     def gathers(remat: RematPolicy) -> int:
         with jax.set_mesh(mesh):

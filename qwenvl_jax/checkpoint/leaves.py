@@ -62,11 +62,10 @@ def write_leaf(directory: Path, leaf: Leaf, on_bytes: OnBytes) -> str:
     digest = hashlib.sha256()
     pending = None
     try:
-        for start, stop in _blocks(leaf, chunk):
-            bits = np.ascontiguousarray(_bits(leaf.read((slice(start, stop),))))
+        for rows, bits in _blocks(leaf):
             if pending is not None:
                 pending.result()  # one block is written while the next is read
-            pending = store[start:stop].write(bits.view(leaf.dtype))
+            pending = store[rows].write(bits.view(leaf.dtype))
             digest.update(bits.data)
             on_bytes(bits.nbytes)
         if pending is not None:
@@ -91,8 +90,7 @@ def open_leaf(directory: Path, shape: tuple[int, ...], dtype: str) -> Leaf:
 def digest_leaf(leaf: Leaf, on_bytes: OnBytes) -> str:
     """Returns the sha256 of the array's bytes in C order, reading it block by block."""
     digest = hashlib.sha256()
-    for start, stop in _blocks(leaf, chunk_shape(leaf.shape, leaf.dtype.itemsize)):
-        bits = np.ascontiguousarray(_bits(leaf.read((slice(start, stop),))))
+    for _, bits in _blocks(leaf):
         digest.update(bits.data)
         on_bytes(bits.nbytes)
     return digest.hexdigest()
@@ -122,17 +120,15 @@ def disk_bytes(leaf: Leaf) -> int:
     return (number * -(-size // DISK_BLOCK) + 1) * DISK_BLOCK  # one for what describes it
 
 
-def _blocks(leaf: Leaf, chunk: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yields [start, stop) along the first axis: whole chunks, about BLOCK_BYTES together."""
+def _blocks(leaf: Leaf) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields rows of the first axis, whole chunks of about BLOCK_BYTES together, and their bits."""
+    chunk = chunk_shape(leaf.shape, leaf.dtype.itemsize)
     row_bytes = max(1, leaf.num_bytes // max(1, leaf.shape[0]))
     step = max(1, BLOCK_BYTES // (row_bytes * chunk[0])) * chunk[0]
     for start in range(0, leaf.shape[0], step):
-        yield start, min(start + step, leaf.shape[0])
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    # NumPy moves plain integers much faster than bfloat16, which is foreign to it.
-    return array.view(f"<u{array.dtype.itemsize}")
+        rows = slice(start, min(start + step, leaf.shape[0]))
+        # NumPy moves plain integers much faster than bfloat16, which is foreign to it.
+        yield rows, np.ascontiguousarray(leaf.read((rows,)).view(f"<u{leaf.dtype.itemsize}"))
 
 
 def _zarr_spec(directory: Path) -> dict[str, Any]:

@@ -313,14 +313,11 @@ def restore_weights(run_dir: str | Path, abstract: Item) -> Item:
     Raises:
         CheckpointError: no checkpoint, none good, or another model's names and shapes.
     """
-    store = CheckpointStore(run_dir, read_only=True)
-    try:
-        found = store.restore_newest({"weights": abstract}, any_dtype=True)
-    finally:
-        store.close()
+    with contextlib.closing(CheckpointStore(run_dir, read_only=True)) as store:
+        found = store.restore_newest({_WEIGHTS: abstract}, any_dtype=True)
     if found is None:
         raise CheckpointError(f"no finished checkpoint in {run_dir}/checkpoints")
-    return found[1]["weights"]
+    return found[1][_WEIGHTS]
 
 
 def restore_trained(run_dir: str | Path) -> Item:
@@ -331,11 +328,8 @@ def restore_trained(run_dir: str | Path) -> Item:
     Raises:
         CheckpointError: as `restore_weights`; or nothing is frozen.
     """
-    store = CheckpointStore(run_dir, read_only=True)
-    try:
+    with contextlib.closing(CheckpointStore(run_dir, read_only=True)) as store:
         found = store.restore_newest({_WEIGHTS: store.trained()})
-    finally:
-        store.close()
     assert found is not None  # it has the step that `trained` has read
     return found[1][_WEIGHTS]
 

@@ -52,7 +52,7 @@ from qwenvl_jax.config import (
     to_dict,
 )
 from qwenvl_jax.files import is_full_disk, json_text
-from qwenvl_jax.sharding import fill, named_variables
+from qwenvl_jax.sharding import fill, named_arrays
 
 MANIFEST = "weights.json"
 WEIGHTS = "weights"
@@ -167,8 +167,7 @@ def save_weights(
         WeightsError: the folder is there already, or the arrays are spread over several processes.
     """
     leaves = {}
-    for name, variable in named_variables(state).items():
-        array = variable.get_value()
+    for name, array in named_arrays(state).items():
         if not array.is_fully_addressable:
             raise WeightsError(
                 f"{name} is spread over several processes: convert the run's checkpoint in a "
@@ -179,6 +178,12 @@ def save_weights(
         write_weights(folder, config, leaves)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, folder / TOKENIZER)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the vocabulary file of one folder into another, where there is one."""
+    if (source / TOKENIZER).is_file():
+        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -295,7 +300,7 @@ def load_weights_folder(path: str | Path, abstract: nnx.State, *, verify: bool =
     """
     path = Path(path)
     manifest = _read_manifest(path)
-    wanted = {name: variable.get_value() for name, variable in named_variables(abstract).items()}
+    wanted = named_arrays(abstract)
     problems = [f"{name} is unknown" for name in manifest if name not in wanted]
     for name, array in wanted.items():
         if name not in manifest:

@@ -31,7 +31,7 @@ from qwenvl_jax.conversion.rules import qwen_vl_rules
 from qwenvl_jax.conversion.slots import ConversionError
 from qwenvl_jax.model.lora import fold, is_lora, kernel_of
 from qwenvl_jax.model.qwenvl import abstract_state
-from qwenvl_jax.sharding import fill, named_variables, select
+from qwenvl_jax.sharding import fill, named_arrays, select
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -84,16 +84,15 @@ def load_weights(path: str | Path, abstract: nnx.State, *, verify: bool = True) 
         return load_weights_folder(path, abstract, verify=verify)
     if is_run(path):
         arrays = _arrays_of_run(path, abstract)
-        for name, variable in named_variables(abstract).items():
-            arrays[name] = arrays[name].astype(variable.get_value().dtype)  # and one is let go
+        for name, wanted in named_arrays(abstract).items():
+            arrays[name] = arrays[name].astype(wanted.dtype)  # and one is let go
         return fill(abstract, arrays)
     rules = qwen_vl_rules(read_config(path))
     with ReleasedFolder(path) as folder:
         check_released(folder, rules, values=verify)
         leaves = released_leaves(folder, rules)
         arrays = {}
-        for name, variable in named_variables(abstract).items():
-            wanted = variable.get_value()
+        for name, wanted in named_arrays(abstract).items():
             if name not in leaves or leaves[name].shape != wanted.shape:
                 raise WeightsError(
                     f"{path} does not hold this model: {name} is {wanted.shape} in the model and "
@@ -125,7 +124,7 @@ def load_run(path: Path, abstract: nnx.State) -> nnx.State:
 
 
 def _arrays_of_run(path: Path, abstract: nnx.State) -> dict[str, jax.Array]:
-    wanted = {name: variable.get_value() for name, variable in named_variables(abstract).items()}
+    wanted = named_arrays(abstract)
     lora = run_config(path).lora
     restored = restore_weights(path, wanted | _abstract_pairs(path, wanted))
     if lora.rank:
@@ -139,11 +138,10 @@ def _abstract_pairs(
     """Returns the LoRA pairs of a run, each placed as a whole beside what is wanted."""
     _, state = abstract_state(run_config(path))
     pairs = {}
-    for name, variable in named_variables(select(state, is_lora)).items():
+    for name, x in named_arrays(select(state, is_lora)).items():
         beside = wanted[kernel_of(name)].sharding
         if isinstance(beside, NamedSharding):
             beside = NamedSharding(beside.mesh, PartitionSpec())
-        x = variable.get_value()
         pairs[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=beside)
     return pairs
 

@@ -9,7 +9,6 @@ Axes: Q queries, D width.
 """
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -17,8 +16,8 @@ import numpy as np
 
 from qwenvl_jax.checkpoint.leaves import Leaf
 from qwenvl_jax.checkpoint.weights import (
-    TOKENIZER,
     check_ours,
+    copy_tokenizer,
     new_folder,
     open_weights,
     read_weights_config,
@@ -53,8 +52,7 @@ def change_queries(source: str | Path, target: str | Path, num_queries: int) -> 
         leaves[name] = _resized(leaves[name], num_queries)
     with new_folder(target) as folder:
         write_weights(folder, config, leaves)
-        if (source / TOKENIZER).is_file():
-            shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)
+        copy_tokenizer(source, folder)
     return config
 
 

@@ -9,7 +9,6 @@ in a folder beside the wanted one, which takes its name only when it is complete
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -25,6 +24,7 @@ from qwenvl_jax.checkpoint.weights import (
     WeightsError,
     check_new,
     check_space,
+    copy_tokenizer,
     is_weights_folder,
     new_folder,
     open_weights,
@@ -61,7 +61,7 @@ from qwenvl_jax.conversion.safetensors_file import write_safetensors
 from qwenvl_jax.conversion.slots import ConversionError
 from qwenvl_jax.model.adapter import Adapter
 from qwenvl_jax.model.qwenvl import abstract_state
-from qwenvl_jax.sharding import make_mesh, named_variables
+from qwenvl_jax.sharding import make_mesh, named_arrays
 
 # (what is being done, bytes of all of it) -> a context that gives the callback
 Watch = Callable[[str, int], AbstractContextManager[OnBytes]]
@@ -108,7 +108,7 @@ def import_released(
             check_released(released, rules, on_bytes=on_bytes)
         with watch("import", size) as on_bytes:
             write_weights(folder, config, released_leaves(released, rules), on_bytes)
-        _copy_tokenizer(source, folder)
+        copy_tokenizer(source, folder)
     return config
 
 
@@ -165,7 +165,7 @@ def import_parts(
         total = sum(leaf.num_bytes for leaf in leaves.values())
         with watch("import", total) as on_bytes:
             write_weights(folder, config, leaves, on_bytes)
-        _copy_tokenizer(llm, folder)
+        copy_tokenizer(llm, folder)
     return config
 
 
@@ -212,7 +212,7 @@ def export_released(
             _write_shards(folder, shards, leaves, on_bytes)
         text = json.dumps(described, indent=2) + "\n"
         (folder / "config.json").write_text(text, encoding="utf-8")
-        _copy_tokenizer(source, folder)
+        copy_tokenizer(source, folder)
         if code is not None:
             code.copy_to(folder)
     return len(shards)
@@ -296,8 +296,8 @@ def _new_adapter(config: ModelConfig, seed: int) -> dict[str, Leaf]:
         rngs=nnx.Rngs(params=jax.random.key(seed)),
     )
     leaves = {}
-    for path, variable in named_variables(nnx.state(adapter)).items():
-        array = np.asarray(variable.get_value())
+    for path, drawn in named_arrays(nnx.state(adapter)).items():
+        array = np.asarray(drawn)
         leaves[f"adapter.{path}"] = Leaf(array.shape, array.dtype, array.__getitem__)
     return leaves
 
@@ -312,8 +312,3 @@ def _most_common_dtype(leaves: dict[str, Leaf]) -> str:
 def _num_bytes(folder: ReleasedFolder, rules: tuple[Rule, ...]) -> int:
     names = {name for rule in rules for name in rule.names()}
     return sum(slot.num_bytes for name, slot in folder.slots.items() if name in names)
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    if (source / TOKENIZER).is_file():
-        shutil.copyfile(source / TOKENIZER, folder / TOKENIZER)

@@ -168,9 +168,7 @@ def _restricted_load(table: bytes, storages: _Storages, path: Path) -> Any:
         return _RestrictedUnpickler(table, storages, path).load()
     except FileError:
         raise
-    except (
-        Exception
-    ) as error:  # a damaged pickle may fail in any way; it must not end as a traceback
+    except Exception as error:  # a damaged pickle may fail in any way
         raise FileError(
             f"{path.name}: its data.pkl cannot be read ({type(error).__name__})"
         ) from error

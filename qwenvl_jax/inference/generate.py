@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from qwenvl_jax.config import ModelConfig
@@ -25,7 +25,7 @@ from qwenvl_jax.inference.cache import SMALLEST_ANSWER, bucket, empty_cache
 from qwenvl_jax.inference.prompts import Prompts
 from qwenvl_jax.inference.sampling import Sampling, SamplingArrays, host_array
 from qwenvl_jax.model.decoder import KVCache, ntk_alpha
-from qwenvl_jax.sharding import decoding_axes, partition_spec
+from qwenvl_jax.sharding import decoding_sharding
 
 SMALLEST_STOP_LIST = 8  # stop ids a row, padded, so that one more does not compile again
 NO_TOKEN = -1
@@ -57,8 +57,7 @@ class Generator:
     """Compiled generation for one model on one mesh. Holds no state between calls."""
 
     def __init__(self, config: ModelConfig, graphdef: nnx.GraphDef, state: nnx.State, mesh: Mesh):
-        self.config, self.mesh = config, mesh
-        self._graphdef, self._state = graphdef, state
+        self._state, self._mesh = state, mesh
         fixed = (graphdef, config, mesh)
         self._start = jax.jit(partial(start, *fixed), static_argnames="answer_slots")
         self._decode = jax.jit(partial(decode, *fixed), donate_argnames="decoding")
@@ -93,15 +92,15 @@ class Generator:
             max_new_B=host_array([*max_new_tokens, *[0] * spare], np.int32),
             stop_BX=_stop_table([*stop_tokens, *[()] * spare]),
         )
-        prompts, request = place((prompts, request), self.mesh)
+        prompts, request = place((prompts, request), self._mesh)
         answer_slots = bucket(max(1, *max_new_tokens), SMALLEST_ANSWER)
-        with jax.set_mesh(self.mesh):  # for kernels and constraints that name mesh axes only
+        with jax.set_mesh(self._mesh):  # for kernels and constraints that name mesh axes only
             decoding = self._start(self._state, prompts, request, answer_slots=answer_slots)
         until = 0
         is_done = False
         while not is_done:
             until += every
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self._mesh):
                 decoding = self._decode(
                     self._state, request, decoding=decoding, until=np.int32(until)
                 )
@@ -245,12 +244,7 @@ def _stop_table(stop_tokens: Sequence[Sequence[int]]) -> Any:
 
 def place(tree, mesh: Mesh):
     """Returns host arrays on the mesh, their first axis over the batch axes where it divides."""
-
-    def put(x: np.ndarray) -> jax.Array:
-        spec = partition_spec(decoding_axes(x.ndim), x.shape, mesh)
-        return jax.device_put(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map(put, tree)
+    return jax.tree.map(lambda x: jax.device_put(x, decoding_sharding(x.shape, mesh)), tree)
 
 
 def _pin(tree, mesh: Mesh):
@@ -259,9 +253,5 @@ def _pin(tree, mesh: Mesh):
     What goes into `decode` and what comes out must be placed alike, or the second call of a stream
     would compile again.
     """
-
-    def pin(x: jax.Array) -> jax.Array:
-        spec = partition_spec(decoding_axes(x.ndim), x.shape, mesh)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map(pin, tree)
+    pin = jax.lax.with_sharding_constraint
+    return jax.tree.map(lambda x: pin(x, decoding_sharding(x.shape, mesh)), tree)

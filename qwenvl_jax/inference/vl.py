@@ -298,17 +298,12 @@ class VL:
     ) -> Prompts:
         """Returns everything checked, pictures encoded, as one batch on the host."""
         config = self.config
-        ids = [
-            prompts_lib.check_ids(row, config, name)
-            for row, name in zip(tokens, names, strict=True)
-        ]
-        pictures = [
-            prompts_lib.check_images(x, config, name) for x, name in zip(images, names, strict=True)
-        ]
-        starts = []
-        for row, shown, limit, name in zip(ids, pictures, limits, names, strict=True):
-            prompts_lib.check_length(len(row), limit, config, name)
-            starts.append(prompts_lib.find_pictures(row, len(shown), config, name))
+        ids, pictures, starts = [], [], []
+        for row, shown, limit, name in zip(tokens, images, limits, names, strict=True):
+            ids.append(prompts_lib.check_ids(row, config, name))
+            pictures.append(prompts_lib.check_images(shown, config, name))
+            prompts_lib.check_length(len(ids[-1]), limit, config, name)
+            starts.append(prompts_lib.find_pictures(ids[-1], len(pictures[-1]), config, name))
         features = self._features_of(pictures)
         return prompts_lib.lay_out(
             ids, starts, features, config, rows=rows, long_context=long_context

@@ -57,7 +57,6 @@ class Adapter(nnx.Module):
             (axes.EMBED, width),
             (axes.HEADS, N),
             width // N,
-            qkv_bias=True,
             out_bias=True,
             out_scale=1.0,
             dtype=param_dtype,

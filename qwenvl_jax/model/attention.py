@@ -193,7 +193,6 @@ class Projections(nnx.Module):
         num_heads: tuple[str, int],
         head_dim: int,
         *,
-        qkv_bias: bool,
         out_bias: bool,
         out_scale: float,
         dtype: str,
@@ -203,9 +202,9 @@ class Projections(nnx.Module):
         self.heads = num_heads[0]
         inputs = dict([width])
         heads = dict([num_heads, (axes.HEAD_DIM, head_dim)])
-        self.q_proj = Dense(inputs, heads, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.k_proj = Dense(inputs, heads, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
-        self.v_proj = Dense(inputs, heads, use_bias=qkv_bias, dtype=dtype, rngs=rngs)
+        self.q_proj = Dense(inputs, heads, use_bias=True, dtype=dtype, rngs=rngs)
+        self.k_proj = Dense(inputs, heads, use_bias=True, dtype=dtype, rngs=rngs)
+        self.v_proj = Dense(inputs, heads, use_bias=True, dtype=dtype, rngs=rngs)
         self.o_proj = Dense(
             heads, inputs, use_bias=out_bias, dtype=dtype, rngs=rngs, scale=out_scale
         )

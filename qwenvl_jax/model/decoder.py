@@ -98,7 +98,6 @@ class Block(nnx.Module):
             (axes.EMBED, D),
             (axes.HEADS, config.num_heads),
             config.head_dim,
-            qkv_bias=True,
             out_bias=False,
             out_scale=out_scale,
             dtype=dtype,

@@ -25,7 +25,7 @@ from qwenvl_jax.model.decoder import Decoder, KVCache
 from qwenvl_jax.model.lora import add_lora
 from qwenvl_jax.model.products import logits
 from qwenvl_jax.model.vit import ViT
-from qwenvl_jax.sharding import fill, named_variables, with_shardings
+from qwenvl_jax.sharding import fill, named_arrays, with_shardings
 
 
 def merge_images(
@@ -140,11 +140,11 @@ def draw_state(config: ModelConfig, key: Array, abstract: nnx.State) -> nnx.Stat
 
     Each is born on the devices where it will live.
     """
-    wanted = {path: variable.get_value() for path, variable in named_variables(abstract).items()}
+    wanted = named_arrays(abstract)
 
     @jax.jit(out_shardings={path: x.sharding for path, x in wanted.items()})
     def draw(key: Array) -> dict[str, Array]:
-        made = named_variables(nnx.state(QwenVL(config, rngs=nnx.Rngs(params=key))))
-        return {path: made[path].get_value().astype(x.dtype) for path, x in wanted.items()}
+        made = named_arrays(nnx.state(QwenVL(config, rngs=nnx.Rngs(params=key))))
+        return {path: made[path].astype(x.dtype) for path, x in wanted.items()}
 
     return fill(abstract, draw(key))

@@ -130,7 +130,6 @@ class Block(nnx.Module):
             (axes.VIT_EMBED, E),
             (axes.VIT_HEADS, N),
             E // N,
-            qkv_bias=True,
             out_bias=True,
             out_scale=out_scale,
             dtype=dtype,

@@ -21,8 +21,9 @@ from qwenvl_jax.config import (
 )
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.planning.compile import abstract_batch
-from qwenvl_jax.planning.memory import CLASSES, shard_bytes
+from qwenvl_jax.planning.memory import CLASSES
 from qwenvl_jax.sharding import BATCH_AXES, MESH_AXES, mesh_sizes, parts_of
+from qwenvl_jax.training.memory import bytes_per_device
 from qwenvl_jax.training.optimizer import plan_parameters, trained_parts
 from qwenvl_jax.training.state import make_layout
 
@@ -36,9 +37,9 @@ def state_memory(config: TrainConfig, num_devices: int) -> dict[str, int]:
     mesh = AbstractMesh(mesh_sizes(config.mesh, num_devices), MESH_AXES)
     state = make_layout(config, mesh).abstract
     return {
-        "weights": shard_bytes((state.trainable, state.frozen)),
-        "optimizer": shard_bytes(state.optimizer),
-        "gradients": shard_bytes(state.trainable),
+        "weights": bytes_per_device((state.trainable, state.frozen)),
+        "optimizer": bytes_per_device(state.optimizer),
+        "gradients": bytes_per_device(state.trainable),
     }
 
 
@@ -92,7 +93,7 @@ def estimate_memory(
     chunk = min(config.loss_chunk, tokens)
     by_class = dict.fromkeys(CLASSES, 0)
     by_class |= state
-    by_class["batch"] = shard_bytes(abstract_batch(config, mesh))
+    by_class["batch"] = bytes_per_device(abstract_batch(config, mesh))
     if config.micro_batches > 1:
         by_class["gradients"] *= 2  # the sum so far, and those of this micro-batch
     by_class["activations"] = int(kept * wide)

@@ -6,15 +6,13 @@ called "other".
 """
 
 import dataclasses
-import math
 from typing import Any
-
-import jax
 
 from qwenvl_jax.config import ModelConfig, TrainConfig
 from qwenvl_jax.planning.cache import Sizes
 from qwenvl_jax.planning.hlo import ArrayShape, Instruction, Program
 from qwenvl_jax.planning.liveness import fullest_moment
+from qwenvl_jax.training.memory import bytes_per_device
 from qwenvl_jax.training.state import Layout
 
 CLASSES: tuple[str, ...] = (
@@ -53,22 +51,15 @@ class Memory:
         return sum(self.by_class.values())
 
 
-def shard_bytes(tree: Any) -> int:
-    """Returns how much of an abstract tree, whose leaves carry shardings, one chip holds."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-
 def classes(
     program: Program, sizes: Sizes, config: TrainConfig, layout: Layout, batch: Any
 ) -> Memory:
     """Returns the memory of a compiled train step. `sizes`: the compiler's own totals."""
     state = layout.abstract
     by_class = dict.fromkeys(CLASSES, 0)
-    by_class["weights"] = shard_bytes((state.trainable, state.frozen))
-    by_class["optimizer"] = shard_bytes((state.optimizer, state.step, state.guard))
-    by_class["batch"] = shard_bytes(batch)
+    by_class["weights"] = bytes_per_device((state.trainable, state.frozen))
+    by_class["optimizer"] = bytes_per_device((state.optimizer, state.step, state.guard))
+    by_class["batch"] = bytes_per_device(batch)
     buffers = []
     label = _Labels(config, layout)
     for shape, maker in fullest_moment(program).arrays:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from qwenvl_jax.config import ConfigError, MeshConfig, ModelConfig
 from qwenvl_jax.inference import sampling
@@ -15,10 +15,10 @@ from qwenvl_jax.inference.prompts import Prompts
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.planning.compile import read_refusal
 from qwenvl_jax.planning.hlo import Program
-from qwenvl_jax.planning.memory import shard_bytes
 from qwenvl_jax.planning.pods import GB, Pod, quiet
 from qwenvl_jax.planning.work import measure
-from qwenvl_jax.sharding import decoding_axes, make_mesh, partition_spec
+from qwenvl_jax.sharding import decoding_sharding, make_mesh
+from qwenvl_jax.training.memory import bytes_per_device
 from qwenvl_jax.words import counted
 
 
@@ -68,13 +68,10 @@ def serving_plan(model: ModelConfig, load: Load, mesh: MeshConfig, pod: Pod) -> 
     go_on = jax.jit(partial(decode, *fixed), donate_argnames="decoding")
     with jax.set_mesh(devices), quiet():
         lowered = begin.lower(state, prompts, request, answer_slots=load.answer)
-        decoding = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_rows_first(x, devices)),
-            lowered.out_info,
-        )
+        decoding = _placed(lowered.out_info, devices)
         until = jax.ShapeDtypeStruct((), np.int32)
         rest = go_on.lower(state, request, decoding=decoding, until=until)
-        sizes = (shard_bytes(state), shard_bytes(decoding.cache))
+        sizes = (bytes_per_device(state), bytes_per_device(decoding.cache))
         return [
             _phase("prefill", lowered, sizes, pod, devices),
             _phase("decode, a token", rest, sizes, pod, devices),
@@ -149,12 +146,16 @@ def _arguments(model: ModelConfig, load: Load, mesh: Mesh) -> tuple[Prompts, Req
         max_new_B=array(np.int32),
         stop_BX=array(np.int32, SMALLEST_STOP_LIST),
     )
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_rows_first(x, mesh))  # noqa: E731
-    return jax.tree.map(place, prompts), jax.tree.map(place, request)
+    return _placed(prompts, mesh), _placed(request, mesh)
 
 
-def _rows_first(x: Any, mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, partition_spec(decoding_axes(len(x.shape)), x.shape, mesh))
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    """Returns the shapes of a tree with the shardings that an answer has."""
+
+    def place(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=decoding_sharding(x.shape, mesh))
+
+    return jax.tree.map(place, tree)
 
 
 def serving_text(phases: list[Phase], load: Load, pod: Pod) -> str:

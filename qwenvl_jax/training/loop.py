@@ -30,7 +30,7 @@ from qwenvl_jax.conversion.load import load_weights
 from qwenvl_jax.data.example import Batch, DataError
 from qwenvl_jax.model.attention import check_backend
 from qwenvl_jax.model.lora import is_lora, without_lora
-from qwenvl_jax.sharding import make_mesh, named_variables, platform_of
+from qwenvl_jax.sharding import make_mesh, named_arrays, platform_of
 from qwenvl_jax.training.changes import flat_fields
 from qwenvl_jax.training.faults import HostFaults
 from qwenvl_jax.training.feed import Feed
@@ -296,7 +296,7 @@ def initial_weights(config: TrainConfig, layout: Layout) -> Weights:
     if config.init is None:
         return random_weights(config, layout)
     state = load_weights(config.init, without_lora(layout.model_state))
-    loaded = {path: variable.get_value() for path, variable in named_variables(state).items()}
+    loaded = named_arrays(state)
     if not config.model.lora.rank:
         return loaded
     return loaded | random_weights(config, layout, only=is_lora)

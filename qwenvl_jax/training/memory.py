@@ -17,7 +17,7 @@ class OutOfMemory(RuntimeError):
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Returns how much of an abstract tree one device holds."""
+    """Returns how much of an abstract tree, whose leaves carry shardings, one device holds."""
     leaves = jax.tree.leaves(tree)
     sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves]
     return sum(sizes)

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from qwenvl_jax.checks import unused
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.model.qwenvl import QwenVL, abstract_state, draw_state
-from qwenvl_jax.sharding import fill, named_variables, select, with_shardings
+from qwenvl_jax.sharding import fill, named_arrays, named_variables, select, with_shardings
 from qwenvl_jax.training.guard import GuardState, fresh_guard
 from qwenvl_jax.training.optimizer import ParameterPlan, make_optimizer, plan_parameters
 
@@ -56,8 +56,7 @@ def make_layout(config: TrainConfig, mesh: Mesh | AbstractMesh) -> Layout:
     state = with_shardings(state, mesh)
     plan = plan_parameters(state, config.parameters)
     state = _with_frozen_dtype(state, plan, config.frozen_dtype or config.model.param_dtype)
-    weights = {path: v.get_value() for path, v in named_variables(state).items()}
-    trainable, frozen = split_weights(weights, plan)
+    trainable, frozen = split_weights(named_arrays(state), plan)
     moments = jax.eval_shape(make_optimizer(config.optimizer).init, trainable)
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -115,8 +114,7 @@ def random_weights(
 ) -> Weights:
     """Returns fresh weights from the run's seed, born sharded; `only` says which, by path."""
     wanted = select(layout.model_state, only)
-    state = draw_state(config.model, jax.random.key(config.seed), wanted)
-    return {path: variable.get_value() for path, variable in named_variables(state).items()}
+    return named_arrays(draw_state(config.model, jax.random.key(config.seed), wanted))
 
 
 def start_state(config: TrainConfig, layout: Layout, weights: Weights) -> TrainState:
