@@ -164,22 +164,18 @@ def _smaller(config: TrainConfig, pod: Pod) -> list[Setting]:
     further = (mesh for mesh in meshes_of(pod) if mesh.tensor > now.mesh.tensor)
     meshes = dict.fromkeys((now.mesh, *further))
     counts = [now.micro_batches * factor for factor in (1, 2, 4, 8)]
-    ranked = _ranked(config, pod, meshes, counts, REMATS)
+    ranked = _ranked(config, pod, meshes, counts)
     return [x for x in ranked if x != now and _recomputes_as_much(x, now)]
 
 
 def _ranked(
-    config: TrainConfig,
-    pod: Pod,
-    meshes: Iterable[MeshConfig],
-    counts: Sequence[int],
-    remats: Sequence[tuple[RematPolicy, RematPolicy]],
+    config: TrainConfig, pod: Pod, meshes: Iterable[MeshConfig], counts: Sequence[int]
 ) -> list[Setting]:
     """Returns the settings that are worth a try, by the estimate the fastest first."""
     useful, found = useful_flops(config), []
     for mesh in meshes:
         state = state_memory(dataclasses.replace(config, mesh=mesh), pod.num_chips)
-        for micro_batches, (remat, vit_remat) in itertools.product(counts, remats):
+        for micro_batches, (remat, vit_remat) in itertools.product(counts, REMATS):
             setting = Setting(
                 mesh=mesh, micro_batches=micro_batches, remat=remat, vit_remat=vit_remat
             )
@@ -239,7 +235,7 @@ def settings(config: TrainConfig, pod: Pod) -> list[Setting]:
     counts = [n for n in range(1, rows + 1) if rows % n == 0]
     own = _own(config, pod)
     meshes = dict.fromkeys([*(setting.mesh for setting in own), *meshes_of(pod)])
-    return [*own, *(x for x in _ranked(config, pod, meshes, counts, REMATS) if x not in own)]
+    return [*own, *(x for x in _ranked(config, pod, meshes, counts) if x not in own)]
 
 
 def _own(config: TrainConfig, pod: Pod) -> list[Setting]:

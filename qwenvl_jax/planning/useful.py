@@ -2,7 +2,7 @@
 
 from qwenvl_jax.config import TrainConfig
 from qwenvl_jax.model.qwenvl import abstract_state
-from qwenvl_jax.training.flops import step_flops
+from qwenvl_jax.training.flops import full_step_flops
 from qwenvl_jax.training.optimizer import plan_parameters
 
 
@@ -13,9 +13,6 @@ def useful_flops(config: TrainConfig, tensor: int = 1) -> float:
     and rows of one sample: padding is computed too, so the plan of a step has to count it. With
     `tensor`, the work of one of so many chips that split the model, what they do not divide whole.
     """
-    data = config.data
     _, abstract = abstract_state(config.model)
     plan = plan_parameters(abstract, config.parameters)
-    count = step_flops(config.model, abstract, plan, data.image_size, tensor)
-    pairs = data.length * (data.length + 1) // 2
-    return data.rows * count({"images": data.max_images, "tokens": data.length, "pairs": pairs})
+    return full_step_flops(config, abstract, plan, tensor)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenvl_jax.config import TrainConfig, to_dict
-from qwenvl_jax.training.flops import all_peaks, step_flops
+from qwenvl_jax.training.flops import all_peaks, full_step_flops
 from qwenvl_jax.training.run_files import METRICS
 from qwenvl_jax.training.state import Layout
 
@@ -29,16 +29,10 @@ def expected_step_time(config: TrainConfig, layout: Layout, start: dict[str, Any
         seconds = measured(manifest, config, start)
         if seconds is not None:
             return f"expected: {seconds:.3g} s a step, as measured in {manifest.parent}"
-    peak, data = all_peaks(), config.data
+    peak = all_peaks()
     if peak is None:
         return "expected: not known, no run of these settings on these devices is beside this one"
-    count = step_flops(config.model, layout.model_state, layout.plan, data.image_size)
-    full = {
-        "tokens": data.rows * data.length,
-        "images": data.rows * data.max_images,
-        "pairs": data.rows * data.length * (data.length + 1) / 2,
-    }
-    operations = count(full)
+    operations = full_step_flops(config, layout.model_state, layout.plan)
     return (
         f"expected: more than {operations / peak:.3g} s a step: a full batch is "
         f"{operations / 1e12:,.4g} TFLOP, at the devices' peak"

@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
 
-from qwenvl_jax.config import ModelConfig, VisionConfig
+from qwenvl_jax.config import ModelConfig, TrainConfig, VisionConfig
 from qwenvl_jax.sharding import MESH_AXES, named_variables, partition_spec, parts_of
 from qwenvl_jax.training.optimizer import ParameterPlan, trained_parts
 
@@ -107,6 +107,16 @@ def step_flops(
         return language + per_image * record["images"]
 
     return count
+
+
+def full_step_flops(
+    config: TrainConfig, abstract: nnx.State, plan: dict[str, ParameterPlan], tensor: int = 1
+) -> float:
+    """Returns the operations of a step whose places are all taken, by rows of one sample each."""
+    data = config.data
+    count = step_flops(config.model, abstract, plan, data.image_size, tensor)
+    pairs = data.length * (data.length + 1) // 2
+    return data.rows * count({"images": data.max_images, "tokens": data.length, "pairs": pairs})
 
 
 def _tower_pairs(vision: VisionConfig, image_size: int) -> int:
