@@ -5,7 +5,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 
@@ -43,34 +43,29 @@ def _kinds(settings: type) -> dict[str, Any]:
 
 def positive(config: Any, *names: str) -> None:
     """Raises ConfigError where one of these fields is not a number above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if not 0 < value < math.inf:  # nor NaN
-            raise ConfigError(f"{type(config).__name__}.{name} must be positive: got {value}")
+    _check(config, names, lambda value: 0 < value < math.inf, "be positive")
 
 
 def not_negative(config: Any, *names: str) -> None:
     """Raises ConfigError where one of these fields is below 0."""
-    for name in names:
-        value = getattr(config, name)
-        if not value >= 0:
-            raise ConfigError(f"{type(config).__name__}.{name} must not be negative: got {value}")
+    _check(config, names, lambda value: value >= 0, "not be negative")
 
 
 def share(config: Any, *names: str) -> None:
     """Raises ConfigError where one of these fields is not in 0..1."""
-    for name in names:
-        value = getattr(config, name)
-        if not 0 <= value <= 1:  # nor NaN
-            raise ConfigError(f"{type(config).__name__}.{name} must lie in 0..1: got {value}")
+    _check(config, names, lambda value: 0 <= value <= 1, "lie in 0..1")
 
 
 def below_one(config: Any, *names: str) -> None:
     """Raises ConfigError where one of these fields is not in [0, 1)."""
+    _check(config, names, lambda value: 0 <= value < 1, "be in [0, 1)")
+
+
+def _check(config: Any, names: Collection[str], is_good: Callable[[Any], bool], told: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if not 0 <= value < 1:
-            raise ConfigError(f"{type(config).__name__}.{name} must be in [0, 1): got {value}")
+        if not is_good(value):  # NaN never is
+            raise ConfigError(f"{type(config).__name__}.{name} must {told}: got {value}")
 
 
 def unused(config: Any, place: str, names: Collection[str], under: str) -> None:

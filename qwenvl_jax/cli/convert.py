@@ -21,7 +21,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, run_command
+from qwenvl_jax.cli.errors import SUCCESS, USAGE_ERROR, interrupted_by, run_command
 from qwenvl_jax.cli.options import told_in_one_line
 from qwenvl_jax.cli.subcommands import choose
 from qwenvl_jax.config import ConfigError
@@ -54,7 +54,6 @@ example:
 
 exit codes: 0 done; 2 a wrong command or something wrong with SRC, all of it named; 130 interrupted
 """
-_ENDS = (signal.SIGTERM, signal.SIGHUP)
 LINES = 10  # of progress at most, where there is no terminal
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -84,13 +83,8 @@ def _run(argv: Sequence[str]) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # A terminated conversion cleans up as an interrupted one does, and so does one whose terminal
     # is closed, unless nohup has it go on.
-    ends = [number for number in _ENDS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, signal.default_int_handler) for number in ends}
-    try:
+    with interrupted_by(signal.SIGTERM, signal.SIGHUP):
         work()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return SUCCESS
 
 

@@ -21,7 +21,7 @@ import tyro
 
 from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
 from qwenvl_jax.cli.opening import SHIPPED_MODEL
-from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.cli.options import check_positive, parse_options
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.sources.generated import NAMES, GeneratedOptions, open_generated
 from qwenvl_jax.words import counted, did_you_mean
@@ -67,9 +67,7 @@ class InspectOptions:
 
     def check(self) -> None:
         """Raises ConfigError for options that cannot be served."""
-        for name in ("num", "length"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"--{name} must be positive: got {getattr(self, name)}")
+        check_positive(self, "num", "length")
         if self.max_images < 0:
             raise ConfigError(f"--max-images must not be negative: got {self.max_images}")
         is_made = self.source in NAMES and self.source != SCENES  # those are shown as samples

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
-from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.cli.errors import SUCCESS, interrupted_by, leave, run_command
+from qwenvl_jax.cli.options import check_positive, parse_options
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.data.clean import Limits
 from qwenvl_jax.data.sources.generated import NAMES, GeneratedOptions, open_generated
@@ -100,12 +100,8 @@ def _run(argv: Sequence[str]) -> int:
 
         engine = on_beam(beam)
     # a terminated preparation stops its processes as an interrupted one does
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with _watch(options.out) as report:
-            index = prepare(plan, engine, report)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with interrupted_by(signal.SIGTERM), _watch(options.out) as report:
+        index = prepare(plan, engine, report)
     print(_summary(options.out, index))
     if options.tokenizer is None and not is_generated(options):
         print("whether rows fit their tasks was not checked: give --tokenizer for that")
@@ -113,10 +109,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _check(options: PrepareOptions) -> None:
-    for name in ("num_workers", "limit", "rows_per_shard"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be positive: got {value}")
+    check_positive(options, "num_workers", "limit", "rows_per_shard")
     if options.skip < 0:
         raise ConfigError(f"--skip must not be negative: got {options.skip}")
     if not options.rules and options.limits != Limits():

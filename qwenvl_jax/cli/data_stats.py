@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
-from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.cli.options import check_positive, parse_options
 from qwenvl_jax.cli.row_passes import pass_over
-from qwenvl_jax.config import ConfigError
 from qwenvl_jax.words import counted
 
 if TYPE_CHECKING:
@@ -67,13 +66,6 @@ class StatsOptions:
     json: bool = False
     """Print the figures as JSON."""
 
-    def check(self) -> None:
-        """Raises ConfigError for numbers that cannot be."""
-        for name in ("length", "max_images", "num"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} must be positive: got {value}")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 1 where no row can be used."""
@@ -82,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     options = parse_options(StatsOptions, argv, "qwenvl data stats", __doc__)
-    options.check()
+    check_positive(options, "length", "max_images", "num")
     from qwenvl_jax.cli.vocabulary import open_tokenizer
     from qwenvl_jax.data.row_sizes import join_sizes, measure_rows
     from qwenvl_jax.data.sources.open import open_source

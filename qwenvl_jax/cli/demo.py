@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from qwenvl_jax.cli.errors import SUCCESS, leave, run_command
 from qwenvl_jax.cli.opening import AnswerOptions, open_model, waiting
-from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.cli.options import check_positive, parse_options
 from qwenvl_jax.cli.outputs import check_output, save_picture
 from qwenvl_jax.config import ConfigError
 
@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str]) -> int:
     options = parse_options(DemoOptions, argv, "qwenvl demo", __doc__)
-    if options.scenes <= 0:
-        raise ConfigError(f"--scenes must be positive: got {options.scenes}")
+    check_positive(options, "scenes")
     if not 0 <= options.seed <= MAX_SEED:
         raise ConfigError(f"--seed must lie in 0 .. {MAX_SEED}: got {options.seed}")
     check_output(options.output)

@@ -149,6 +149,18 @@ def _dropped_interrupts_sent_again() -> Iterator[None]:
         sys.unraisablehook = before
 
 
+@contextlib.contextmanager
+def interrupted_by(*numbers: int) -> Iterator[None]:
+    """Has these signals end the block as Ctrl-C does, so that it cleans up; not those ignored."""
+    ends = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ends}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _flushed(name: str, code: int) -> int:
     """Returns the exit code once all that was printed has left; Python would do it unguarded."""
     try:

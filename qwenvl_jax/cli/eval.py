@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qwenvl_jax.cli.errors import SUCCESS, leave, one_line, run_command
 from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, check_seed, open_model
-from qwenvl_jax.cli.options import parse_options
+from qwenvl_jax.cli.options import check_positive, parse_options
 from qwenvl_jax.cli.outputs import check_folder
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.words import counted
@@ -85,11 +85,7 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _check(options: EvalOptions) -> None:
-    for name in ("num_scenes", "num_rows"):
-        if getattr(options, name) <= 0:
-            raise ConfigError(
-                f"--{name.replace('_', '-')} must be positive: got {getattr(options, name)}"
-            )
+    check_positive(options, "num_scenes", "num_rows")
     check_seed(options.seed)
     if options.output is not None:
         there = next(p for p in (options.output, *options.output.parents) if p.exists())

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qwenvl_jax.cli.options import check_positive
 from qwenvl_jax.config import ConfigError, MeshConfig, ModelConfig
 from qwenvl_jax.inference.shipped import SHIPPED_MODEL
 
@@ -38,8 +39,7 @@ class AnswerOptions:
 
     def check(self) -> None:
         """Raises ConfigError for options that cannot be served."""
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ConfigError(f"--max-new-tokens must be positive: got {self.max_new_tokens}")
+        check_positive(self, "max_new_tokens")
         check_seed(self.seed)
         self._check_choice()
         if self.is_greedy and (self.top_k is not None or self.top_p is not None):

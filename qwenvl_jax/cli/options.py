@@ -142,6 +142,14 @@ def _check_joined(options: Any, prefix: str = "--") -> None:
                 )
 
 
+def check_positive(options: Any, *names: str) -> None:
+    """Raises ConfigError where one of these options is given, and is not above 0."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be positive: got {value}")
+
+
 @contextlib.contextmanager
 def told_in_one_line(names: Sequence[str]) -> Iterator[None]:
     """Raises what tyro says about wrong words as a ConfigError, with the nearest of the names."""
