@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qwenvl_jax.config import ParameterRule, to_dict
@@ -57,29 +57,19 @@ def _other_rows(old: Any, new: Any) -> str:
     before, now = ([row.get("pattern") for row in table] for table in rows)
     if before == now:
         return ""
-    usual = to_dict(ParameterRule(""))
-
-    def told(table: Sequence[Mapping[str, Any]]) -> list[str]:
-        return [
-            " ".join(
-                [
-                    repr(row.get("pattern")),
-                    *(
-                        f"{k}={v}"
-                        for k, v in row.items()
-                        if k in usual and k != "pattern" and v != usual[k]
-                    ),
-                ]
-            )
-            for row in table
-        ]
-
-    texts = told(rows[0]), told(rows[1])
-    gone = [text for text in texts[0] if text not in texts[1]]
-    added = [text for text in texts[1] if text not in texts[0]]
+    old_rows, new_rows = ([_row_text(row) for row in table] for table in rows)
+    gone = [text for text in old_rows if text not in new_rows]
+    added = [text for text in new_rows if text not in old_rows]
     if not gone and not added:
-        return f"the order of rows was {', '.join(texts[0])}; now {', '.join(texts[1])}"
+        return f"the order of rows was {', '.join(old_rows)}; now {', '.join(new_rows)}"
     return f"rows that are gone: {', '.join(gone) or 'none'}; new: {', '.join(added) or 'none'}"
+
+
+def _row_text(row: Mapping[str, Any]) -> str:
+    """Returns a row's pattern, and what else in it is not as usual."""
+    usual = to_dict(ParameterRule(""))
+    others = [f"{k}={v}" for k, v in row.items() if k != "pattern" and usual.get(k, v) != v]
+    return " ".join([repr(row.get("pattern")), *others])
 
 
 def flat_fields(fields: Any, path: str = "") -> dict[str, Any]:

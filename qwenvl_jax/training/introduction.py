@@ -27,6 +27,7 @@ def introduction(
     """
     data = config.data
     size = {name: bytes_per_device(part) / 1e9 for name, part in layout.abstract._asdict().items()}
+    copied = replicated(layout.model_state, layout.mesh)
     start = f"starts from {config.init or 'random weights'}"
     begin = f"resumes after step {first_step}" if first_step else start
     return [
@@ -36,7 +37,7 @@ def introduction(
         f"mesh {dict(layout.mesh.shape)}, {layout.mesh.devices.flat[0].device_kind}; GB a device: "
         f"trained {size['trainable']:.3f}, frozen {size['frozen']:.3f}, "
         f"optimizer {size['optimizer']:.3f}",
-        *_copied(layout),
+        *(replicated_lines(copied) if copied else ()),
         f"a step: {counted(data.rows, 'row')} x {data.length} tokens, at most "
         f"{counted(data.max_images, 'picture')} a row of {data.image_size} x {data.image_size}, "
         f"{counted(config.micro_batches, 'micro-batch')}",
@@ -52,12 +53,6 @@ def conclusion(run_dir: str) -> list[str]:
     has_vocabulary = (Path(run_dir) / TOKENIZER).is_file()  # else nobody can
     chat = [f"try it: qwenvl chat --model {shlex.quote(run_dir)}"] if has_vocabulary else []
     return [plot_curves(run_dir), *chat]
-
-
-def _copied(layout: Layout) -> list[str]:
-    """Returns what all devices along an axis hold and compute alike, if it is large."""
-    rows = replicated(layout.model_state, layout.mesh)
-    return replicated_lines(rows) if rows else []
 
 
 def _rounds(config: TrainConfig, repeats: Round | None) -> list[str]:

@@ -27,8 +27,6 @@ from qwenvl_jax.training.step import Metrics
 from qwenvl_jax.training.stop import grace
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
 # The weights, and what says that the look is not wanted any more: then it finds nothing.
 Look = Callable[[Weights, Callable[[], bool]], Seen | None]
 
@@ -350,9 +348,8 @@ class Run:
             self.store.save(step, to_items(self.state))
 
         with self.goodput.spend("save"):
-            self._tolerate(
-                step, self.store.wait
-            )  # of the one before, which is no reason not to try
+            # What the save before has met is no reason not to try.
+            self._tolerate(step, self.store.wait)
             self._tolerate(step, start)
 
     def _note_first_save(self) -> None:
