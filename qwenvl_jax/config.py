@@ -369,8 +369,8 @@ class TrainConfig(Settings):
         if self.data.max_images * slots > self.data.length:
             raise ConfigError(
                 f"data.max_images is more than a row holds: got {self.data.max_images}, "
-                f"{self.data.length // slots} pictures of {slots} tokens fit into data.length "
-                f"{self.data.length}"
+                f"expected at most {self.data.length // slots}: each takes {slots} tokens of "
+                f"data.length={self.data.length}"
             )
         answer = self.evaluation.max_new_tokens if self.evaluation.every_steps else 0
         if max(self.data.length, answer + 1) > most:

@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from qwenvl_jax import axes
 from qwenvl_jax.config import ConfigError, MeshConfig
+from qwenvl_jax.words import counted
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # that rows are split over
@@ -103,8 +104,9 @@ def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
             else "set exactly one of them to -1"
         )
         raise ConfigError(
-            f"the mesh data x fsdp x tensor must use all {num_devices} devices: "
-            f"got {config.data} x {config.fsdp} x {config.tensor}; {way_out}"
+            f"the mesh data x fsdp x tensor must use all devices: got "
+            f"{config.data} x {config.fsdp} x {config.tensor} for "
+            f"{counted(num_devices, 'device')}; {way_out}"
         )
     data, fsdp, tensor = sizes
     return data, fsdp, tensor

@@ -183,7 +183,7 @@ def entry(begin, end, shape=(2,), dtype="F32"):
         (raw_safetensors({"a": entry(0, 8, (-2,))}, bytes(8)), "entry of a is malformed"),
         (raw_safetensors({"a": entry(0, 8, dtype="F8")}, bytes(8)), "a has dtype F8"),
         (raw_safetensors({"a": entry(0, 4)}, bytes(4)), "a of shape [2] and dtype F32 needs 8"),
-        (raw_safetensors({"a": entry(0, 8)}, bytes(5)), "1 of 1 tensors are cut"),
+        (raw_safetensors({"a": entry(0, 8)}, bytes(5)), "lost 1 of 1 tensor; copy"),
         (raw_safetensors({"a": entry(0, 8)}, bytes(9)), "1 bytes after its last tensor"),
         (raw_safetensors({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "b overlaps a"),
         (raw_safetensors({"a": entry(0, 8), "b": entry(9, 17)}, bytes(17)), "b leaves a gap"),

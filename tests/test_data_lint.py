@@ -110,6 +110,11 @@ def test_picture_numbers_and_counts(values, expected):
     assert [(turn, fault.kind) for turn, fault in picture_faults(values)] == expected
 
 
+def test_one_picture_is_no_plural():
+    (fault,) = [fault for _, fault in picture_faults([f"Picture 1: {IMG}a", "See Picture 2."])]
+    assert fault.detail.endswith(", and the row has 1 picture")
+
+
 ROWS = {
     "good": ({"id": "a", "conversations": dialogue(f"Picture 1: {IMG}?", "b")}, []),
     "no id": ({"conversations": dialogue("a", "b")}, []),

@@ -267,7 +267,7 @@ def test_samples_longer_than_a_row_are_skipped_with_their_key_until_too_many(cap
     assert any("/chat does not fit into a row" in record.message for record in caplog.records)
     with pytest.raises(DataError, match=r"step 0 refused \d+ samples.*scenes/train/\d+/chat"):
         scene_rows(dataclasses.replace(config, tasks={"chat": 1.0}), tok, 0, "train", 0)
-    with pytest.raises(DataError, match="step 0 refused 1000 samples for 0 that it took"):
+    with pytest.raises(DataError, match="step 0 refused 1,000 samples for 0 that it took"):
         scene_rows(dataclasses.replace(config, length=20), tok, 0, "train", 0)
 
 

@@ -271,7 +271,7 @@ def test_rows_too_long_for_the_model_are_left_out_by_name(tokenizer, monkeypatch
     argv = ["--rows", "made", "--output", str(tmp_path)]
     assert command.main(argv) == 0
     told = capsys.readouterr().err
-    assert "made: 1 of 3 rows are left out" in told
+    assert "made: 1 of 3 rows left out" in told
     assert "the model's 120 positions: row/2" in told
     assert len(json.loads((tmp_path / "rows_made.json").read_text())["answers"]) == 2
     model.config.decoder.max_positions = 8

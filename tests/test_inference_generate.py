@@ -196,7 +196,7 @@ def test_wrong_requests_name_the_row():
         vl.generate_batch([[5], [6]], [None, pictures("one_image")])
     with pytest.raises(InputError, match=r"one entry of images for each row .* got 1 for 2"):
         vl.generate_batch([[5], [6]], [None])
-    with pytest.raises(InputError, match=r"tokens: .* got 8000 prompt tokens \+ 512 new"):
+    with pytest.raises(InputError, match=r"tokens: .* got 8,000 prompt tokens \+ 512 new"):
         vl.generate([5] * 8000)
     small = np.zeros((1, 28, 28, 3), np.uint8)
     with pytest.raises(InputError, match=r"same side: got \[28, 224\]"):

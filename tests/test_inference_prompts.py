@@ -75,8 +75,8 @@ def test_a_lone_image_tag_is_ordinary_text():
 @pytest.mark.parametrize(
     ("ids", "num_images", "message"),
     [
-        ([*SPAN], 0, "1 picture spans .* positions .0., and 0 pictures"),
-        ([5, 6], 1, "0 picture spans .* and 1 pictures"),
+        ([*SPAN], 0, "1 picture span in .* positions .0., and 0 pictures given"),
+        ([5, 6], 1, "0 picture spans .* and 1 picture given"),
         ([5, IMG, *[PAD] * 15, END], 1, "position 1 must be .* 16 <imgpad>.* got 15 <imgpad>"),
         ([IMG, *[PAD] * 16], 1, "position 0 .* then the end"),
         ([IMG, *[PAD] * 16, 9], 1, "position 0 .* then id 9"),
@@ -125,7 +125,7 @@ def test_wrong_pictures_are_named(images, message):
 
 def test_the_context_limit_names_all_numbers():
     prompts.check_length(8000, 192, config(), "row 3")
-    with pytest.raises(InputError, match=r"8192 .* got 8000 prompt .* 193 new .* 8193"):
+    with pytest.raises(InputError, match=r"8,192 .* got 8,000 prompt .* 193 new .* 8,193"):
         prompts.check_length(8000, 193, config(), "row 3")
 
 

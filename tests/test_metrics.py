@@ -109,7 +109,7 @@ def test_answers_lose_punctuation_only_when_they_differ():
 def test_overall_is_the_mean_before_rounding():
     answers = [["cat"] + ["dog"] * 2, ["dog"] * 3]  # 2/9 and 0
     assert vqa_overall(["cat", "cat"], answers) == round(100 * (2 / 3 / 3) / 2, 2)
-    with pytest.raises(ValueError, match="got 1 predictions and 2 questions"):
+    with pytest.raises(ValueError, match="got 1 prediction and 2 questions"):
         vqa_overall(["cat"], answers)
 
 

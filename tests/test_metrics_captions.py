@@ -126,7 +126,7 @@ def test_rouge_takes_precision_and_recall_from_different_references():
     ("predictions", "references", "words"),
     [
         ([], [], "got 0 captions"),
-        (["a"], [["a"], ["b"]], "got 1 captions and 2 lists"),
+        (["a"], [["a"], ["b"]], "got 1 caption and 2 lists"),
         (["a"], [[]], "references of caption 0"),
         (["a"], ["a"], "expected a list"),
         ({"1": "a"}, {"2": ["a"]}, "2 are in one of them only"),

@@ -172,5 +172,7 @@ def test_an_option_that_comes_twice_is_refused(words):
 def test_numbers_that_cannot_be_used_are_refused():
     with pytest.raises(ConfigError, match=r"below 2\*\*31: got 3000000000"):
         read_config("configs/nano/stage1.py", ["--steps=3000000000"])
-    with pytest.raises(ConfigError, match=r"more than a row holds: got 100, \d pictures of \d+"):
+    with pytest.raises(
+        ConfigError, match=r"more than a row holds: got 100, expected at most \d+: each"
+    ):
         read_config("configs/nano/stage1.py", ["--data.max-images=100"])

@@ -67,15 +67,23 @@ def test_default_mesh_is_one_device():
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (1, 4, 1), (0, 8, 1), (0, -1, 1), (-1, -1, 1)])
 def test_mesh_that_does_not_fit_names_the_numbers(sizes):
     data, fsdp, tensor = sizes
-    with pytest.raises(ConfigError, match=r"8 devices: got .*set exactly one of them to -1"):
+    with pytest.raises(ConfigError, match=r"got .* for 8 devices; set exactly one of them to -1"):
         make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices", "told"),
     [
-        ((-1, 128, 1), 1, "got -1 x 128 x 1; 128 does not divide 1, try .*fsdp=-1 --mesh.tensor=1"),
-        ((-1, 3, 4), 8, "got -1 x 3 x 4; 12 does not divide 8, try .*fsdp=-1 --mesh.tensor=4"),
+        (
+            (-1, 128, 1),
+            1,
+            "got -1 x 128 x 1 for 1 device; 128 does not divide 1, try .*fsdp=-1 --mesh.tensor=1",
+        ),
+        (
+            (-1, 3, 4),
+            8,
+            "got -1 x 3 x 4 for 8 devices; 12 does not divide 8, try .*fsdp=-1 --mesh.tensor=4",
+        ),
     ],
 )
 def test_advice_that_was_followed_is_not_given_again(sizes, devices, told):

@@ -190,7 +190,7 @@ def export(
     num_shards = export_released(
         source, target, shard_bytes=num_bytes(shard_size), dtype=dtype, like=like, watch=watch
     )
-    print(f"{target}: {num_shards} file{'s' if num_shards > 1 else ''}, ready")
+    print(f"{target}: {counted(num_shards, 'file')}, ready")
 
 
 def vocabulary(

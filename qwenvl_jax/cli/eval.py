@@ -21,7 +21,7 @@ from qwenvl_jax.cli.errors import SUCCESS, leave, one_line, run_command
 from qwenvl_jax.cli.opening import SHIPPED_MODEL, AnswerOptions, check_seed, open_model
 from qwenvl_jax.cli.options import check_positive, parse_options
 from qwenvl_jax.cli.outputs import check_folder
-from qwenvl_jax.config import ConfigError
+from qwenvl_jax.config import ConfigError, DType
 from qwenvl_jax.words import counted
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class EvalOptions:
     """Rows of each of them."""
     form: Literal["task", "chat", "both"] = "both"
     """Prompts of the multi-task stage, chat turns, or both, one table each."""
-    dtype: Literal["bfloat16", "float32"] | None = None
+    dtype: DType | None = None
     """Of weights and arithmetic; float32 for the shipped model, bfloat16 for others."""
     tensor: int = 1
     """Devices to spread the model over."""
@@ -139,7 +139,7 @@ def _score_scenes(form: "Form", options: EvalOptions, vl: "VL") -> None:
         start = time.perf_counter()
         answers = sit(vl, papers, on_progress)
         seconds = time.perf_counter() - start
-    title = f"{form} prompts, {count} scenes of each kind, seed {options.seed}"
+    title = f"{form} prompts, {counted(count, 'scene')} of each kind, seed {options.seed}"
     kept = [facts(*pair) for pair in zip(papers, answers, strict=True)]
     run = {"form": form, "seconds": round(seconds, 1)}
     _tell(title, options, f"scenes_{form}", run, summarise(papers, answers), kept)
@@ -179,13 +179,13 @@ def _papers_that_fit(
         named = ", ".join(paper.key for paper in too_long[:MAX_NAMED])
         more = ", ..." if len(too_long) > MAX_NAMED else ""
         print(
-            f"{path}: {len(too_long)} of {len(drawn)} rows are left out: question and answer "
-            f"exceed the model's {most} positions: {named}{more}",
+            f"{path}: {len(too_long)} of {counted(len(drawn), 'row')} left out: question and "
+            f"answer exceed the model's {most} positions: {named}{more}",
             file=sys.stderr,
         )
     if not papers:
         raise ConfigError(
-            f"--rows {path} has nothing to ask: got {len(drawn)} rows with a question, "
+            f"--rows {path} has nothing to ask: got {counted(len(drawn), 'row')} with a question, "
             f"{len(too_long)} of them longer than the model's {most} positions, and "
             f"{len(refused)} that cannot be used; name other rows"
         )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from qwenvl_jax.conversion.slots import BFLOAT16, FileError, Slot, contiguous_strides
+from qwenvl_jax.words import counted
 
 MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 DTYPES = {
@@ -115,8 +116,8 @@ def _check_layout(path: Path, slots: dict[str, Slot], data_start: int, size: int
     if end > size:
         lost = sum(slot.offset + slot.num_bytes > size for slot in slots.values())
         raise FileError(
-            f"{path.name}: is truncated: got {size} bytes, expected {end}; {lost} of "
-            f"{len(slots)} tensors are cut; copy or download it again"
+            f"{path.name}: is truncated: got {size} bytes, expected {end}, so that it has "
+            f"lost {lost} of {counted(len(slots), 'tensor')}; copy or download it again"
         )
     if end < size:
         raise FileError(f"{path.name}: has {size - end} bytes after its last tensor")

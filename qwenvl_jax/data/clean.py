@@ -20,6 +20,7 @@ from qwenvl_jax.data.record import Record
 from qwenvl_jax.data.sources.stream import Refusal
 from qwenvl_jax.image.decode import ImageError
 from qwenvl_jax.image.load import image_size
+from qwenvl_jax.words import counted
 
 MAX_RAW = 100_000  # characters that a rule looks at; past it a text is too long whatever it holds
 
@@ -125,7 +126,7 @@ def text_length(row: Record, limits: Limits) -> Record:
     text = _looked_at(row, text).strip()
     is_enough = len(text) >= limits.min_characters or len(_HAN.findall(text)) >= limits.min_han
     if not is_enough or len(text) > limits.max_characters:
-        raise Refusal(row.key, "text_length", f"its text has {len(text)} characters")
+        raise Refusal(row.key, "text_length", f"its text has {counted(len(text), 'character')}")
     return row
 
 
@@ -260,5 +261,5 @@ def _mended(row: Record, mend: Callable[[str], str]) -> Record:
 def _looked_at(row: Record, text: str) -> str:
     """Returns the text; refuses one so long that looking at it costs more than it is worth."""
     if len(text) > MAX_RAW:
-        raise Refusal(row.key, "text_length", f"its text has {len(text)} characters")
+        raise Refusal(row.key, "text_length", f"its text has {counted(len(text), 'character')}")
     return text

@@ -27,6 +27,7 @@ from qwenvl_jax.image.decode import ImageError
 from qwenvl_jax.image.load import open_image
 from qwenvl_jax.image.transform import to_square
 from qwenvl_jax.prompt.tokenizer import Tokenizer
+from qwenvl_jax.words import counted
 
 LOOK_AHEAD = 8  # samples; more fills rows better and drops more at the end of a batch
 _PATIENCE = 1000  # samples refused one after the other, where there may be no end of them
@@ -89,9 +90,10 @@ def check_fits(example: Example, length: int, max_images: int) -> None:
     """Raises DataError where a sample alone is more than a row holds."""
     if len(example.ids) > length or len(example.images) > max_images:
         raise DataError(
-            f"sample {example.key} does not fit into a row: got {len(example.ids)} tokens and "
-            f"{len(example.images)} pictures, expected at most {length} and {max_images}; "
-            "raise data.length or data.max_images, or drop the sample"
+            f"sample {example.key} does not fit into a row: got "
+            f"{counted(len(example.ids), 'token')} and {counted(len(example.images), 'picture')}, "
+            f"expected at most {length} and {max_images}; raise data.length or "
+            "data.max_images, or drop the sample"
         )
 
 
@@ -175,8 +177,8 @@ def image_slots(example: Example, tokenizer: Tokenizer) -> list[int]:
     if not is_whole or len(starts) != len(example.images):
         raise DataError(
             f"sample {example.key} has pictures and slots that do not match: got "
-            f"{len(example.images)} pictures, {len(starts)} <img>, {num_pads} <imgpad>; expected "
-            f"<img>, {tokenizer.slots} <imgpad> and </img> for each picture"
+            f"{counted(len(example.images), 'picture')}, {len(starts)} <img>, {num_pads} <imgpad>; "
+            f"expected <img>, {tokenizer.slots} <imgpad> and </img> for each picture"
         )
     return starts.tolist()
 

@@ -45,7 +45,7 @@ from qwenvl_jax.data.sources.scenes import Split
 from qwenvl_jax.data.unchanged import KeptData
 from qwenvl_jax.files import name_for
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
-from qwenvl_jax.words import did_you_mean
+from qwenvl_jax.words import counted, did_you_mean
 
 MAX_REFUSED = 0.05  # of the samples of a step of scenes; past it the limits are wrong
 _LAST_STEP = 2**31 - 1
@@ -264,8 +264,8 @@ def scene_rows(
         _log.warning("step %d: %s", step, refusal)
     if len(refusals) > MAX_REFUSED * sum(map(len, rows)):
         raise DataError(
-            f"step {step} refused {len(refusals)} samples for {sum(map(len, rows))} that it took, "
-            f"more than {MAX_REFUSED:.0%}; the first: {refusals[0]}"
+            f"step {step} refused {counted(len(refusals), 'sample')} for {sum(map(len, rows))} "
+            f"that it took, more than {MAX_REFUSED:.0%}; the first: {refusals[0]}"
         )
     return rows
 
@@ -316,8 +316,8 @@ def _check_scenes(config: DataConfig, slots: int) -> None:
     if shows and (config.max_images < 1 or config.length < slots + 2):
         raise ConfigError(
             "data.max_images and data.length must leave room for a picture: got "
-            f"{config.max_images} pictures and {config.length} tokens, expected at least 1 and "
-            f"{slots + 2}; source='text' needs none"
+            f"{counted(config.max_images, 'picture')} and {counted(config.length, 'token')}, "
+            f"expected at least 1 and {slots + 2}; source='text' needs none"
         )
 
 

@@ -19,6 +19,7 @@ from qwenvl_jax.data.shard import PARTS, Plan, PrepareError, appearing_file, wri
 from qwenvl_jax.data.sources.prepared import INDEX, REFUSED, check_files, read_index
 from qwenvl_jax.data.workers import WorkerKilled, spread
 from qwenvl_jax.files import HALF
+from qwenvl_jax.words import counted
 
 _PLAN = "plan.json"
 
@@ -173,8 +174,8 @@ def _finish(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     shards = [json.loads(path.read_text(encoding="utf-8")) for path in parts]
     if len(shards) != facts["shards"]:
         raise PrepareError(
-            f"{folder} is not whole: got {len(shards)} shards, expected {facts['shards']}; run the "
-            "same command to go on"
+            f"{folder} is not whole: got {counted(len(shards), 'shard')}, expected "
+            f"{facts['shards']}; run the same command to go on"
         )
     index = {
         "format": facts["format"],

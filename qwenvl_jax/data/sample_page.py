@@ -142,7 +142,7 @@ def _figure(number: int, image: Picture, boxes: Sequence[dict[str, Any]]) -> str
     data = io.BytesIO()
     drawn.save(data, "JPEG", quality=_JPEG_QUALITY)
     encoded = base64.b64encode(data.getvalue()).decode("ascii")
-    count = f", {len(boxes)} place{'s' * (len(boxes) > 1)}" if boxes else ""
+    count = f", {counted(len(boxes), 'place')}" if boxes else ""
     return (
         f'<figure><img alt="picture {number}" width="{drawn.width}" height="{drawn.height}" '
         f'src="data:image/jpeg;base64,{encoded}"><figcaption>picture {number}: '
@@ -195,11 +195,11 @@ def _packing(packing: Packing, samples: Sequence[Shown]) -> str:
             bars.append(
                 f'<a href="#s{i}" class="shade{i % _SHADES}" style="width:{100 * share:.3f}%" '
                 f'title="sample {i}, {_text(example.task)}: tokens {start} to {end - 1}, '
-                f'{len(example.images)} pictures">{i if share >= _LEGIBLE else ""}</a>'
+                f'{counted(len(example.images), "picture")}">{i if share >= _LEGIBLE else ""}</a>'
             )
         shown.append(
             f'<div class="row"><span>row {number}</span><div class="bar">{"".join(bars)}</div>'
             f"<span>{num_tokens} of {packing.length} tokens, {num_tokens / packing.length:.1%}; "
-            f"{num_images} of {packing.max_images} pictures</span></div>"
+            f"{num_images} of {counted(packing.max_images, 'picture')}</span></div>"
         )
     return f"<section><h2>Packed rows</h2>{''.join(shown)}</section>"

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from qwenvl_jax.evaluation import ptb
+from qwenvl_jax.words import counted
 
 MAX_NGRAM = 4
 CIDER_SIGMA = 6.0  # of the penalty on a difference in length
@@ -128,8 +129,8 @@ def _aligned(
         captions, golds = list(predictions), list(references)
     if len(captions) != len(golds) or not captions:
         raise ValueError(
-            f"each caption needs its references: got {len(captions)} captions and {len(golds)} "
-            "lists of references"
+            f"each caption needs its references: got {counted(len(captions), 'caption')} and "
+            f"{counted(len(golds), 'list')} of references"
         )
     for at, gold in enumerate(golds):
         if isinstance(gold, str) or not gold:

@@ -33,6 +33,7 @@ from qwenvl_jax.prompt.boxes import parse_boxes, strip_boxes
 from qwenvl_jax.prompt.tokenizer import Tokenizer, load_tokenizer
 from qwenvl_jax.training.heldout import HeldOut, held_out
 from qwenvl_jax.training.state import Layout, Weights, merge_model
+from qwenvl_jax.words import counted
 
 _LOOKED_AT = 16  # samples for each one that is shown, so that many tasks are found among them
 
@@ -83,7 +84,9 @@ class AnswerPage:
             for image, asked, ids in zip(self._images, self._asked, answers, strict=True)
         ]
         right = sum(sitting.exchanges[0].is_right for sitting in sittings)
-        title = f"{self._config.run_dir}: {right} of {len(sittings)} held-out samples right"
+        title = (
+            f"{self._config.run_dir}: {right} of {counted(len(sittings), 'held-out sample')} right"
+        )
         return np.asarray(draw_sheet(title, sittings))
 
     def _answers(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwenvl_jax.evaluation.captions import cider
+from qwenvl_jax.words import counted
 
 __all__ = [
     "anls",
@@ -278,7 +279,7 @@ def _answers(answers: Sequence[str] | str) -> list[str]:
 def _pairs(predictions: Sequence, answers: Sequence) -> list[tuple]:
     if len(predictions) != len(answers) or not predictions:
         raise ValueError(
-            f"each prediction needs its answers: got {len(predictions)} predictions and "
-            f"{len(answers)} questions"
+            f"each prediction needs its answers: got "
+            f"{counted(len(predictions), 'prediction')} and {counted(len(answers), 'question')}"
         )
     return list(zip(predictions, answers, strict=True))

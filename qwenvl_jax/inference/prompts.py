@@ -14,6 +14,7 @@ import numpy as np
 from qwenvl_jax.config import NO_IMAGE, ModelConfig
 from qwenvl_jax.inference.cache import bucket, prompt_bucket
 from qwenvl_jax.inference.errors import InputError, whole_number
+from qwenvl_jax.words import counted
 
 # `row`: each row's rotary base and log-n scale come from its own prompt, so that a batch equals
 # its rows alone. `reference`: from the longest prompt and from left-padded places, as released.
@@ -135,8 +136,9 @@ def find_pictures(ids: np.ndarray, num_images: int, config: ModelConfig, row: st
             )
     if len(first) != num_images:
         raise InputError(
-            f"{row}: {len(first)} picture spans in the tokens, at positions "
-            f"{(first - 1).tolist()}, and {num_images} pictures given; they must be as many"
+            f"{row}: {counted(len(first), 'picture span')} in the tokens, at positions "
+            f"{(first - 1).tolist()}, and {counted(num_images, 'picture')} given; they must be as "
+            "many"
         )
     return first.astype(np.int32)
 
@@ -148,9 +150,9 @@ def check_length(length: int, max_new_tokens: int, config: ModelConfig, row: str
         raise InputError(f"max_new_tokens must be 0 or more: got {max_new_tokens}")
     if length + max_new_tokens > limit:
         raise InputError(
-            f"{row}: the prompt and the answer must fit {limit} positions: got {length} prompt "
-            f"tokens + {max_new_tokens} new tokens = {length + max_new_tokens}; shorten the prompt "
-            "or lower max_new_tokens"
+            f"{row}: the prompt and the answer must fit {limit:,} positions: got "
+            f"{counted(length, 'prompt token')} + {counted(max_new_tokens, 'new token')} = "
+            f"{length + max_new_tokens:,}; shorten the prompt or lower max_new_tokens"
         )
 
 

@@ -22,6 +22,7 @@ from flax import nnx
 from qwenvl_jax.config import ConfigError, OptimizerConfig, ParameterRule
 from qwenvl_jax.model.lora import pair_of
 from qwenvl_jax.sharding import named_variables
+from qwenvl_jax.words import counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,9 @@ def _problems(
     bare = [path for path, row in rows.items() if row is None]
     if bare:
         listed = ", ".join(bare[:3]) + (", ..." if len(bare) > 3 else "")
-        found.append(f"{len(bare)} parameters match no row ({listed}): add a row '*' at the end")
+        found.append(
+            f"no row matches {counted(len(bare), 'parameter')} ({listed}): add a row '*' at the end"
+        )
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from qwenvl_jax.data.lint.problems import Fault
 from qwenvl_jax.prompt.boxes import FULL_SIDE, Span, parse_boxes, points_text, scan
 from qwenvl_jax.prompt.tokenizer import SPECIAL_TOKENS
+from qwenvl_jax.words import counted
 
 _TAG = re.compile(r"</?(?:img|ref|box|quad)>")
 _PLACE_TAG = re.compile(r"</?(?:ref|box|quad)>")
@@ -135,7 +136,8 @@ def picture_faults(values: Sequence[str]) -> Iterator[tuple[int, Fault]]:
         for mention in _MENTION.finditer(value):
             if int(mention[1]) > total and (total or mention[2]):
                 where = _around(value, mention.start())
-                yield turn, Fault("picture_count", f"{where}, and the row has {total} pictures")
+                held = counted(total, "picture")
+                yield turn, Fault("picture_count", f"{where}, and the row has {held}")
 
 
 def _around(text: str, at: int) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.sources.composition import Split
 from qwenvl_jax.data.sources.written_text import sentence
+from qwenvl_jax.words import counted
 
 HELD_OUT_SHARE = 10  # one block of so many
 _BLOCK = 1 << 14  # bytes
@@ -71,8 +72,9 @@ class Corpus:
                 start = rng.randrange(len(text) // 2)
                 return text[start:] if language == "zh" else text[start:].partition(" ")[2]
         raise DataError(
-            f"no {language} text for the split {split} was found in the corpus: got {len(files)} "
-            f"files and {_TRIES} tries; give more text, or none to use built-in sentences"
+            f"no {language} text for the split {split} was found in the corpus: got "
+            f"{counted(len(files), 'file')} and {_TRIES} tries; give more text, or none "
+            "to use built-in sentences"
         )
 
 

@@ -15,6 +15,7 @@ from qwenvl_jax.data.clean import language_of
 from qwenvl_jax.data.record import Record
 from qwenvl_jax.data.sources.stream import Refusal
 from qwenvl_jax.prompt.boxes import Box, box_from_pixels
+from qwenvl_jax.words import counted
 
 # The first one that a set has is its text.
 TEXTS = ("caption", "text", "TEXT", "top_caption", "alt_text", "alt_txt")
@@ -113,7 +114,7 @@ def _spans(key: str, text: str, places: Any) -> list[Span]:
         for start, end, *corners, _ in [] if places is None else places:
             box = box_from_pixels(corners, 1, 1)
             if not (0 <= start < end <= len(text)) or box[0] == box[2] or box[1] == box[3]:
-                raise ValueError(f"{[start, end, *corners]} for {len(text)} characters")
+                raise ValueError(f"{[start, end, *corners]} for {counted(len(text), 'character')}")
             boxes.setdefault((int(start), int(end)), []).append(box)
     except (TypeError, ValueError) as error:
         raise Refusal(key, "broken box", f"a phrase or a box of it is broken: {error}") from error

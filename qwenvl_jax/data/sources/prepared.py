@@ -25,6 +25,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import FIELDS, Record, decode_record
 from qwenvl_jax.prompt.tokenizer import Tokenizer
+from qwenvl_jax.words import counted
 
 FORMAT = 1
 INDEX = "index.json"
@@ -76,7 +77,8 @@ class Prepared:
     def __getitem__(self, index: int) -> Record:
         """Returns a row. Raises: DataError for a damaged one, IndexError past the end."""
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} is not there: {self.folder} has {len(self)} rows")
+            held = counted(len(self), "row")
+            raise IndexError(f"row {index} is not there: {self.folder} has {held}")
         shard = bisect.bisect_right(self._starts, index) - 1
         name = f"{self.index['shards'][shard]['file']}#{index - self._starts[shard]}"
         try:
@@ -191,7 +193,7 @@ def read_sizes(folder: Path, shard: Mapping[str, Any]) -> dict[str, np.ndarray]:
         raise DataError(f"{path} is damaged: {error}; prepare the rows again") from error
     if not is_whole:
         raise DataError(
-            f"{path} belongs to other rows: got {num_rows} rows, expected {shard['rows']}; prepare "
-            "the rows again"
+            f"{path} belongs to other rows: got {counted(num_rows, 'row')}, expected "
+            f"{shard['rows']}; prepare the rows again"
         )
     return arrays

@@ -21,6 +21,7 @@ from qwenvl_jax.data.clean import language_of
 from qwenvl_jax.data.example import DataError
 from qwenvl_jax.data.record import Record
 from qwenvl_jax.prompt.boxes import box_from_pixels
+from qwenvl_jax.words import counted
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ class TfdsRows:
     def __getitem__(self, index: int) -> Record:
         """Returns a row. Raises: DataError for a damaged one, IndexError past the end."""
         if not 0 <= index < len(self):  # TFDS raises ValueError, which ends no old-style loop
-            raise IndexError(f"row {index} is not there: {self.folder} has {len(self)} rows")
+            held = counted(len(self), "row")
+            raise IndexError(f"row {index} is not there: {self.folder} has {held}")
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         rows, place = self._rows(number), index - int(self._starts[number])
         if place >= len(rows):
