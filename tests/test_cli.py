@@ -428,6 +428,12 @@ def test_an_option_of_another_kind_is_told_with_what_it_takes(words, told, capsy
     [
         ("convert export a b --dtype bf16", "got 'bf16'; did you mean bfloat16?"),
         ("eval --dtype fp32", "got 'fp32'; did you mean float32?"),
+        ("eval --dtype x", "--dtype takes one of float32, bfloat16, None: got 'x'"),
+        (
+            "eval --dtype fp16",
+            "--dtype takes one of float32, bfloat16, None: got 'fp16'; float16 is not offered: "
+            "training in it needs a scaled loss, and bfloat16 takes no more memory",
+        ),
         ("eval --form all", "--form takes one of task, chat, both: got 'all'"),
     ],
 )

@@ -4,10 +4,10 @@ import dataclasses
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from qwenvl_jax.cli.options import check_positive
-from qwenvl_jax.config import ConfigError, MeshConfig, ModelConfig
+from qwenvl_jax.config import ConfigError, DType, MeshConfig, ModelConfig
 from qwenvl_jax.inference.shipped import SHIPPED_MODEL
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class AnswerOptions:
 
     model: Path | None = None
     """A folder with a released model or one of ours; the small shipped model if left out."""
-    dtype: Literal["bfloat16", "float32"] | None = None
+    dtype: DType | None = None
     """Of weights and arithmetic; float32 for the shipped model, bfloat16 for others."""
     tensor: int = 1
     """Devices to spread the model over."""

@@ -5,8 +5,9 @@ import dataclasses
 import difflib
 import io
 import re
+import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from qwenvl_jax.config import ConfigError
 
@@ -28,6 +29,7 @@ _KINDS = {
 _NO_CHOICE = re.compile(
     r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of \((.*?),?\)"
 )
+_HALF = ("float16", "fp16", "f16", "half")  # of which bfloat16 is the nearest only by its letters
 _NO_PAIRS = re.compile(r"Error parsing (\S+): Failed to parse key-value pairs!")
 _NAMES_JOINED = re.compile(r"[\w.*?:@\[\]-]+(,[\w.*?:@\[\]-]+)+")
 _MOST_HINTS = 3
@@ -86,7 +88,8 @@ def _told_well(is_none_told: bool) -> Callable[[Any], Any]:
 
     def told(field: Any) -> Any:
         is_hidden = field.default in ((), {}) or (field.default is None and not is_none_told)
-        kind = Annotated[field.type, no_default] if is_hidden else field.type
+        kind = _choices_in_order(field.type)
+        kind = Annotated[kind, no_default] if is_hidden else kind
         return dataclasses.replace(
             field, type=kind, helptext=lambda: _one_paragraph(field.helptext)
         )
@@ -105,6 +108,17 @@ def _told_well(is_none_told: bool) -> Callable[[Any], Any]:
         return dataclasses.replace(spec, fields=tuple(map(told, spec.fields)))
 
     return rule
+
+
+def _choices_in_order(kind: Any) -> Any:
+    """Returns `Literal[...] | None` as one `Literal`: tyro lists a union's choices in any order."""
+    parts = get_args(kind)
+    if get_origin(kind) not in (Union, types.UnionType):
+        return kind
+    if not all(get_origin(part) is Literal or part is type(None) for part in parts):
+        return kind
+    choices: Any = Literal
+    return choices[tuple(value for part in parts for value in get_args(part) or (None,))]
 
 
 def _one_paragraph(text: str | Callable[[], str | None] | None) -> str | None:
@@ -219,6 +233,11 @@ def _with_hint(text: str, names: Sequence[str]) -> str:
         choices = [choice.strip(" '") for choice in listed.split(",")]
         near = difflib.get_close_matches(got, choices, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if got.lower() in _HALF and "bfloat16" in choices:
+            hint = (
+                "; float16 is not offered: training in it needs a scaled loss, and bfloat16 takes "
+                "no more memory"
+            )
         return f"{option} takes one of {', '.join(choices)}: got {got!r}{hint}"
     if found := _NO_PAIRS.match(text):
         return (
