@@ -8,8 +8,10 @@ import numpy as np
 
 from qwenvl_jax.config import ConfigError
 from qwenvl_jax.files import read_records
+from qwenvl_jax.prompt.fonts import font_for
 from qwenvl_jax.training.manifest import MANIFEST
 from qwenvl_jax.training.run_files import EVALUATIONS, LINES_WAYS_OUT, METRICS
+from qwenvl_jax.words import counted
 
 _BY_TASK = "loss by task"
 # Panels from the top: what is drawn, on which scale, and how high.
@@ -39,8 +41,8 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     The loss of a run with one task, or none, is that by task: it has no such panel.
 
     Raises:
-        ConfigError: the directory has no metrics.jsonl with a finished step, or a damaged one; or
-            `output` is of no known format or in no folder.
+        ConfigError: the directory has no metrics.jsonl with a loss, or a damaged one; or `output`
+            is a folder, of no known format or in no folder.
         NoMatplotlib: the extra `plot` is not installed.
     """
     try:
@@ -75,16 +77,27 @@ def draw_curves(run_dir: str | Path, output: str | Path | None = None) -> Path:
     if found:
         points = [e["step"] for e in found], [e["loss"] for e in found]
         panels[0].plot(*points, "o-", color="black", markersize=3, label="on held-out data")
-    panels[0].set(title=str(run_dir))
+    _write_name(panels[0], str(run_dir))
     panels[0].legend(frameon=False)
     panels[-1].set(xlabel="step")
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    panels[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
 
 
+def _write_name(panel: Any, name: str) -> None:
+    """Puts a path over a panel, letter by letter: a `$` in it begins no formula."""
+    font, writable = font_for(name, size=12)
+    title = panel.set_title(writable, parse_math=False)
+    file = getattr(font, "path", None)  # Pillow's own lies in no file; nor need it: it is Latin
+    if isinstance(file, str):
+        title.get_fontproperties().set_file(file)
+
+
 def _check_format(path: Path, known: Collection[str]) -> None:
+    if path.is_dir():
+        raise ConfigError(f"cannot draw into {path}: it is a folder; name a file in it")
     if path.suffix[1:].lower() not in known:
         raise ConfigError(
             f"cannot draw into {path}: got a name that ends in {path.suffix or 'nothing'!r}, "
@@ -97,10 +110,18 @@ def _check_format(path: Path, known: Collection[str]) -> None:
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Returns the finished steps of a run that have a loss. Raises: ConfigError for none."""
     path = Path(run_dir) / METRICS
+    if Path(run_dir).is_file():
+        raise ConfigError(f"{run_dir} is no training run: it is a file; name the run's directory")
     if not path.is_file() and not (Path(run_dir) / MANIFEST).is_file():
         raise ConfigError(f"{run_dir} is no training run: it has no metrics.jsonl")
     lines = read_lines(path) if path.is_file() else []
     records = [record for record in lines if record.get("loss") is not None]
+    made = [record for record in lines if not record.get("passed_over")]
+    if made and not records:
+        raise ConfigError(
+            f"{run_dir} has nothing to draw: got {counted(len(made), 'step')} without a finite "
+            "loss; its incidents.jsonl says why"
+        )
     if not records:
         raise ConfigError(f"{run_dir} has no finished step yet")
     return records
@@ -116,13 +137,14 @@ def draw_series(panel: Any, records: list[dict[str, Any]], name: str) -> None:
     """Draws one quantity: its values in grey, and their running mean; the rate as it is."""
     points = [(r["step"], r[name]) for r in records if r.get(name) is not None]
     steps, values = [step for step, _ in points], [value for _, value in points]
+    marker = _marker(steps)
     if name == "lr":  # a schedule has no noise, and a mean would trail behind it
-        panel.plot(steps, values, linewidth=1.2)
+        panel.plot(steps, values, linewidth=1.2, marker=marker)
         return
     width = max(1, len(values) // 50)
     label = name if width == 1 else f"{name}, mean of {width} steps"
     panel.plot(steps, values, color="0.8", linewidth=0.8)
-    panel.plot(steps, running_mean(values, width), linewidth=1.2, label=label)
+    panel.plot(steps, running_mean(values, width), linewidth=1.2, marker=marker, label=label)
 
 
 def tasks_of(records: list[dict[str, Any]]) -> list[str]:
@@ -145,8 +167,14 @@ def draw_tasks(panel: Any, records: list[dict[str, Any]], tasks: list[str]) -> N
         width = max(1, len(records) // 50)
         means = running_mean(losses, width, weights)
         colour = colormaps["turbo"]((number + 0.5) / len(tasks))
-        panel.plot([r["step"] for r in found], means, linewidth=1.2, color=colour, label=task)
+        steps = [r["step"] for r in found]
+        look = {"linewidth": 1.2, "color": colour, "marker": _marker(steps)}
+        panel.plot(steps, means, **look, label=task)
     panel.legend(frameon=False, fontsize="small", ncols=3)
+
+
+def _marker(steps: list[int]) -> str | None:
+    return "o" if len(steps) == 1 else None  # one point makes no line, and would not be seen
 
 
 def running_mean(values: list[float], width: int, weights: list[float] | None = None) -> np.ndarray:
