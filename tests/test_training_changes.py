@@ -88,6 +88,7 @@ def test_settings_that_decide_the_arrays_of_a_checkpoint_are_known():
 
 
 def test_what_a_checkpoint_cannot_follow_is_not_offered(tmp_path):
+    tmp_path = tmp_path / "a run"  # its path can be pasted
     config = lora_config(tmp_path)
     begun = open_run(config, [])
     begun.begin()
@@ -96,7 +97,7 @@ def test_what_a_checkpoint_cannot_follow_is_not_offered(tmp_path):
     old = f"{tmp_path} holds a run with other settings: "
     back = "give these back their old values, choose another run_dir"
     anew = (
-        f"begin anew from what this run has learned, with another --run-dir and --init={tmp_path}"
+        f"begin anew from what this run has learned, with another --run-dir and --init='{tmp_path}'"
     )
     for changes, told in {
         ("model.lora.rank",): f"{back.replace(', c', ' or c')}; for another model.lora.rank {anew}",

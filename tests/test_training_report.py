@@ -14,7 +14,7 @@ import tiny
 from PIL import Image
 from rich.console import Console
 
-from qwenvl_jax.config import MeshConfig, to_dict
+from qwenvl_jax.config import EvaluationConfig, MeshConfig, to_dict
 from qwenvl_jax.data.mixture import Round
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import qwen_vl, stage_1, stage_2, stage_3
@@ -22,7 +22,7 @@ from qwenvl_jax.sharding import make_mesh
 from qwenvl_jax.training.expectation import expected_step_time
 from qwenvl_jax.training.flops import _tower_pairs, peak_flops, step_flops
 from qwenvl_jax.training.goodput import Goodput
-from qwenvl_jax.training.introduction import _rounds, introduction
+from qwenvl_jax.training.introduction import _evaluation, _rounds, introduction
 from qwenvl_jax.training.memory import OutOfMemory, explained
 from qwenvl_jax.training.optimizer import plan_parameters
 from qwenvl_jax.training.plot import draw_curves, draw_tasks, running_mean, tasks_of
@@ -204,6 +204,11 @@ def test_a_short_run_has_whole_steps_and_no_mean_of_one(tmp_path, monkeypatch):
     panels = drawn[0].axes
     assert [line.get_label() for line in panels[0].get_lines()][1:] == ["loss"]
     assert all(tick == round(tick) for tick in panels[-1].get_xticks())
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record_of(7, vqa=1.0, ocr=2.0)) + "\n")
+    draw_curves(tmp_path)  # a line of one point is none
+    drawn_lines = [panel.get_lines()[-1] for panel in drawn[1].axes]
+    assert [(line.get_marker(), len(line.get_xdata())) for line in drawn_lines] == [("o", 1)] * 4
+    assert [tick for tick in drawn[1].axes[-1].get_xticks() if 6 < tick < 8] == [7]
 
 
 def test_running_means_follow_the_weights():
@@ -272,6 +277,7 @@ def test_large_arrays_that_no_axis_splits_are_told_before_the_first_step(tmp_pat
         return introduction(config, make_layout(config, mesh), 0, run_dir, rows)
 
     lines = told(3)
+    assert lines[-1] == f"{tmp_path / 'run'}: starts from random weights, 6 steps"
     at = lines.index("replicated on every chip along that axis:")
     assert lines[at - 1].startswith("mesh {'data': 1, 'fsdp': 1, 'tensor': 3}")
     found = re.compile(
@@ -279,6 +285,16 @@ def test_large_arrays_that_no_axis_splits_are_told_before_the_first_step(tmp_pat
     )
     assert found.match(lines[at + 1])
     assert not any("replicated" in line for tensor in (1, 2) for line in told(tensor))
+
+
+def test_answers_that_nobody_wants_are_not_told():
+    for samples, more in (
+        (0, ""),
+        (1, ", 1 answer to samples with one picture drawn in a/samples"),
+    ):
+        asked = EvaluationConfig(every_steps=2, samples=samples, max_new_tokens=8)
+        told = _evaluation(tiny.train_config("a", evaluation=asked))
+        assert told == [f"every 2 steps: loss of 4 held-out batches of 8 rows{more}"]
 
 
 def test_how_often_a_run_sees_its_data_is_told():

@@ -433,10 +433,15 @@ def test_other_versions_are_told_with_both(tmp_path):
     begin(tiny.train_config(tmp_path))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["starts"][-1]["versions"] |= {"numpy": "1.0", "gone": "2.0"}
+    manifest["starts"][-1] |= {"devices": "64 x TPU v9", "processes": 16}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     notes = opened(tiny.train_config(tmp_path))
     assert any(f"numpy was 1.0 at the last start and is {np.__version__}" in n for n in notes)
     assert any("gone was 2.0 at the last start and is not there now" in n for n in notes)
+    here = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    was = f"what it runs on was 64 x TPU v9 at the last start and is {here} now"
+    assert any(was in note for note in notes)
+    assert any("number of processes was 16 at the last start and is 1 now" in n for n in notes)
 
 
 def test_a_manifest_of_version_0_1_is_read(tmp_path):
@@ -525,6 +530,32 @@ def test_curves_of_nothing_are_an_error(tmp_path, capsys):
     assert plot_curves(tmp_path) == f"no curves.png: {tmp_path} has no finished step yet"
     (tmp_path / "metrics.jsonl").write_text("")
     assert "has no finished step" in plot_curves(tmp_path)
+    lines = [{"step": 1, "loss": None, "passed_over": True}, {"step": 2, "loss": None}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "got 1 step without a finite loss; its incidents.jsonl says why" in plot_curves(tmp_path)
+    assert plot_main([str(tmp_path / "metrics.jsonl")]) == 2
+    assert "it is a file; name the run's directory" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("error")  # of a glyph that is missing
+def test_the_name_of_a_run_is_drawn_as_it_is(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    save, drawn = Figure.savefig, []
+
+    def noted(figure, *args, **options):
+        drawn.append(figure.axes[0].title)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    for name in ("a $b_$ run", "\u6d4b\u8bd5"):  # half a formula; characters of another font
+        (tmp_path / name).mkdir()
+        line = {"step": 1, "loss": 3.0, "lr": 1e-3, "grad_norm": 0.5}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        assert plot_curves(tmp_path / name) == f"curves: {tmp_path / name / 'curves.png'}"
+        assert drawn[-1].get_text() == str(tmp_path / name)
+        assert drawn[-1].get_fontsize() == drawn[0].get_fontsize()
+    assert plot_main([str(tmp_path / name), "--output", str(tmp_path)]) == 2
 
 
 # --- feed ---------------------------------------------------------------------------------------
@@ -612,10 +643,11 @@ def test_weights_that_are_not_there_are_told_before_their_vocabulary(tmp_path, c
     assert main([tuned, "--init=weights/nowhere"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("train: init: there is no folder 'weights/nowhere': download it")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "qwen.tiktoken").touch()
-    assert main([tuned, "--init=weights/nowhere", f"--run-dir={tmp_path}"]) == 2
-    assert f"goes on from its own checkpoint with --init={tmp_path}" in capsys.readouterr().err
+    own = tmp_path / "a run"
+    (own / "checkpoints").mkdir(parents=True)
+    (own / "qwen.tiktoken").touch()
+    assert main([tuned, "--init=weights/nowhere", f"--run-dir={own}"]) == 2
+    assert f"goes on from its own checkpoint with --init='{own}'" in capsys.readouterr().err
 
 
 def test_weights_of_other_sizes_are_told_before_their_vocabulary(tmp_path):

@@ -1,6 +1,7 @@
 """`python train.py CONFIG [--a.b=c ...]`: starts a training run, or goes on with it."""
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def check_init(config: TrainConfig) -> None:
         way_out = "download it (README, Install), or name another with --init"
         own = Path(config.run_dir)
         if (own / "checkpoints").is_dir() and (own / "qwen.tiktoken").is_file():
-            way_out = f"the run goes on from its own checkpoint with --init={own}"
+            way_out = f"the run goes on from its own checkpoint with --init={shlex.quote(str(own))}"
         raise ConfigError(f"init: there is no folder {init!r}: {way_out}")
     from qwenvl_jax.conversion.load import read_config as read_model_config
 

@@ -5,6 +5,7 @@ no intermediate folder is written.
 """
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def read_config(path: str | Path) -> ModelConfig:
             path,
             [
                 "holds a LoRA adapter and no model; join them: "
-                f"python convert.py import MODEL DST --lora {path}"
+                f"python convert.py import MODEL DST --lora {shlex.quote(str(path))}"
             ],
         )
     return model_config_from_released(read_json(path / "config.json"), path / "config.json")

@@ -92,8 +92,8 @@ def _evaluation(config: TrainConfig) -> list[str]:
         return []
     rows = config.data.rows // config.micro_batches
     every = "every step" if asked.every_steps == 1 else f"every {asked.every_steps} steps"
-    return [
-        f"{every}: loss of {counted(asked.batches, 'held-out batch')} of {counted(rows, 'row')}, "
-        f"{counted(asked.samples, 'answer')} to samples with one picture drawn in "
-        f"{config.run_dir}/samples"
-    ]
+    told = f"{every}: loss of {counted(asked.batches, 'held-out batch')} of {counted(rows, 'row')}"
+    if asked.samples:
+        told += f", {counted(asked.samples, 'answer')} to samples with one picture drawn in "
+        told += f"{config.run_dir}/samples"
+    return [told]

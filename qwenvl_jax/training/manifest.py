@@ -49,14 +49,21 @@ def saved_inputs(start: dict[str, Any]) -> dict[str, str | None]:
     return start["inputs"] if "inputs" in start else {"tokenizer": start["tokenizer_sha256"]}
 
 
-def version_notes(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """Returns a line for every package whose version differs, with both versions."""
+def version_notes(last: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns a line for each package, and for the devices, that two starts do not share."""
+    old, new = map(_made_on, (last, now))
     return [
-        f"{name} was {version} at the last start and is {new.get(name, 'not there')} now: numbers "
+        f"{name} was {before} at the last start and is {new.get(name, 'not there')} now: numbers "
         "may differ in the last digits"
-        for name, version in old.items()
-        if new.get(name) != version
+        for name, before in old.items()
+        if new.get(name) != before
     ]
+
+
+def _made_on(start: dict[str, Any]) -> dict[str, Any]:
+    names = {"devices": "what it runs on", "processes": "the number of processes"}
+    machine = {told: start[name] for name, told in names.items() if name in start}
+    return start["versions"] | machine
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:

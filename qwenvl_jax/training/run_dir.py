@@ -8,6 +8,7 @@ Files that are not the run's own are left alone.
 import contextlib
 import filecmp
 import json
+import shlex
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -234,7 +235,7 @@ def open_run(config: TrainConfig, command: Sequence[str]) -> RunDir:
             notes += _compare(old, now, config)
         if last is not None:
             notes += _compare_inputs(saved_inputs(last), record["inputs"], config)
-            notes += version_notes(last["versions"], record["versions"])
+            notes += version_notes(last, record)
         parse_skips(config.skip_steps)  # a wrong one is told before anything is loaded
         manifest["starts"] = [*manifest["starts"], record]
     except BaseException:
@@ -317,7 +318,7 @@ def _ways_out(wrong: Collection[str], run_dir: str) -> str:
         return told
     return (
         f"{told}; {' and '.join(cases)} begin anew from what this run has learned, with another "
-        f"--run-dir and --init={run_dir}"
+        f"--run-dir and --init={shlex.quote(run_dir)}"
     )
 
 
