@@ -372,6 +372,7 @@ def test_options_become_fields():
     ("words", "told"),
     [
         (["--tensro", "2"], "Unrecognized options: --tensro, 2; did you mean --tensor?"),
+        (["--tensro", "2", "--fdsp", "1"], "did you mean --tensor, and --fsdp?"),
         (["--tensor", "many"], "'many'"),
         (["is", "it?"], "options: is, it?; a text of several words needs quotes around it. For"),
         (["--tensor"], "--tensor"),

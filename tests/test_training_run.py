@@ -688,6 +688,7 @@ def test_the_vocabulary_comes_with_the_weights_where_none_is_named(config_file):
         (["--batch-size=4"], "did you mean --data.rows?"),
         (["data.length=4"], "did you mean --data.length?"),
         (["--path=x"], "did you mean --data.path or --evaluation.path?"),
+        (["--checkpoint.every=5"], "did you mean --checkpoint.every-steps?"),
         (["--steps=many"], "--steps takes a whole number: got 'many'"),
         (
             ["--data.tasks", "vqa", "1"],

@@ -212,6 +212,8 @@ def nearest_options(word: str, names: Sequence[str]) -> list[str]:
     alias = _ALIASES.get(leaf)
     if alias is not None and alias in names:
         return [alias]
+    if begun := [name for name in names if name.startswith(f"--{typed}-")]:
+        return begun[:_MOST_HINTS]
     leaves = [name.strip("-").rpartition(".")[2] for name in names]
     whole = difflib.get_close_matches(f"--{typed}", names, n=1, cutoff=0.75)
     near = [leaf] if leaf in leaves else difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
@@ -253,7 +255,8 @@ def _with_hint(text: str, names: Sequence[str]) -> str:
             f"{words}; what is on or off takes no value: --part.name turns it on, --part.no-name "
             "off, and without a part --name and --no-name"
         )
-    unknown = next((word for word in typed if word.startswith("-")), typed[0])
+    options = [word for word in typed if word.startswith("-")] or typed[:1]
+    unknown = options[0]
     whole = unknown.split("=")[0].replace("_", "-")
     parts = [name for name in names if name.startswith(f"{whole}.")]
     if parts:
@@ -261,12 +264,12 @@ def _with_hint(text: str, names: Sequence[str]) -> str:
             f"{words}; {whole} is set part by part, e.g. {parts[0]}=VALUE; parts that are not "
             "there yet, and all of them at once, are set in the config file"
         )
-    near = nearest_options(unknown, names)
-    if not near and not unknown.startswith("-"):
+    near = [" or ".join(nearest_options(word, names)) for word in options]
+    if not any(near) and not unknown.startswith("-"):
         return f"{words}; a text of several words needs quotes around it. {others[-1]}"
-    if not near:
+    if not any(near):
         return text
-    return " ".join([f"{words}; did you mean {' or '.join(near)}?", *others[-1:]])
+    return " ".join([f"{words}; did you mean {', and '.join(filter(None, near))}?", *others[-1:]])
 
 
 def unboxed(text: str) -> str:
