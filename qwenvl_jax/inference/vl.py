@@ -14,14 +14,14 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from qwenvl_jax.config import ConfigError, ModelConfig
+from qwenvl_jax.config import ConfigError, DType, ModelConfig
 from qwenvl_jax.conversion.load import load_weights, read_config
 from qwenvl_jax.inference import prompts as prompts_lib
 from qwenvl_jax.inference import session
@@ -48,7 +48,7 @@ Images = Sequence[np.ndarray] | np.ndarray | jax.Array | None  # uint8 [n, Y, X,
 
 def from_pretrained(
     path: str | Path | None = None,
-    dtype: Literal["bfloat16", "float32"] | None = None,
+    dtype: DType | None = None,
     mesh: Mesh | None = None,
 ) -> "VL":
     """Returns the model of a folder: a released PyTorch one, or one of ours.
