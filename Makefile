@@ -40,19 +40,23 @@ nano: $(VENV)/.installed-generate
 	test -d runs/nano/drawn || $(BIN)/python convert.py import runs/nano/stage3_again runs/nano/drawn
 	test -d runs/nano/wide_start || $(BIN)/python convert.py vocabulary \
 	  runs/nano/drawn configs/nano/wide.tiktoken runs/nano/wide_start
-	for rows in train cells named more asked pairs dialogue heldout exam fresh fresh_pairs fresh_chat letters related pages signs lines close last last_pairs; do \
+	for rows in train cells named more asked pairs dialogue heldout exam fresh fresh_pairs fresh_chat letters related pages signs lines close last last_pairs counted whole whole_pairs boxed level; do \
 	  configs/nano/rows.sh $$rows || exit 1; done
 	@for stage in stage2_wide stage2_cells stage3_wide stage2_longer_cells stage2_last_cells \
 	  stage2_named stage2_pairs; do \
 	  $(BIN)/python train.py configs/nano/$$stage.py || exit 1; done
 	test -d runs/nano/paired || $(BIN)/python convert.py import runs/nano/stage2_pairs runs/nano/paired
 	test -d runs/nano/finer_start || $(BIN)/python convert.py queries runs/nano/paired 36 runs/nano/finer_start
-	@for stage in stage2_finer stage2_read stage2_pages stage2_signs stage2_lines stage2_close stage2_last; do \
+	@for stage in stage2_finer stage2_read stage2_pages stage2_signs stage2_lines stage2_close stage2_last stage2_counted; do \
 	  $(BIN)/python train.py configs/nano/$$stage.py || exit 1; done
-	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last
-	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last \
+	test -d runs/nano/counted || $(BIN)/python convert.py import runs/nano/stage2_counted runs/nano/counted
+	test -d runs/nano/patches_start || $(BIN)/python convert.py queries runs/nano/counted 64 runs/nano/patches_start
+	@for stage in stage2_patches stage2_boxed stage2_level; do \
+	  $(BIN)/python train.py configs/nano/$$stage.py --model.dtype float32 || exit 1; done
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_level
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_level \
 	  --rows $(addprefix runs/nano/rows/heldout/,scenes animals food english chinese) --num-rows 1000
-	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_last \
+	$(BIN)/python -m qwenvl_jax.cli.main eval --model runs/nano/stage2_level \
 	  --rows $(addprefix runs/nano/rows/exam/,animals food) --num-rows 4000
 
 clean:

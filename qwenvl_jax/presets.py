@@ -39,11 +39,11 @@ def qwen_vl() -> ModelConfig:
     )
 
 
-def nano(*, num_ranks: int = 1763, num_queries: int = 36) -> ModelConfig:
+def nano(*, num_ranks: int = 1763, num_queries: int = 64) -> ModelConfig:
     """Returns the model that ships with the package: the same parts, 112-pixel pictures.
 
-    `num_ranks` are those of its vocabulary; the special tokens stand behind them. All its stages
-    but the last had 16 queries.
+    `num_ranks` are those of its vocabulary; the special tokens stand behind them. Its
+    earlier stages had 16 queries, then 36.
     """
     return ModelConfig(
         vision=VisionConfig(

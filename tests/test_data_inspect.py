@@ -384,7 +384,7 @@ def test_stats_as_json_add_up(capsys):
     assert data.main(["stats", SHELF, "--tokenizer", NANO, "--json"]) == SUCCESS
     told = json.loads(capsys.readouterr().out)
     assert told["rows"] == told["measured"] == 6
-    assert told["slots"] == 36
+    assert told["slots"] == 64
     assert told["tasks"] == {"chat": 6}
     assert told["pictures"] == {"0": 1, "1": 4, "3": 1}
     assert sum(part["rows"] for part in told["histogram"]) == 6

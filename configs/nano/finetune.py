@@ -30,7 +30,7 @@ def get_config() -> TrainConfig:
             mask="released",
             cut_turns=True,
             length=512,
-            max_images=8,
+            max_images=7,
             image_size=112,
             rows=4,
             tokenizer="",  # that of `init`

@@ -1,7 +1,7 @@
 """Stage 2 of the small model, on from `stage2_patches`: new collages to be named, most with boxes.
 
-Does not ship: better than `stage2_last` on collages, behind it on drawn scenes and pages, which
-are a quarter of its rows (docs/nano.md).
+Better than `stage2_last` on collages, behind it on drawn scenes and pages, which are a quarter of
+its rows (docs/nano.md).
 
     configs/nano/rows.sh boxed
     python train.py configs/nano/stage2_boxed.py --model.dtype float32

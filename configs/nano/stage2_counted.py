@@ -1,8 +1,8 @@
 """Stage 2 of the small model, on from `stage2_last`: how many, and what there is.
 
-Does not ship: what it wins in answers it loses in captions and in reading (docs/nano.md). A third
-of the rows are questions about collages, most on numbers and on what there is or is not: half of
-what `stage2_last` got wrong among animals were numbers. The rest are new rows of every kind.
+A third of the rows are questions about collages, most on numbers and on what there is or is not:
+half of what `stage2_last` got wrong among animals were numbers. The rest are new rows of every
+kind.
 
     configs/nano/rows.sh counted
     configs/nano/rows.sh whole

@@ -43,6 +43,6 @@ def get_config() -> TrainConfig:
         steps=13000,
         seed=16,
         init="runs/nano/finer_start",
-        model=nano(),
+        model=nano(num_queries=36),
         data=dataclasses.replace(base.data, mixture=mixture, rows=8),
     )

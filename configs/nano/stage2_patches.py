@@ -1,15 +1,14 @@
 """Stage 2 of the small model, on from `stage2_counted`: a query for each patch of a picture.
 
-Does not ship: it is no better than `stage2_last` yet (docs/nano.md). With 36 queries for 64
-patches, numbers and boxes are wrong where many things lie in a collage. Here a picture has 64,
-which begin between those that were learned. Numbers are a fifth of the rows.
+With 36 queries for 64 patches, numbers and boxes are wrong where many things lie in a collage. Here
+a picture has 64, which begin between those that were learned. Numbers are a fifth of the rows.
 
     configs/nano/rows.sh counted
     configs/nano/rows.sh whole
     configs/nano/rows.sh whole_pairs
     python convert.py import runs/nano/stage2_counted runs/nano/counted
     python convert.py queries runs/nano/counted 64 runs/nano/patches_start
-    python train.py configs/nano/stage2_patches.py
+    python train.py configs/nano/stage2_patches.py --model.dtype float32
 """
 
 import dataclasses

@@ -111,7 +111,7 @@ def open_model(options: AnswerOptions) -> "VL":
         raise ConfigError(
             f"the small model's weights are not in this installation: got no config.json in "
             f"{folder}; install the package again, or name a model with --model DIR, a released "
-            "Qwen-VL folder or one that you trained (make nano gives runs/nano/stage2_last)"
+            "Qwen-VL folder or one that you trained (make nano gives runs/nano/stage2_level)"
         )
     import jax
 
