@@ -6,7 +6,10 @@
 
 As `configs/nano/finetune.py`, with LoRA pairs beside the decoder's matrices, which are frozen.
 
-Cost: 9 minutes, computed from 40 steps of 1.8 s on two cores that other work shared.
+Cost: 3 minutes, 0.54 s a step, on two cores.
+Expect: on the six dialogues of tests/data/conversations/shelf.json the loss falls to 0.53 at step
+50, and hardly below: they have `<`, `>`, `&` and `;`, which the small model never wrote, and LoRA
+leaves the head as it is. All else it knows by heart.
 """
 
 import dataclasses
