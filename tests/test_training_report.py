@@ -14,7 +14,7 @@ import tiny
 from PIL import Image
 from rich.console import Console
 
-from qwenvl_jax.config import EvaluationConfig, MeshConfig, to_dict
+from qwenvl_jax.config import ConfigError, EvaluationConfig, MeshConfig, to_dict
 from qwenvl_jax.data.mixture import Round
 from qwenvl_jax.model.qwenvl import abstract_state
 from qwenvl_jax.presets import qwen_vl, stage_1, stage_2, stage_3
@@ -191,6 +191,20 @@ def test_curves_have_a_line_for_each_task(tmp_path):
     )
     assert several[1] > 1.4 * none[1]  # one panel more
     assert one == none
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"loss": "low"}, "'loss' of step 7, got 'low'; mend it"),
+        ({"loss/vqa": [1.0]}, r"'loss/vqa' of step 7, got \[1.0\]; mend it"),
+        ({"loss/ocr": 2.0}, "'scored_tokens/ocr' of step 7, got 'nothing'; mend it"),
+    ],
+)
+def test_a_line_that_no_run_has_written_is_named(tmp_path, changed, told):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record_of(7, vqa=1.0) | changed) + "\n")
+    with pytest.raises(ConfigError, match=f"metrics.jsonl is damaged: expected a number as {told}"):
+        draw_curves(tmp_path)
 
 
 def test_a_short_run_has_whole_steps_and_no_mean_of_one(tmp_path, monkeypatch):

@@ -124,7 +124,22 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
         )
     if not records:
         raise ConfigError(f"{run_dir} has no finished step yet")
+    for record in records:
+        _check_numbers(path, record)
     return records
+
+
+def _check_numbers(path: Path, record: dict[str, Any]) -> None:
+    """Raises ConfigError for what no run has written, and no curve can show."""
+    tasks = tasks_of([record])
+    drawn = {name for name in (*PANELS, *(f"loss/{task}" for task in tasks)) if name in record}
+    for name in (*drawn, *(f"scored_tokens/{task}" for task in tasks)):
+        value = record.get(name, "nothing")
+        if not isinstance(value, int | float | None):
+            raise ConfigError(
+                f"{path} is damaged: expected a number as {name!r} of step {record['step']}, got "
+                f"{value!r:.60}; {LINES_WAYS_OUT}"
+            )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
