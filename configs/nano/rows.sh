@@ -24,7 +24,7 @@
 #   configs/nano/rows.sh counted     into runs/nano/rows/counted: questions on numbers, places and what there is
 #   configs/nano/rows.sh whole_pairs into runs/nano/rows/whole_pairs: new dialogues about two collages
 #   configs/nano/rows.sh boxed       into runs/nano/rows/boxed: new animals and food to be named, most with boxes
-#   configs/nano/rows.sh level       into runs/nano/rows/level: new scenes, collages and pages, as many of each
+#   configs/nano/rows.sh level       into runs/nano/rows/level: new scenes, and twice as many collages and pages
 #   configs/nano/rows.sh dialogue    into runs/nano/rows/dialogue: dialogues alone, for stage 3
 #   configs/nano/rows.sh heldout     into runs/nano/rows/heldout, to compare stages on
 #   configs/nano/rows.sh exam        into runs/nano/rows/exam: other collages, that no stage is chosen by

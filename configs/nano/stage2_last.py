@@ -1,8 +1,7 @@
 """Stage 2 of the small model, on from `stage2_close`: animals to be named, new pages and new pairs.
 
-More than a quarter of the rows are new collages of animals, most to be told with
-boxes; the rest are new pages and dialogues about two collages, and earlier rows, so that nothing is
-lost.
+More than a quarter of the rows are new collages of animals, most to be told with boxes; the rest
+are new pages and dialogues about two collages, and earlier rows, so that nothing is lost.
 
     configs/nano/rows.sh last
     configs/nano/rows.sh last_pairs

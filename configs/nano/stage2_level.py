@@ -1,7 +1,7 @@
-"""Stage 2 of the small model, on from `stage2_boxed`: as many pages as `stage2_last` had, all new.
+"""Stage 2 of the small model, on from `stage2_boxed`: as many pages as `stage2_last` had.
 
-What ships. A third of the rows are pages and a sixth drawn scenes, which fell behind while
-`stage2_patches` and `stage2_boxed` got used to 64 queries; the rest are collages.
+What ships. A third of the rows are pages and a sixth drawn scenes, nearly all new, which fell
+behind while `stage2_patches` and `stage2_boxed` got used to 64 queries; the rest are collages.
 
     configs/nano/rows.sh level
     python train.py configs/nano/stage2_level.py --model.dtype float32
